@@ -1,0 +1,36 @@
+# Each target makes its own virtual environment when there is none, and installs what it needs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test check chaos bench schema ui clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## pretrain on the digits and register the encoder
+	$(BIN)/maskray ingest digits runs/data/digits --held-out-fraction 0.2
+	$(BIN)/maskray pretrain --config configs/pretrain/digits.yaml
+
+test: $(VENV)/.installed  ## everything but the long kills
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed  ## format, lint, types, guards
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/guards
+
+chaos: $(VENV)/.installed  ## the long form: five kills for each of W = 1, 2, 4 and the driver's
+	$(BIN)/python -m pytest -m slow
+
+schema: $(VENV)/.installed  ## JSON Schema for editors
+	$(BIN)/maskray schema > configs/schema.json
+
+ui: $(VENV)/.installed  ## MLflow's UI on the embedded store
+	$(BIN)/maskray ui
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""maskray: masked autoencoders on Ray. Imports nothing: each room is imported by who needs it."""

@@ -1,0 +1,115 @@
+"""Pretraining on bare torch: one process, or torchrun's. No Ray, the same functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from maskray.config.schema import RunConfig
+from maskray.data.shards import decoded_bytes
+from maskray.errors import CheckpointError, ConfigError, StorageError
+from maskray.evaluation.judgement import Judgement, judge
+from maskray.launch import Prepared, Summary, launch
+from maskray.pretrain import pretrain
+from maskray.tracking.base import Fanout, Observer, Tracker
+from maskray.tracking.console import ProgressLine
+from maskray.tracking.mlflow_tracker import MlflowTracker
+from maskray.training.context import LocalContext
+
+
+class BareLauncher:
+    """Trains in this process, one of `world_size` that torchrun started.
+
+    Args:
+        rank: of this process.
+        world_size: processes in all.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self._rank, self._world_size = rank, world_size
+
+    def preflight(self, prepared: Prepared) -> None:
+        """Only what differs from Ray: checkpoints are local folders, and torchrun says how many workers there are."""
+        if not prepared.root.is_local:
+            raise StorageError(
+                "bare torch writes its checkpoints to a local folder", key="storage.path", found=prepared.root.uri
+            )
+        if prepared.config.cluster.workers != self._world_size:
+            raise ConfigError(
+                "torchrun started another number of processes",
+                key="cluster.workers",
+                found=prepared.config.cluster.workers,
+                allowed=str(self._world_size),
+                fix=f"--set cluster.workers={self._world_size}, or torchrun --nproc-per-node",
+            )
+
+    def train(self, prepared: Prepared, run_id: str) -> None:
+        """Train to the end."""
+        stored = MlflowTracker(
+            prepared.store.uri, run_id, system_metrics_seconds=prepared.config.tracking.system_metrics_seconds
+        )
+        with (
+            closing(ProgressLine(prepared.plan.total_steps)) as line,
+            closing(Fanout(stored, Observer(line.update))) as all_of_them,
+        ):
+            self._pretrain(prepared, all_of_them)
+
+    def follow(self, prepared: Prepared) -> None:
+        """What the processes behind the first do."""
+        self._pretrain(prepared, Observer())
+
+    @contextmanager
+    def newest_checkpoint(self, prepared: Prepared) -> Iterator[Path]:
+        """The newest whole folder of the run."""
+        with self._context(prepared).latest_checkpoint() as folder:
+            if folder is None:
+                raise CheckpointError("the run has no checkpoint", found=prepared.run.uri)
+            yield folder
+
+    def judge(self, prepared: Prepared) -> Judgement | None:
+        """In this process."""
+        with self.newest_checkpoint(prepared) as folder:
+            return judge(prepared.config, folder, self._device(prepared.config))
+
+    def _pretrain(self, prepared: Prepared, tracker: Tracker) -> None:
+        pretrain(prepared.config, self._context(prepared), tracker)
+
+    def _context(self, prepared: Prepared) -> LocalContext:
+        data = prepared.config.data
+        return LocalContext(
+            Path(prepared.run.uri),
+            rank=self._rank,
+            world_size=self._world_size,
+            device=self._device(prepared.config),
+            decode_threads=data.decode_threads,
+            prefetch_groups=data.prefetch_groups,
+            keep_checkpoints=prepared.config.storage.keep_checkpoints,
+            cache=decoded_bytes(prepared.dataset, data.channels) <= data.local_bytes,
+        )
+
+    @staticmethod
+    def _device(config: RunConfig) -> torch.device:
+        if config.cluster.gpus_per_worker == 0:
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def run(prepared: Prepared) -> Summary | None:
+    """Launch without Ray; under torchrun, all but the first process return None."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return launch(prepared, BareLauncher())
+    dist.init_process_group("nccl" if prepared.config.cluster.gpus_per_worker else "gloo")
+    try:
+        launcher = BareLauncher(dist.get_rank(), world_size)
+        if dist.get_rank() == 0:
+            return launch(prepared, launcher)
+        launcher.follow(prepared)
+        return None
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,146 @@
+"""The config meets the dataset: durations in steps, groups a step, and the run's identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from maskray.config.load import fingerprint, identity
+from maskray.config.schema import OptimConfig, RunConfig
+from maskray.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What the config must know of a dataset (from its manifest)."""
+
+    fingerprint: str
+    group_rows: int
+    num_row_groups: int
+    """Full row groups of the training split: what a pass is made of."""
+    num_rows: int
+    """Rows of the training split, left-over rows included."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All durations in steps, and the run's identity. One function makes it; nothing else converts."""
+
+    run_name: str
+    fingerprint: str
+    num_row_groups: int
+    group_rows: int
+    views_per_image: int
+    groups_per_step: int
+    total_steps: int
+    warmup_steps: int
+
+    @property
+    def steps_per_pass(self) -> float:
+        """Steps in one pass over the data; steps ignore the borders of passes."""
+        return self.num_row_groups / self.groups_per_step
+
+    @property
+    def global_batch(self) -> int:
+        """Views in one step, over all workers."""
+        return self.groups_per_step * self.views_per_group
+
+    @property
+    def views_per_group(self) -> int:
+        """Views in one row group."""
+        return self.group_rows * self.views_per_image
+
+
+def resolve(config: RunConfig, data: DatasetFacts, init_digest: str | None = None) -> RunPlan:
+    """The plan of a run on a dataset.
+
+    Args:
+        config: of the run.
+        data: facts of the dataset at `data.path`.
+        init_digest: digest of the weights at `init_from`; a part of the identity.
+
+    Raises:
+        DataError: the dataset has no full row group.
+        ConfigError: the global batch is not whole row groups, more workers than a step has row groups, or a micro-batch
+            that is neither whole groups nor a divisor of one.
+    """
+    if data.num_row_groups == 0:
+        raise DataError(
+            "the training split has no full row group",
+            key="data.path",
+            found=f"{data.num_rows} rows with group_rows {data.group_rows}",
+            fix=f"ingest again with group_rows of at most {max(1, data.num_rows)}",
+        )
+    group = data.group_rows * config.data.views_per_image
+    batch = config.optim.global_batch
+    if batch % group:
+        near = [n for n in (batch // group * group, batch // group * group + group) if n]
+        raise ConfigError(
+            f"a step takes whole row groups of {data.group_rows} images × {config.data.views_per_image} views",
+            key="optim.global_batch",
+            found=batch,
+            allowed=" or ".join(map(str, near)),
+            fix="take one of these, or ingest again with another group_rows",
+        )
+    k = batch // group
+    if config.cluster.workers > k:
+        raise ConfigError(
+            f"more workers than a step has row groups ({k})",
+            key="cluster.workers",
+            found=config.cluster.workers,
+            allowed=f"1 to {k}",
+            fix=f"use fewer workers, or a global batch of at least {config.cluster.workers * group}",
+        )
+    micro = config.training.micro_batch
+    if micro is not None and micro % group and group % micro:
+        raise ConfigError(
+            f"a micro-batch is whole row groups or a divisor of one ({group} views)",
+            key="training.micro_batch",
+            found=micro,
+            allowed=", ".join(str(d) for d in range(1, group + 1) if group % d == 0) + f", or multiples of {group}",
+        )
+    total, warmup = _steps(config.optim, data.num_row_groups / k)
+    plain: dict[str, Any] = identity(config)
+    for key in ("epochs", "steps", "warmup_epochs", "warmup_steps"):
+        plain["optim"].pop(key)
+    plain["optim"] |= {  # equal meaning, equal run: epochs or steps, defaults by name or by value
+        "total_steps": total,
+        "warmup_steps": warmup,
+        "weight_decay_end": config.optim.final_weight_decay,
+    }
+    plain |= {"dataset": data.fingerprint, "init_digest": init_digest}
+    run = fingerprint(plain)
+    return RunPlan(
+        run_name=f"{config.name}-{run[:8]}",
+        fingerprint=run,
+        num_row_groups=data.num_row_groups,
+        group_rows=data.group_rows,
+        views_per_image=config.data.views_per_image,
+        groups_per_step=k,
+        total_steps=total,
+        warmup_steps=warmup,
+    )
+
+
+def _steps(optim: OptimConfig, steps_per_pass: float) -> tuple[int, int]:
+    total = optim.steps or max(1, round((optim.epochs or 0) * steps_per_pass))
+    if optim.warmup_steps is not None:
+        warmup = optim.warmup_steps
+    elif optim.warmup_epochs is not None:
+        warmup = round(optim.warmup_epochs * steps_per_pass)
+    else:
+        warmup = round(0.05 * total)
+    if warmup >= total:
+        raise ConfigError(
+            "the warm-up must be shorter than the run",
+            key="optim.warmup_epochs" if optim.warmup_epochs is not None else "optim.warmup_steps",
+            found=f"{warmup} of {total} steps",
+            allowed=f"at most {total - 1} steps",
+        )
+    return total, warmup
+
+
+def padding_waste(workers: int, groups_per_step: int) -> float:
+    """Share of the workers' time spent on repeats of weight 0, where workers do not divide the groups of a step."""
+    rounds = -(-groups_per_step // workers)
+    return 1 - groups_per_step / (rounds * workers)

@@ -1,0 +1,371 @@
+"""Every setting there is, as frozen sections that refuse unknown keys.
+
+A field is *identity* (it says what is learned) unless it is declared with `operational`, which marks where, how fast
+and how watched the run is. The run's fingerprint, name, folder and MLflow run hang on the identity and the data alone,
+so the same run on more workers or in another bucket is the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from maskray.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, defaults validated, no NaN."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_switch_is_no_number(cls, raw: object) -> object:
+        # pydantic would take `clip_norm: yes` for 1.0.
+        for key, value in raw.items() if isinstance(raw, Mapping) else ():
+            if isinstance(value, bool) and key in cls.model_fields and cls.model_fields[key].annotation is not bool:
+                raise ValueError(f"{key} cannot be true or false (found {str(value).lower()})")
+        return raw
+
+
+def operational(default: Any = ..., **limits: Any) -> Any:
+    """A field that does not change what is learned: left out of the run's identity."""
+    return Field(default, json_schema_extra={"operational": True}, **limits)
+
+
+def _pair(value: object) -> object:
+    """`224` means `[224, 224]`."""
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _kind(default: str) -> BeforeValidator:
+    """A section that does not say its `kind` is of the default one."""
+    return BeforeValidator(lambda value: {"kind": default, **value} if isinstance(value, Mapping) else value)
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PairOfInts = tuple[PositiveInt, PositiveInt]
+SizeHW = Annotated[PairOfInts, BeforeValidator(_pair, json_schema_input_type=PositiveInt | PairOfInts)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class RandomResizedCrop(Section):
+    """A box of random area and aspect, resized to `data.image_size` (bicubic, antialiased)."""
+
+    kind: Literal["random_resized"] = "random_resized"
+    scale: tuple[Fraction, Fraction] = (0.2, 1.0)
+    """Smallest and largest share of the image's area; the MAE paper's (0.2, 1)."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width / height of the box."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name, (low, high) in (("scale", self.scale), ("aspect", self.aspect)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be [low, high] with 0 < low <= high (found {[low, high]})")
+        return self
+
+
+class WholeImage(Section):
+    """No crop: the whole image, resized to `data.image_size` where it has another size."""
+
+    kind: Literal["whole"] = "whole"
+
+
+Crop = Annotated[RandomResizedCrop | WholeImage, Field(discriminator="kind"), _kind("random_resized")]
+
+
+class DataConfig(Section):
+    """What is trained on, and how it reaches the workers."""
+
+    path: str = operational()
+    """Folder or URI of an ingested dataset (`maskray ingest`). Its fingerprint, not its place, is identity."""
+    image_size: SizeHW = (224, 224)
+    """[height, width] in pixels that the model sees; one number for a square."""
+    channels: Literal[1, 3] = 3
+    """What images are converted to: 1 gray, 3 RGB."""
+    crop: Crop = RandomResizedCrop()
+    flip_probability: Fraction = 0.5
+    """Chance of a horizontal flip, for each view."""
+    normalize: Literal["dataset", "imagenet", "symmetric"] = "dataset"
+    """Pixels minus mean by std of the dataset or of ImageNet; `symmetric` maps them to [-1, 1]."""
+    views_per_image: Annotated[int, Field(ge=1, le=16)] = 1
+    """Crops (each with its mask) made from one decoded image."""
+    stream: Literal["auto", "ray", "local"] = operational("auto")
+    """Who decodes: Ray Data over the cluster, or each worker in its own threads. `auto` takes local where the decoded
+    images fit into `local_bytes`. The order, crops and masks are the same to the bit."""
+    local_bytes: PositiveInt = operational(2 * 2**30)
+    """Largest decoded dataset that `stream: auto` walks in the workers."""
+    groups_per_task: PositiveInt = operational(16)
+    """Row groups that one Ray Data task reads: a task should last about a second."""
+    prefetch_groups: PositiveInt = operational(8)
+    """Row groups that a worker holds ready."""
+    decode_threads: PositiveInt = operational(2)
+    """Threads a worker decodes with under `stream: local`."""
+
+
+# ---------------------------------------------------------------------------------------------- mask, model, objective
+
+
+class RandomMask(Section):
+    """Cells hidden uniformly at random, the same number in every image (He et al. 2022, §3)."""
+
+    kind: Literal["random"] = "random"
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    """Share of the cells that the encoder does not see."""
+
+
+Mask = RandomMask
+
+
+class TransformerSize(Section):
+    """Width, depth and heads of a stack of transformer blocks."""
+
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % self.heads:
+            near = [h for h in range(1, self.width + 1) if self.width % h == 0]
+            near = sorted(sorted(near, key=lambda h: abs(h - self.heads))[:3])
+            raise ValueError(f"heads {self.heads} must divide width {self.width}; the nearest that do are {near}")
+        if self.width % 4:
+            near = [n for n in (self.width // 4 * 4, self.width // 4 * 4 + 4) if n]
+            raise ValueError(
+                f"width {self.width} must be a multiple of 4 (2-D sine-cosine positions); the nearest are {near}"
+            )
+        return self
+
+
+class VitDecoder(TransformerSize):
+    """The decoder: thrown away after pretraining."""
+
+    width: PositiveInt = 512
+    depth: PositiveInt = 8
+    heads: PositiveInt = 16
+
+
+class VitConfig(TransformerSize):
+    """Vision transformer MAE (He et al. 2022): the encoder sees the visible patches only."""
+
+    kind: Literal["vit"] = "vit"
+    patch: SizeHW = (16, 16)
+    """[height, width] of a patch in pixels."""
+    width: PositiveInt = 768
+    depth: PositiveInt = 12
+    heads: PositiveInt = 12
+    positions: Literal["fixed", "learnable"] = "fixed"
+    """2-D sine-cosine positions, or learned ones that start from them."""
+    decoder: VitDecoder = VitDecoder()
+
+
+Model = VitConfig
+
+
+class ObjectiveConfig(Section):
+    """What the decoder must paint, and how a miss is counted. Hidden cells only, in fp32."""
+
+    loss: Literal["l2", "l1"] = "l2"
+    norm_pix: bool = True
+    """Each cell's pixels minus their own mean by their own std (He et al. 2022, §3)."""
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+class OptimConfig(Section):
+    """AdamW with the published recipe: linear warm-up and half a cosine, both per step."""
+
+    global_batch: PositiveInt = 4096
+    """Images (views) in one step, over all workers."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length of the run in passes over the data; give this or `steps`."""
+    steps: PositiveInt | None = None
+    """Length of the run in steps; give this or `epochs`."""
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+    """Length of the warm-up in passes; give this or `warmup_steps`. Neither: 5 % of the run."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
+    """The learning rate is base_lr × global_batch / 256."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Where the cosine ends."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Not applied to biases and norms."""
+    weight_decay_end: Annotated[float, Field(ge=0)] | None = None
+    """Where a cosine takes the weight decay to; None keeps it."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient over all parameters; None does not clip."""
+
+    @property
+    def final_weight_decay(self) -> float:
+        """Weight decay at the end of the run."""
+        return self.weight_decay if self.weight_decay_end is None else self.weight_decay_end
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps (set the other to null)")
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ValueError("give at most one of warmup_epochs and warmup_steps (set the other to null)")
+        return self
+
+
+class TrainingConfig(Section):
+    """How the steps are computed and how often the run looks up from them."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is autocast; the target and the loss are fp32 in both."""
+    micro_batch: PositiveInt | None = operational(None)
+    """Views in one forward and backward pass of a worker (gradient accumulation); None takes a worker's whole share."""
+    compile: bool = operational(default=False)
+    """torch.compile, in place."""
+    deterministic: bool = operational(default=False)
+    """Bit-equal resume (fp32 on CPU at the same workers, threads and versions); see the README for what is promised."""
+    threads: PositiveInt | None = operational(None)
+    """Torch's threads in a worker; None takes `cluster.cpus_per_worker`, rounded down, at least 1."""
+    log_steps: PositiveInt = operational(10)
+    """Steps between two log lines: the only ones at which the host waits for the device."""
+    checkpoint_steps: PositiveInt = operational(200)
+    """Steps between two checkpoints: a multiple of `log_steps`."""
+    probe_steps: PositiveInt | None = operational(None)
+    """Steps between two reconstruction figures: a multiple of `checkpoint_steps`. None: at the start and end only."""
+    ledger: str | None = operational(None)
+    """Folder on the workers' disks for a record of the positions and keys of each step; None keeps none."""
+
+    @model_validator(mode="after")
+    def _multiples(self) -> Self:
+        if self.checkpoint_steps % self.log_steps:
+            raise ValueError(
+                f"checkpoint_steps {self.checkpoint_steps} must be a multiple of log_steps {self.log_steps}, "
+                "so that a resumed run logs the same values"
+            )
+        if self.probe_steps is not None and self.probe_steps % self.checkpoint_steps:
+            raise ValueError(
+                f"probe_steps {self.probe_steps} must be a multiple of checkpoint_steps {self.checkpoint_steps}: "
+                "a probe step is a checkpoint step"
+            )
+        return self
+
+
+class ProbeConfig(Section):
+    """The first judgement of the encoder, before and after: logistic regression on frozen, mean-pooled features."""
+
+    enabled: bool = operational(default=True)
+    """Skipped by itself where the dataset has no labels."""
+    labels_per_class: PositiveInt = operational(5)
+    draws: PositiveInt = operational(10)
+    """Stratified draws of `labels_per_class` labels whose accuracies are averaged."""
+    max_rows: PositiveInt = operational(5000)
+    """Rows at most of each of the training and the held-out split."""
+    figure_images: Annotated[int, Field(ge=1, le=16)] = operational(6)
+    """Fixed held-out images, with fixed masks, in the reconstruction figure."""
+
+
+# ---------------------------------------------------------------------------------------------- where, and how watched
+
+
+class ClusterConfig(Section):
+    """Workers and what they take. Nothing here changes what is learned."""
+
+    workers: PositiveInt = operational(1)
+    cpus_per_worker: Annotated[float, Field(gt=0)] = operational(1)
+    gpus_per_worker: Annotated[float, Field(ge=0)] = operational(0)
+    data_cpus: Annotated[float, Field(gt=0)] = operational(1)
+    """CPUs that must stay free for Ray Data beside the workers."""
+    address: str | None = operational(None)
+    """`auto` or `ray://…` joins a running cluster; None starts an embedded one on this machine."""
+    embedded_cpus: PositiveInt | None = operational(None)
+    """CPUs that an embedded cluster declares; None: those of the machine."""
+    wait_seconds: Annotated[float, Field(ge=0)] = operational(60.0)
+    """How long to wait, visibly, for resources that the cluster can still get."""
+    max_failures: Annotated[int, Field(ge=0)] = operational(3)
+    """Times that the workers may be lost and started again."""
+
+
+class StorageConfig(Section):
+    """Where runs are kept."""
+
+    path: str = operational("runs")
+    """Folder or `s3://bucket/prefix`: a folder for each run in it."""
+    keep_checkpoints: PositiveInt = operational(2)
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = operational(None)
+    """MLflow's tracking URI; None keeps an SQLite store in `storage.path`."""
+    experiment: str = operational("maskray")
+    register_as: str | None = operational(None)
+    """Name in the model registry; None takes the run's `name`."""
+    system_metrics_seconds: Annotated[float, Field(gt=0)] | None = operational(10.0)
+    """Seconds between two readings of the first worker's CPU, memory and GPU; None: no readings."""
+
+
+class RunConfig(Section):
+    """One pretraining run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """First part of the run's name; the second is the fingerprint of its identity."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    init_from: str | None = operational(None)
+    """Weights to start from: a checkpoint's folder, or a `.safetensors` or `.pth` file with the MAE authors' parameter
+    names. The digest of the weights, not their place, is identity."""
+    data: DataConfig
+    mask: Mask = RandomMask()
+    model: Model = VitConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig
+    training: TrainingConfig = TrainingConfig()
+    probe: ProbeConfig = ProbeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _patch_divides_image(self) -> Self:
+        for side, size, patch in zip(("height", "width"), self.data.image_size, self.model.patch, strict=True):
+            if size % patch:
+                below = size // patch * patch
+                near = [n for n in (below, below + patch) if n]
+                raise ConfigError(
+                    f"the patch's {side} must divide the image's {side}",
+                    key="data.image_size",
+                    found=f"image {side} {size}, model.patch {side} {patch}",
+                    allowed=" or ".join(map(str, near)),
+                    fix="change data.image_size or model.patch",
+                )
+        return self
+
+
+# -------------------------------------------------------------------------------------------------------------- ingest
+
+
+class IngestConfig(Section):
+    """How pictures become a dataset of shards."""
+
+    source: str
+    """A folder of images (class subfolders give labels), or `digits`."""
+    destination: str
+    """Folder or URI that the dataset is written to."""
+    group_rows: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Images in a row group: the unit that is shuffled and read."""
+    groups_per_shard: PositiveInt = 128
+    """Row groups in a shard file."""
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the images, by a hash of their keys, that pretraining never sees."""
+    max_bad_fraction: Fraction = 0.01
+    """Share of images that may be unreadable before ingest stops."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the order in which images are laid into shards."""

@@ -1,0 +1,197 @@
+"""Files at a place, a local folder or an `s3://` prefix: the few verbs that shards, checkpoints and leases need."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from maskray.errors import StorageError
+
+TEMPORARY = ".tmp-"
+"""Prefix of files that are still being written. A killed writer leaves one; nothing ever reads it."""
+
+
+class Storage:
+    """A folder or bucket prefix. Names are relative to it, with `/` between their parts. Picklable.
+
+    Whatever is written under a name appears there whole or not at all.
+
+    Args:
+        uri: a local path, or a URI such as `s3://bucket/prefix` (options after `?`, as pyarrow takes them).
+
+    Raises:
+        StorageError: no such kind of place.
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        text = os.fspath(uri)
+        self.is_local = "://" not in text or text.startswith("file://")
+        if self.is_local:
+            # Ray's workers run in another folder: a relative path would name another place there.
+            root = Path(text.removeprefix("file://")).expanduser().absolute()
+            self.uri = self._root = str(root)
+            self._fs = fs.LocalFileSystem()
+            return
+        self.uri = text
+        with self._explained("open"):
+            try:
+                self._fs, self._root = fs.FileSystem.from_uri(text)
+            except ValueError as error:
+                raise StorageError(
+                    "this kind of storage is not known", found=text, allowed="a local path or s3://bucket/prefix"
+                ) from error
+
+    def __repr__(self) -> str:
+        return f"Storage({self.uri!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Storage, (self.uri,)
+
+    def join(self, *names: str) -> str:
+        """The path or URI of a name below this place."""
+        base, mark, options = self.uri.partition("?")
+        return "/".join([base.rstrip("/"), *names]) + mark + options
+
+    def child(self, *names: str) -> Storage:
+        """The place below this one."""
+        return Storage(self.join(*names))
+
+    # -------------------------------------------------------------------------------------------------------- reading
+
+    def read_bytes(self, name: str) -> bytes:
+        """All of a file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            StorageError: it cannot be read.
+        """
+        with self._explained("read", name), self._fs.open_input_stream(self._path(name)) as stream:
+            return bytes(stream.read())
+
+    def open_input_file(self, name: str) -> Any:
+        """A pyarrow file for reads at any offset; close it. Raises as `read_bytes` does."""
+        with self._explained("read", name):
+            return self._fs.open_input_file(self._path(name))
+
+    def exists(self, name: str = "") -> bool:
+        """Whether there is a file or folder of this name."""
+        with self._explained("look for", name):
+            return bool(self._fs.get_file_info(self._path(name)).type != fs.FileType.NotFound)
+
+    def list_names(self, folder: str = "") -> list[str]:
+        """Sorted names of the files and folders right below a folder; none where it does not exist."""
+        return sorted(info.base_name for info in self._infos(folder))
+
+    def list_sizes(self, folder: str = "") -> dict[str, int]:
+        """Name and size in bytes of each file right below a folder, in one request a thousand files."""
+        return {i.base_name: i.size for i in self._infos(folder) if i.type == fs.FileType.File}
+
+    def _infos(self, folder: str) -> list[Any]:
+        selector = fs.FileSelector(self._path(folder), recursive=False, allow_not_found=True)
+        with self._explained("list", folder):
+            return list(self._fs.get_file_info(selector))
+
+    # -------------------------------------------------------------------------------------------------------- writing
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file, over an old one if there is one."""
+        with self.open_output(name) as stream:
+            stream.write(content)
+
+    @contextlib.contextmanager
+    def open_output(self, name: str) -> Iterator[Any]:
+        """A pyarrow stream whose content appears under `name` when the block ends well, and never otherwise.
+
+        On S3 a failed block can leave an object that is cut short where none was before: write the file that says that
+        the others are whole last.
+        """
+        if not self.is_local:
+            with self._explained("write", name), self._fs.open_output_stream(self._path(name)) as stream:
+                yield stream
+            return
+        target = Path(self._path(name))
+        partial = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{target.name}")
+        with self._explained("write", name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with self._fs.open_output_stream(str(partial)) as stream:
+                    yield stream
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def create_exclusive(self, name: str, content: bytes) -> bool:
+        """Create a file that must not exist yet; False where it does. For locks, so `content` should name its writer.
+
+        Exact on a local disk. S3 through pyarrow has no such request: there it writes and reads back, and the writer
+        whose content stayed has it.
+        """
+        if self.exists(name):
+            return False
+        if not self.is_local:
+            self.write_bytes(name, content)
+            return self.read_bytes(name) == content
+        target = Path(self._path(name))
+        with self._explained("create", name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                # Unbuffered: the content goes in one write, so a reader that sees the file sees all of it or nothing.
+                handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                return False
+            try:
+                os.write(handle, content)
+            finally:
+                os.close(handle)
+        return True
+
+    def delete(self, name: str) -> None:
+        """Delete a file or a folder with all that is in it; nothing happens where there is none."""
+        with self._explained("delete", name):
+            kind = self._fs.get_file_info(self._path(name)).type
+            if kind == fs.FileType.Directory:
+                self._fs.delete_dir(self._path(name))
+            elif kind != fs.FileType.NotFound:
+                self._fs.delete_file(self._path(name))
+
+    def check_writable(self) -> None:
+        """Write a small file and delete it.
+
+        Raises:
+            StorageError: it cannot be done, and why.
+        """
+        probe = f"{TEMPORARY}{uuid.uuid4().hex}"
+        self.write_bytes(probe, b"maskray looks whether it can write here\n")
+        self.delete(probe)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    @contextlib.contextmanager
+    def _explained(self, verb: str, name: str = "") -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if verb == "read" and isinstance(error, FileNotFoundError):
+                raise
+            place = self.join(name) if name else self.uri
+            raise StorageError(f"cannot {verb} {place}", found=str(error), fix=_advice(error, self.is_local)) from error
+
+
+def _advice(error: OSError, is_local: bool) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "take a folder that this user may write to, or change its permissions"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, or take a folder on another disk"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return "take another path: a part of this one is a file where a folder is needed, or the reverse"
+    if is_local:
+        return "take another folder"
+    return "check the bucket's name, the region, and the credentials in the environment (AWS_*)"

@@ -1,0 +1,385 @@
+"""The training stream: the plan's row groups, decoded, cropped and masked. Walked in-process here, on Ray in `on_ray`.
+
+Both walks call `load_unit`, a pure function of (spec, position), so they give the same bits in the same order, whatever
+the number of workers, threads or restarts.
+
+Shape letters: N views of a row group (row r, view v at r·V + v), B images of a batch, C, H, W channels and pixels; in
+`visible`, H and W are cells of the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+
+from maskray import masking
+from maskray.config.resolve import RunPlan
+from maskray.config.schema import Crop, Mask, RunConfig
+from maskray.data import crop, decode
+from maskray.data.plan import Plan, share, shared_rounds
+from maskray.data.shards import Dataset, Group, SplitName
+from maskray.errors import DataError, StreamError
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+Images = list[torch.Tensor | None]
+"""Decoded whole images of a row group, (C, H, W) uint8; None where one cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """All that a stream is a function of. Picklable."""
+
+    path: str
+    seed: int
+    image_size: tuple[int, int]
+    channels: int
+    crop: Crop
+    flip_probability: float
+    views_per_image: int
+    mask: Mask
+    grid_HW: tuple[int, int]
+    num_row_groups: int
+    group_rows: int
+    groups_per_step: int
+    total_steps: int
+
+    @classmethod
+    def of(cls, config: RunConfig, plan: RunPlan, dataset: Dataset) -> Self:
+        """The stream of a run."""
+        height, width = config.data.image_size
+        return cls(
+            path=dataset.storage.uri,
+            seed=config.seed,
+            image_size=config.data.image_size,
+            channels=config.data.channels,
+            crop=config.data.crop,
+            flip_probability=config.data.flip_probability,
+            views_per_image=config.data.views_per_image,
+            mask=config.mask,
+            grid_HW=(height // config.model.patch[0], width // config.model.patch[1]),
+            num_row_groups=plan.num_row_groups,
+            group_rows=plan.group_rows,
+            groups_per_step=plan.groups_per_step,
+            total_steps=plan.total_steps,
+        )
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The order of row groups."""
+        return Plan(self.seed, self.num_row_groups)
+
+    @cached_property
+    def num_visible(self) -> int:
+        """Visible cells in each image."""
+        return masking.num_visible(self.mask, self.grid_HW)
+
+    @property
+    def views_per_group(self) -> int:
+        """N of a unit."""
+        return self.group_rows * self.views_per_image
+
+    def open_dataset(self) -> Dataset:
+        """The dataset at `path`.
+
+        Raises:
+            DataError: it is missing or damaged, or another one than the spec was made for.
+        """
+        dataset = Dataset.open(self.path)
+        found = (dataset.num_row_groups(), dataset.manifest.group_rows)
+        if found != (self.num_row_groups, self.group_rows):
+            raise DataError(
+                f"{self.path} is not the dataset that this run was planned on",
+                found=f"{found[0]} row groups of {found[1]} rows",
+                allowed=f"{self.num_row_groups} row groups of {self.group_rows} rows",
+            )
+        return dataset
+
+
+class Unit(NamedTuple):
+    """One row group, ready for the model."""
+
+    position: int
+    images_NCHW: Array
+    """uint8."""
+    visible_NHW: Array
+    """bool, True = the encoder sees the cell."""
+    weights_N: Array
+    """float32: 1, or 0 for an image that could not be decoded and is black."""
+    keys: list[str]
+
+
+def load_unit(spec: StreamSpec, dataset: Dataset, position: int) -> Unit:
+    """Read, decode, crop, flip and mask the row group at a position of the plan: a pure function.
+
+    Raises:
+        DataError: the shard is missing or damaged.
+    """
+    pass_, group_number = spec.plan.locate(position)
+    group = dataset.read_group(group_number)
+    return _augment(spec, position, pass_, group.rows, group.keys, decode_group(group, spec.channels))
+
+
+def decode_group(group: Group, channels: int) -> Images:
+    """Each image of a row group; one that cannot be decoded is None, and a warning names it."""
+    images: Images = []
+    for key, data in zip(group.keys, group.images, strict=True):
+        try:
+            images.append(decode.decode(data, channels))
+        except decode.UndecodableError as error:
+            # Ingest decoded it once, with another version or into other channels: it keeps its slot, without weight.
+            logger.warning("image %s cannot be decoded any more (%s): it counts for nothing", key, error)
+            images.append(None)
+    return images
+
+
+def _augment(spec: StreamSpec, position: int, pass_: int, rows: Array, keys: list[str], images: Images) -> Unit:
+    num_views = spec.views_per_image
+    rows_N, views_N = np.repeat(rows, num_views), np.tile(np.arange(num_views), len(rows))
+    by_key: dict[str, Any] = {"seed": spec.seed, "pass_": pass_, "rows": rows_N}
+    sizes = np.array([(1, 1) if image is None else image.shape[1:] for image in images], dtype=np.int64)
+    boxes_N4 = crop.draw_boxes(spec.crop, np.repeat(sizes, num_views, axis=0), views=views_N, **by_key)
+    flips_N = crop.draw_flips(spec.flip_probability, views=views_N, **by_key)
+    visible_NHW = masking.draw(spec.mask, spec.grid_HW, view=views_N, **by_key)
+
+    out_NCHW = np.zeros((len(rows_N), spec.channels, *spec.image_size), dtype=np.uint8)
+    weights_N = np.zeros(len(rows_N), dtype=np.float32)
+    for n in range(len(rows_N)):
+        image = images[n // num_views]
+        if image is not None:
+            out_NCHW[n] = crop.crop_resize(image, boxes_N4[n], spec.image_size, flip=bool(flips_N[n])).numpy()
+            weights_N[n] = 1
+    return Unit(position, out_NCHW, visible_NHW, weights_N, [key for key in keys for _ in range(num_views)])
+
+
+class LocalStream:
+    """A worker's share of the plan, in order, decoded in threads of this process with a bounded look-ahead.
+
+    Close it, or use it as a context manager: then no thread is left.
+
+    Args:
+        spec: the stream.
+        dataset: `spec.open_dataset()` if None.
+        rank: of this worker.
+        world_size: number of workers.
+        start_step: where to begin.
+        threads: that decode.
+        prefetch_groups: row groups being decoded or waiting.
+        cache: keep decoded whole images in memory, so that each is decoded once. The bits stay the same.
+    """
+
+    def __init__(
+        self,
+        spec: StreamSpec,
+        dataset: Dataset | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        threads: int = 2,
+        prefetch_groups: int = 8,
+        cache: bool = False,
+    ) -> None:
+        self._spec, self._dataset = spec, dataset or spec.open_dataset()
+        self._positions = (
+            position
+            for step in range(start_step, spec.total_steps)
+            for position in share(step, spec.groups_per_step, rank, world_size)
+        )
+        self._cache: dict[int, tuple[Array, list[str], Images]] | None = {} if cache else None
+        self._cache_lock = threading.Lock()
+        self._look_ahead = max(1, prefetch_groups)
+        self._pending: deque[Future[Unit]] = deque()
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, thread_name_prefix="maskray-decode")
+
+    def __iter__(self) -> Iterator[Unit]:
+        return self
+
+    def __next__(self) -> Unit:
+        if self._pool is None:
+            raise StopIteration
+        while len(self._pending) < self._look_ahead and (position := next(self._positions, None)) is not None:
+            self._pending.append(self._pool.submit(self._load, position))
+        if not self._pending:
+            self.close()
+            raise StopIteration
+        try:
+            return self._pending.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, position: int) -> Unit:
+        if self._cache is None:
+            return load_unit(self._spec, self._dataset, position)
+        pass_, number = self._spec.plan.locate(position)
+        with self._cache_lock:
+            kept = self._cache.get(number)
+        if kept is None:
+            group = self._dataset.read_group(number)
+            kept = (group.rows, group.keys, decode_group(group, self._spec.channels))
+            with self._cache_lock:
+                self._cache[number] = kept
+        return _augment(self._spec, position, pass_, *kept)
+
+    def close(self) -> None:
+        """Drop what is waiting and end the threads."""
+        if self._pool is not None:
+            pool, self._pool = self._pool, None
+            self._pending.clear()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward and backward pass takes."""
+
+    images_BCHW: torch.Tensor
+    """uint8."""
+    visible_BHW: torch.Tensor
+    """bool, True = the encoder sees the cell."""
+    num_visible: int
+    """Visible cells in each image."""
+    weights_B: torch.Tensor
+    """float32: 0 for what does not count."""
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A worker's share of one optimiser step."""
+
+    number: int
+    batches: list[Batch]
+    """As many on every worker."""
+    positions: list[int]
+    """Of the plan, without repeats."""
+
+
+def steps(
+    units: Iterator[Unit],
+    spec: StreamSpec,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    micro_batch: int | None = None,
+) -> Iterator[Step]:
+    """Group a worker's units into steps, each unit checked against the plan.
+
+    A worker that lacks its last row group, because the workers do not divide the groups of a step, repeats its first
+    with weight 0: so all workers do the same number of passes.
+
+    Args:
+        units: from `start_step` on.
+        spec: the stream.
+        rank: of this worker.
+        world_size: number of workers, at most `spec.groups_per_step`.
+        start_step: number of the first step.
+        micro_batch: views in a batch: whole row groups or a divisor of one; None is the whole share.
+
+    Raises:
+        StreamError: the units are not the plan's.
+    """
+    rounds = shared_rounds(spec.groups_per_step, world_size)
+    for number in range(start_step, spec.total_steps):
+        positions = share(number, spec.groups_per_step, rank, world_size)
+        assert positions, "resolve() refuses more workers than a step has row groups"
+        taken = [_next_unit(units, wanted, number, rank) for wanted in positions]
+        if len(taken) < rounds:
+            taken.append(taken[0]._replace(weights_N=np.zeros_like(taken[0].weights_N)))
+        yield Step(number, _batches(taken, spec, micro_batch), positions)
+
+
+def _next_unit(units: Iterator[Unit], wanted: int, step: int, rank: int) -> Unit:
+    unit = next(units, None)
+    if unit is None or unit.position != wanted:
+        got = "the end of the stream" if unit is None else f"position {unit.position}"
+        raise StreamError(f"step {step}, rank {rank}: the plan asks for position {wanted}, the stream gave {got}")
+    return unit
+
+
+def _batches(units: list[Unit], spec: StreamSpec, micro_batch: int | None) -> list[Batch]:
+    size = micro_batch or len(units) * spec.views_per_group
+    groups = max(1, size // spec.views_per_group)
+    out: list[Batch] = []
+    for first in range(0, len(units), groups):
+        some = units[first : first + groups]
+        images_NCHW = _tensor([u.images_NCHW for u in some])
+        visible_NHW = _tensor([u.visible_NHW for u in some])
+        weights_N = _tensor([u.weights_N for u in some])
+        keys = [key for u in some for key in u.keys]
+        for at in range(0, len(keys), size):
+            rows = slice(at, at + size)
+            out.append(Batch(images_NCHW[rows], visible_NHW[rows], spec.num_visible, weights_N[rows], keys[rows]))
+    return out
+
+
+def _tensor(parts: list[Array]) -> torch.Tensor:
+    # Units from Ray's object store are read-only views; torch wants memory of its own.
+    whole = np.concatenate(parts) if len(parts) > 1 or not parts[0].flags.writeable else parts[0]
+    return torch.from_numpy(whole)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+class WalkGroup(NamedTuple):
+    """Whole images of one row group, for evaluation."""
+
+    rows: Array
+    """(B,) int64 row numbers in the split."""
+    keys: list[str]
+    images_BCHW: torch.Tensor
+    """uint8."""
+    labels: Array | None
+    """(B,) int64, or None where the dataset has none."""
+
+
+def walk(
+    dataset: Dataset,
+    split: SplitName,
+    image_size: tuple[int, int],
+    channels: int,
+    max_rows: int | None = None,
+) -> Iterator[WalkGroup]:
+    """Each of a split's first `max_rows` rows once, in order, whole and resized; undecodable images are left out."""
+    left = dataset.num_rows(split) if max_rows is None else min(max_rows, dataset.num_rows(split))
+    groups = dataset.iter_groups(split)
+    while left > 0:
+        group = next(groups)
+        images = decode_group(group, channels)[:left]
+        left -= len(images)
+        good = [i for i, image in enumerate(images) if image is not None]
+        if not good:
+            continue
+        whole = torch.stack([_resize(images[i], image_size) for i in good])
+        labels = None if group.labels is None else group.labels[good]
+        yield WalkGroup(group.rows[good], [group.keys[i] for i in good], whole, labels)
+
+
+def _resize(image_CHW: torch.Tensor | None, image_size: tuple[int, int]) -> torch.Tensor:
+    assert image_CHW is not None
+    box = np.array([0, 0, *image_CHW.shape[1:]])
+    return crop.crop_resize(image_CHW, box, image_size, flip=False).contiguous()

@@ -1,0 +1,92 @@
+"""The tree of errors a user can meet.
+
+MaskrayError (ValueError)     a mistake of the user's, or of what the run was given; the command line exits with 2
+├── ConfigError               the YAML or `--set`: unknown key, wrong type, values that do not go together
+├── DataError                 a dataset that is missing, half-written, damaged, or does not fit the config
+├── CheckpointError           a checkpoint of another run or schema version, incomplete or damaged
+├── ClusterError              more than the cluster has, or a cluster that cannot be used this way
+├── TrackingError             MLflow that cannot be reached or written
+├── StorageError              a folder or bucket that cannot be read or written
+└── RunConflictError          the same run is already running somewhere else
+TrainingError (RuntimeError)  the run itself went wrong: not a mistake in what was asked
+├── NonFiniteError            a loss or gradient norm that is not finite
+└── StreamError               the stream delivered another row group than the plan's: a fault of ours
+"""
+
+
+class MaskrayError(ValueError):
+    """A mistake that the user can mend: what is wrong, the key, the value found, the values allowed, what to do."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        key: str | None = None,
+        found: object = None,
+        allowed: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        parts = [f"{key}: {problem}" if key else problem]
+        if found is not None:
+            parts.append(f"Found: {found}.")
+        if allowed:
+            parts.append(f"Allowed: {allowed}.")
+        if fix:
+            parts.append(f"What to do: {fix}.")
+        super().__init__(" ".join(p if p.endswith((".", "!", "?")) else f"{p}." for p in parts))
+        self.problem, self.key, self.found, self.allowed, self.fix = problem, key, found, allowed, fix
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors cross process borders on Ray: keyword arguments must survive pickling."""
+        return _rebuild, (type(self), self.problem, self.key, self.found, self.allowed, self.fix)
+
+
+def _rebuild(
+    cls: type[MaskrayError],
+    problem: str,
+    key: str | None,
+    found: object,
+    allowed: str | None,
+    fix: str | None,
+) -> MaskrayError:
+    return cls(problem, key=key, found=found, allowed=allowed, fix=fix)
+
+
+class ConfigError(MaskrayError):
+    """The YAML or a `--set` is wrong."""
+
+
+class DataError(MaskrayError):
+    """A dataset is missing, half-written, damaged, or does not fit the config."""
+
+
+class CheckpointError(MaskrayError):
+    """A checkpoint belongs to another run or schema version, or is incomplete or damaged."""
+
+
+class ClusterError(MaskrayError):
+    """The run asks for more than the cluster has, or for something that cannot work on it."""
+
+
+class TrackingError(MaskrayError):
+    """MLflow cannot be reached or written."""
+
+
+class StorageError(MaskrayError):
+    """A folder or bucket cannot be read or written."""
+
+
+class RunConflictError(MaskrayError):
+    """The same run is already running somewhere else."""
+
+
+class TrainingError(RuntimeError):
+    """The run itself went wrong, with a config that was right."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or gradient norm was not finite; no update was applied from that step on."""
+
+
+class StreamError(TrainingError):
+    """The stream delivered another row group than the plan's."""

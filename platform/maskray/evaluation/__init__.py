@@ -1,0 +1,1 @@
+"""What a model is worth: frozen features and what can be read from them, and reconstructions to look at."""

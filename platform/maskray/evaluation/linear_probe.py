@@ -1,0 +1,122 @@
+"""Logistic regression on frozen features: what a few labels, or all of them, can read from an encoder.
+
+Features are standardised with the mean and std of all training features (labels play no part in that), then fitted by
+scikit-learn's logistic regression: multinomial, L2 with C = 1, L-BFGS. With 5 labels a class the penalty matters less
+than the draw, so it is not tuned: a number that was tuned on the test rows would be worth nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from maskray import draws
+from maskray.errors import DataError
+from maskray.evaluation.features import Features
+
+Labels = np.ndarray[Any, np.dtype[np.integer[Any]]]
+
+PENALTY_C = 1.0
+MAX_ITERATIONS = 2000
+
+log = logging.getLogger(__name__)
+
+
+class Accuracy(NamedTuple):
+    """Shares of the test rows that were named rightly, over draws of training labels."""
+
+    mean: float
+    std: float
+    """Between draws (unbiased); 0 for one draw."""
+
+
+def few_label_accuracy(
+    train_features: Features,
+    train_labels: Labels,
+    test_features: Features,
+    test_labels: Labels,
+    *,
+    labels_per_class: int,
+    num_draws: int,
+    seed: int,
+) -> Accuracy:
+    """Accuracy with `labels_per_class` labels of each class, over stratified draws.
+
+    Args:
+        train_features: (N, D); all of them set the scale, those drawn are fitted.
+        train_labels: (N,) integers.
+        test_features: (M, D).
+        test_labels: (M,) integers.
+        labels_per_class: labels drawn from each class.
+        num_draws: how many times.
+        seed: a draw follows from (seed, its number) and the order of the rows alone.
+
+    Raises:
+        DataError: no rows, one class only, or a class with fewer rows than labels to draw.
+    """
+    _check(train_labels, test_labels)
+    rows = {int(c): np.flatnonzero(train_labels == c) for c in np.unique(train_labels)}
+    few = {c: len(r) for c, r in rows.items() if len(r) < labels_per_class}
+    if few:
+        shown = ", ".join(f"class {c} has {n}" for c, n in list(few.items())[:6])
+        raise DataError(
+            f"{len(few)} of {len(rows)} classes have too few training rows to draw {labels_per_class} labels from",
+            key="probe.labels_per_class",
+            found=shown,
+            allowed=f"at most {min(few.values())}",
+            fix="lower it, raise probe.max_rows, or set probe.enabled: false",
+        )
+    scaler = StandardScaler().fit(train_features)
+    train, test = scaler.transform(train_features), scaler.transform(test_features)
+    scores = []
+    for draw in range(num_draws):
+        rng = np.random.default_rng(draws.word(seed, draws.Stream.PROBE, draw))
+        drawn = np.concatenate([rng.permutation(r)[:labels_per_class] for r in rows.values()])
+        scores.append(_fit_and_score(train[drawn], train_labels[drawn], test, test_labels))
+    return Accuracy(float(np.mean(scores)), float(np.std(scores, ddof=1)) if num_draws > 1 else 0.0)
+
+
+def full_accuracy(
+    train_features: Features, train_labels: Labels, test_features: Features, test_labels: Labels
+) -> float:
+    """Accuracy with every training label.
+
+    Raises:
+        DataError: no rows, or one class only.
+    """
+    _check(train_labels, test_labels)
+    scaler = StandardScaler().fit(train_features)
+    return _fit_and_score(scaler.transform(train_features), train_labels, scaler.transform(test_features), test_labels)
+
+
+def _fit_and_score(train: Any, train_labels: Labels, test: Any, test_labels: Labels) -> float:
+    regression = LogisticRegression(C=PENALTY_C, max_iter=MAX_ITERATIONS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        regression.fit(train, train_labels)
+    if caught:  # still a lower bound of what the features hold
+        log.info("a probe stopped at %d iterations, before it converged", MAX_ITERATIONS)
+    return float(regression.score(test, test_labels))
+
+
+def _check(train_labels: Labels, test_labels: Labels) -> None:
+    if len(train_labels) == 0 or len(test_labels) == 0:
+        raise DataError(
+            "the probe needs labelled rows in both splits",
+            key="probe.enabled",
+            found=f"{len(train_labels)} training rows, {len(test_labels)} held-out rows",
+            fix="ingest with held_out_fraction above 0, or set probe.enabled: false",
+        )
+    if len(np.unique(train_labels)) < 2:
+        raise DataError(
+            "the probe needs two classes at least",
+            key="probe.enabled",
+            found=f"{len(train_labels)} training rows, all of class {int(train_labels[0])}",
+            fix="set probe.enabled: false",
+        )

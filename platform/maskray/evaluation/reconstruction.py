@@ -1,0 +1,76 @@
+"""What a model paints: fixed images under fixed masks, so that two pictures of a run differ by the model alone.
+
+Shape letters: N images, C channels, H and W down and across (pixels of an image, cells of a visibility).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from maskray import draws, figures, masking
+from maskray.config.schema import Mask
+from maskray.evaluation.features import Images, evaluating
+from maskray.models.normalize import Normalize
+from maskray.models.vit import MaskedAutoencoderViT
+from maskray.objective import Objective
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Arrays for a figure, and the losses that belong to them."""
+
+    images_NCHW: Images
+    visible_NHW: np.ndarray[Any, np.dtype[np.bool_]]
+    painted_NCHW: Images
+    """The prediction for every cell, those the model saw included."""
+    loss_N: np.ndarray[Any, np.dtype[np.float32]]
+    """Over the hidden cells. Comparable only at one mask ratio, patch and objective."""
+    uses_target_statistics: bool
+    """True: each painted cell's mean and std were taken from the original."""
+
+    def figure(self, title: str) -> bytes:
+        """A PNG of it."""
+        return figures.reconstructions(
+            self.images_NCHW,
+            self.visible_NHW,
+            self.painted_NCHW,
+            title=title,
+            losses=[float(loss) for loss in self.loss_N],
+            uses_target_statistics=self.uses_target_statistics,
+        )
+
+
+def reconstruct(
+    model: MaskedAutoencoderViT,
+    normalize: Normalize,
+    objective: Objective,
+    images_NCHW: Images,
+    mask: Mask,
+    seed: int,
+) -> Reconstruction:
+    """Paint the hidden cells of a few images, in fp32.
+
+    Image n gets the mask that (seed, n) draws: the same at every step of a run, and no mask of training's.
+    """
+    num_visible = masking.num_visible(mask, model.grid_HW)
+    probe_seed = draws.word(seed, draws.Stream.PROBE)
+    rows = np.arange(len(images_NCHW))
+    visible_NHW = masking.draw(mask, model.grid_HW, seed=probe_seed, pass_=0, rows=rows, view=0)
+    device = next(model.parameters()).device
+    visible = torch.from_numpy(visible_NHW).to(device)
+    with evaluating(model), torch.no_grad():
+        images = normalize(torch.from_numpy(np.ascontiguousarray(images_NCHW)).to(device))
+        pred = model(images, visible, num_visible)
+        loss_N = objective(images, pred, visible)
+        painted = objective.paint(images, pred)
+    return Reconstruction(
+        images_NCHW=images_NCHW,
+        visible_NHW=visible_NHW,
+        painted_NCHW=normalize.to_bytes(painted.images_BCHW).cpu().numpy(),
+        loss_N=loss_N.float().cpu().numpy(),
+        uses_target_statistics=painted.uses_target_statistics,
+    )

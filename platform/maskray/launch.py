@@ -1,0 +1,279 @@
+"""A run from config to registered encoder, whoever trains it: checks, lease, MLflow run, training, judgement, release.
+
+The launcher does what differs between Ray and bare torch. Everything that can be checked is checked before it starts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from maskray.config.load import dump, identity
+from maskray.config.resolve import RunPlan, padding_waste, resolve
+from maskray.config.schema import RunConfig
+from maskray.data.shards import Dataset
+from maskray.data.storage import Storage
+from maskray.data.stream import StreamSpec
+from maskray.errors import MaskrayError
+from maskray.evaluation.judgement import Judgement, Scores
+from maskray.evaluation.linear_probe import Accuracy
+from maskray.models.build import build_normalize, initial_model
+from maskray.models.foreign import load_weights, weights_digest
+from maskray.pretrain import first_images
+from maskray.publish import export, registry
+from maskray.publish.registry import ModelCard
+from maskray.tracking import mlflow_runs
+from maskray.tracking.mlflow_runs import DatasetCard, RunCard
+from maskray.tracking.mlflow_store import Store, open_store
+from maskray.training import lease
+
+log = logging.getLogger(__name__)
+
+FINISHED = "finished.json"
+_CHECKED_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check that needs no cluster."""
+
+    config: RunConfig
+    """With absolute paths: workers run in other folders."""
+    plan: RunPlan
+    dataset: Dataset
+    root: Storage
+    run: Storage
+    """The run's folder, below `root`."""
+    store: Store
+    """MLflow."""
+
+
+class Launcher(Protocol):
+    """Who trains."""
+
+    def preflight(self, prepared: Prepared) -> None:
+        """Refuse what cannot work here."""
+        ...
+
+    def train(self, prepared: Prepared, run_id: str) -> None:
+        """Train to the end, through whatever can be survived."""
+        ...
+
+    def newest_checkpoint(self, prepared: Prepared) -> AbstractContextManager[Path]:
+        """The run's newest checkpoint as a folder on this machine."""
+        ...
+
+    def judge(self, prepared: Prepared) -> Judgement | None:
+        """The first judgement, on the hardware of a worker."""
+        ...
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is said at the end, and again when a finished run is launched."""
+
+    run_name: str
+    run_id: str
+    tracking_uri: str
+    steps: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+    judgement: Judgement | None
+    model_name: str
+    model_version: str
+    already_finished: bool = False
+
+    def dump(self) -> bytes:
+        """As JSON."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @staticmethod
+    def load(content: bytes) -> Summary:
+        """From JSON, of a run that was finished before."""
+        raw = json.loads(content)
+        judged = raw["judgement"]
+        if judged is not None:
+            for name in ("before", "after", "pixels"):
+                few, every = judged[name]["few_labels"], judged[name]["all_labels"]
+                judged[name] = Scores(Accuracy(*few), every)
+            raw["judgement"] = Judgement(**judged)
+        return Summary(**(raw | {"already_finished": True}))
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check all that can be checked without a cluster.
+
+    Raises:
+        MaskrayError: of the kind that is wrong: config, dataset, weights to start from, storage or MLflow.
+    """
+    config = _with_absolute_paths(config)
+    dataset = Dataset.open(config.data.path)
+    dataset.check(_CHECKED_BYTES)
+    plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
+    spec = StreamSpec.of(config, plan, dataset)
+    log.info("%d of %d cells visible", spec.num_visible, spec.grid_HW[0] * spec.grid_HW[1])
+    build_normalize(config, dataset.manifest)
+    if config.init_from is not None:
+        initial_model(config)
+    _say_what_is_left_out(config, plan, dataset)
+    root = Storage(config.storage.path)
+    root.check_writable()
+    store = open_store(config.tracking, root.uri)
+    return Prepared(config, plan, dataset, root, root.child(plan.run_name), store)
+
+
+def finished(prepared: Prepared) -> Summary | None:
+    """What a run that has ended said at its end; None where it has not."""
+    return Summary.load(prepared.run.read_bytes(FINISHED)) if prepared.run.exists(FINISHED) else None
+
+
+def launch(prepared: Prepared, launcher: Launcher) -> Summary:
+    """Run to the end: train (or go on), judge, register.
+
+    Raises:
+        MaskrayError: a check failed, before anything was started.
+        TrainingError: the run itself went wrong.
+    """
+    launcher.preflight(prepared)
+    with lease.hold(prepared.run, prepared.plan.run_name), _tracked(prepared) as run_id:
+        start = time.monotonic()
+        launcher.train(prepared, run_id)
+        seconds = time.monotonic() - start
+        judgement = launcher.judge(prepared)
+        summary = _release(prepared, launcher, run_id, judgement, seconds)
+        prepared.run.write_bytes(FINISHED, summary.dump())
+        return summary
+
+
+@contextmanager
+def _tracked(prepared: Prepared) -> Iterator[str]:
+    """The run's one MLflow run, whose status is true at the end: FINISHED, FAILED or KILLED."""
+    store = prepared.store
+    mlflow_runs.reconcile(store, lambda tags: _is_abandoned(tags, prepared.plan.fingerprint))
+    run_id = mlflow_runs.ensure_run(store, _card(prepared))
+    try:
+        yield run_id
+    except Exception as error:
+        mlflow_runs.close_run(store, run_id, "FAILED", str(error))
+        raise
+    except BaseException:
+        mlflow_runs.close_run(store, run_id, "KILLED", "interrupted")
+        raise
+    mlflow_runs.close_run(store, run_id, "FINISHED")
+
+
+def _card(prepared: Prepared) -> RunCard:
+    config, plan, manifest = prepared.config, prepared.plan, prepared.dataset.manifest
+    place = prepared.dataset.storage.uri
+    learned = identity(config) | {"dataset": manifest.fingerprint}
+    settings, params = mlflow_runs.flatten(config.model_dump(mode="json")), mlflow_runs.flatten(learned)
+    return RunCard(
+        name=plan.run_name,
+        fingerprint=plan.fingerprint,
+        params=learned,
+        tags={
+            **{f"setting.{k}": v for k, v in settings.items() if k not in params},
+            **mlflow_runs.provenance(Path(__file__).parent),
+            "maskray.storage": prepared.run.uri,
+        },
+        config_yaml=dump(config),
+        dataset=DatasetCard(Path(place).name, place, manifest.fingerprint, prepared.dataset.num_rows()),
+        description=f"{plan.total_steps} steps of {plan.global_batch} images of `{place}`",
+    )
+
+
+def _is_abandoned(tags: Mapping[str, str], own_fingerprint: str) -> bool:
+    """Whether a RUNNING run has nobody who runs it: its lease is gone or has no living holder."""
+    if tags.get("maskray.fingerprint") == own_fingerprint or "maskray.storage" not in tags:
+        return False
+    try:
+        holder = lease.holder_of(Storage(tags["maskray.storage"]))
+    except MaskrayError:  # a place that cannot be read from here says nothing
+        return False
+    return holder is None or not holder.is_alive()
+
+
+def _release(
+    prepared: Prepared, launcher: Launcher, run_id: str, judgement: Judgement | None, seconds: float
+) -> Summary:
+    config, plan = prepared.config, prepared.plan
+    name = config.tracking.register_as or config.name
+    with launcher.newest_checkpoint(prepared) as weights, tempfile.TemporaryDirectory(prefix="maskray-") as folder:
+        model = initial_model(config.model_copy(update={"init_from": None}))
+        load_weights(model, weights)
+        export.save_encoder(Path(folder), model, build_normalize(config, prepared.dataset.manifest), config)
+        version = registry.register_encoder(
+            prepared.store.uri, run_id, Path(folder), name, _model_card(prepared, judgement)
+        )
+    first, last = mlflow_runs.first_and_last(prepared.store, run_id, "train/loss")
+    return Summary(
+        run_name=plan.run_name,
+        run_id=run_id,
+        tracking_uri=prepared.store.uri,
+        steps=plan.total_steps,
+        seconds=seconds,
+        first_loss=first,
+        last_loss=last,
+        judgement=judgement,
+        model_name=name,
+        model_version=version,
+    )
+
+
+def _model_card(prepared: Prepared, judgement: Judgement | None) -> ModelCard:
+    plan, manifest = prepared.plan, prepared.dataset.manifest
+    return ModelCard(
+        step=plan.total_steps,
+        tags={"maskray.run": plan.run_name, "maskray.fingerprint": plan.fingerprint, "dataset": manifest.fingerprint},
+        metrics=_scores(judgement),
+        description=f"From the run `{plan.run_name}`: {plan.total_steps} steps of {plan.global_batch} images.",
+        example=first_images(prepared.dataset, prepared.config).transpose(0, 2, 3, 1),
+    )
+
+
+def _scores(judgement: Judgement | None) -> dict[str, float]:
+    if judgement is None:
+        return {}
+    out = {}
+    for name in ("before", "after", "pixels"):
+        scores: Scores = getattr(judgement, name)
+        out[f"probe/few_labels_{name}"] = scores.few_labels.mean
+        out[f"probe/all_labels_{name}"] = scores.all_labels
+    return out
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    def moved(section: Any, key: str) -> Any:
+        value = getattr(section, key)
+        return section if value is None else section.model_copy(update={key: Storage(value).uri})
+
+    config = moved(config, "init_from")
+    return config.model_copy(
+        update={
+            "data": moved(config.data, "path"),
+            "storage": moved(config.storage, "path"),
+            "training": moved(config.training, "ledger"),
+        }
+    )
+
+
+def _say_what_is_left_out(config: RunConfig, plan: RunPlan, dataset: Dataset) -> None:
+    left = dataset.num_rows() - plan.num_row_groups * plan.group_rows
+    if left:
+        log.warning("%d of %d images stay out: fewer than a row group of %d", left, dataset.num_rows(), plan.group_rows)
+    waste = padding_waste(config.cluster.workers, plan.groups_per_step)
+    if waste:
+        log.warning(
+            "%d workers do not divide the %d row groups of a step: %.0f %% of their time goes into padding",
+            config.cluster.workers,
+            plan.groups_per_step,
+            100 * waste,
+        )

@@ -1,0 +1,102 @@
+"""What the decoder must paint, and how a miss is counted: hidden cells only, in fp32.
+
+Shape letters: B images, C channels, H and W down and across (pixels of an image, cells of a visibility), L = cells of
+an image in raster order, P pixel values of a cell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskray.config.schema import ObjectiveConfig
+from maskray.errors import ConfigError
+
+NORM_PIX_EPS = 1e-6
+
+
+def patchify(images_BCHW: Tensor, patch_HW: tuple[int, int]) -> Tensor:
+    """(B, L, P) values of each cell, in the authors' (row, column, channel) order."""
+    B, C, H, W = images_BCHW.shape
+    (p, q), grid = patch_HW, (H // patch_HW[0], W // patch_HW[1])
+    cells = images_BCHW.reshape(B, C, grid[0], p, grid[1], q).permute(0, 2, 4, 3, 5, 1)
+    return cells.reshape(B, grid[0] * grid[1], p * q * C)
+
+
+def unpatchify(cells_BLP: Tensor, patch_HW: tuple[int, int], grid_HW: tuple[int, int]) -> Tensor:
+    """The images (B, C, H, W) whose cells these are."""
+    (p, q), (grid_h, grid_w) = patch_HW, grid_HW
+    B, channels = len(cells_BLP), cells_BLP.shape[2] // (p * q)
+    cells = cells_BLP.reshape(B, grid_h, grid_w, p, q, channels).permute(0, 5, 1, 3, 2, 4)
+    return cells.reshape(B, channels, grid_h * p, grid_w * q)
+
+
+@dataclass(frozen=True)
+class Painted:
+    """Predictions as pixels, for looking at."""
+
+    images_BCHW: Tensor
+    """In the units of the model's input."""
+    uses_target_statistics: bool
+    """True: each cell's mean and std were taken from the original, so brightness and contrast are not the model's."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The reconstruction loss of a config, for cells of `patch_HW` pixels."""
+
+    config: ObjectiveConfig
+    patch_HW: tuple[int, int]
+
+    def __call__(self, images_BCHW: Tensor, pred_BLP: Tensor, visible_BHW: Tensor) -> Tensor:
+        """Loss (B,) of each image: mean over a cell's pixel values, then over its hidden cells.
+
+        fp32 whatever the prediction's type is (under bf16 the difference of near values has no digits left); float64
+        stays float64.
+        """
+        target_BLP = self._target(_wide(images_BCHW))
+        error_BLP = pred_BLP.to(target_BLP.dtype) - target_BLP
+        loss_BL = (error_BLP.abs() if self.config.loss == "l1" else error_BLP.square()).mean(dim=2)
+        hidden_BL = (~visible_BHW).flatten(1).to(loss_BL.dtype)
+        return (loss_BL * hidden_BL).sum(dim=1) / hidden_BL.sum(dim=1)
+
+    def paint(self, images_BCHW: Tensor, pred_BLP: Tensor) -> Painted:
+        """Predictions turned into pixels of all cells.
+
+        Under `norm_pix` the model predicts no cell's mean or std. They are borrowed from the original, which flatters
+        the picture: whoever shows it must say so.
+        """
+        images_BCHW = _wide(images_BCHW)
+        cells_BLP = pred_BLP.to(images_BCHW.dtype)
+        if self.config.norm_pix:
+            mean_BL1, std_BL1 = self._statistics(patchify(images_BCHW, self.patch_HW))
+            cells_BLP = cells_BLP * std_BL1 + mean_BL1
+        H, W = images_BCHW.shape[2:]
+        grid_HW = (H // self.patch_HW[0], W // self.patch_HW[1])
+        return Painted(unpatchify(cells_BLP, self.patch_HW, grid_HW), self.config.norm_pix)
+
+    def _target(self, images_BCHW: Tensor) -> Tensor:
+        cells_BLP = patchify(images_BCHW, self.patch_HW)
+        if not self.config.norm_pix:
+            return cells_BLP
+        mean_BL1, std_BL1 = self._statistics(cells_BLP)
+        return (cells_BLP - mean_BL1) / std_BL1
+
+    def _statistics(self, cells_BLP: Tensor) -> tuple[Tensor, Tensor]:
+        if cells_BLP.shape[2] < 2:
+            raise ConfigError(
+                "a cell of one value has no spread to divide by",
+                key="objective.norm_pix",
+                found=True,
+                allowed="false with model.patch 1 on gray images",
+            )
+        # Over all P values, unbiased, eps inside the root: the authors' target to the last digit.
+        mean_BL1 = cells_BLP.mean(dim=2, keepdim=True)
+        variance_BL1 = cells_BLP.var(dim=2, keepdim=True)
+        return mean_BL1, (variance_BL1 + NORM_PIX_EPS).sqrt()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

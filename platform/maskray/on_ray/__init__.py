@@ -1,0 +1,1 @@
+"""The same functions on Ray: the only room that imports it."""

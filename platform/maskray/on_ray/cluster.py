@@ -1,0 +1,169 @@
+"""The cluster: joining one or starting one, and whether it can hold what a run asks for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray._private.state import state as ray_state
+
+import maskray
+from maskray.config.schema import ClusterConfig, RunConfig
+from maskray.data.storage import Storage
+from maskray.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+_SAY_EVERY_SECONDS = 5.0
+# Set before Ray starts, and only where the user has not: a lost worker is told apart from a slow one sooner.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """A connection to the cluster that `cluster.address` or RAY_ADDRESS names, or to an embedded one that ends with it.
+
+    Raises:
+        ClusterError: the cluster cannot be reached.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    variables = {name: os.environ[name] for name in _ENVIRONMENT if name.startswith("MLFLOW")}
+    package = Path(maskray.__file__).parent
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            # The package travels with the job: workers of a cluster need not have it installed.
+            ray.init(
+                address=address,
+                logging_level="ERROR",
+                runtime_env={"py_modules": [str(package)], "env_vars": variables},
+            )
+        else:
+            ray.init(
+                # Without `local` Ray joins any cluster that it finds on this machine.
+                address="local",
+                num_cpus=config.embedded_cpus,
+                include_dashboard=False,
+                logging_level="ERROR",
+                log_to_driver=False,
+                runtime_env={"env_vars": {**variables, "PYTHONPATH": str(package.parent)}},
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            "the Ray cluster cannot be reached or started",
+            key="cluster.address",
+            found=f"{address or 'embedded'} ({error})",
+            fix="check the address and the token (RAY_AUTH_TOKEN_PATH), or unset it for an embedded cluster",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def preflight(config: RunConfig, storage: Storage, tracking_uri: str, *, streams_on_ray: bool) -> None:
+    """Refuse in seconds what the cluster could never hold; wait, visibly, for what it can still get.
+
+    Raises:
+        ClusterError: too few CPUs or GPUs even at the autoscaler's largest; still too few after
+            `cluster.wait_seconds`; or a store on one node's disk for a cluster of several nodes.
+    """
+    _check_shared(storage, tracking_uri)
+    needed = needs(config.cluster, streams_on_ray=streams_on_ray)
+    largest = _largest()
+    _refuse_if_short(needed, largest, config.cluster)
+    deadline = time.monotonic() + config.cluster.wait_seconds
+    said = 0.0
+    while _shortage(needed, ray.available_resources()):
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"the cluster's resources were not free within {config.cluster.wait_seconds:g} s",
+                key="cluster.wait_seconds",
+                found=_shown(ray.available_resources()) + " free",
+                allowed=_shown(needed),
+                fix="wait longer, free some, or ask for less",
+            )
+        if time.monotonic() - said > _SAY_EVERY_SECONDS:
+            said = time.monotonic()
+            log.warning("Waiting for %s; %s free", _shown(needed), _shown(ray.available_resources()))
+        time.sleep(0.5)
+
+
+def needs(cluster: ClusterConfig, *, streams_on_ray: bool) -> dict[str, float]:
+    """CPUs and GPUs that a run takes, those of Ray Data included."""
+    data = cluster.data_cpus if streams_on_ray else 0.0
+    return {
+        "CPU": cluster.workers * cluster.cpus_per_worker + data,
+        "GPU": cluster.workers * cluster.gpus_per_worker,
+    }
+
+
+def _largest() -> dict[str, float]:
+    """What the cluster can grow to: its autoscaler's word where there is one, else what it has."""
+    has = ray.cluster_resources()
+    limit = ray_state.get_max_resources_from_cluster_config() or {}
+    return {name: max(has.get(name, 0.0), float(limit.get(name) or 0.0)) for name in ("CPU", "GPU")}
+
+
+def _refuse_if_short(needed: Mapping[str, float], largest: Mapping[str, float], cluster: ClusterConfig) -> None:
+    short = _shortage(needed, largest)
+    if not short:
+        return
+    parts = f"{cluster.workers} workers with {cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs each"
+    raise ClusterError(
+        f"the cluster can never hold this run: {_shown(short)} short",
+        key="cluster.workers",
+        found=f"{_shown(needed)} asked for ({parts}; the rest of the CPUs is for Ray Data)",
+        allowed=f"{_shown(largest)} at most",
+        fix="lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or take a larger cluster",
+    )
+
+
+def _shortage(needed: Mapping[str, float], has: Mapping[str, float]) -> dict[str, float]:
+    return {name: n - has.get(name, 0.0) for name, n in needed.items() if n > has.get(name, 0.0) + 1e-6}
+
+
+def _shown(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(n, 0.0):g} {n}s" for n in ("CPU", "GPU") if n in resources) or "nothing"
+
+
+def _check_shared(storage: Storage, tracking_uri: str) -> None:
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    if len(nodes) < 2:
+        return
+    if tracking_uri.startswith("sqlite"):
+        raise ClusterError(
+            f"an SQLite store cannot serve a cluster of {len(nodes)} nodes",
+            key="tracking.uri",
+            found=tracking_uri,
+            fix="start an MLflow server and give its URI",
+        )
+    if storage.is_local and not _seen_everywhere(storage, nodes):
+        raise ClusterError(
+            f"the storage folder is not the same on all of the cluster's {len(nodes)} nodes",
+            key="storage.path",
+            found=storage.uri,
+            allowed="s3://bucket/prefix, or a folder on a file system that all nodes mount",
+        )
+
+
+def _seen_everywhere(storage: Storage, nodes: list[str]) -> bool:
+    marker = f".maskray-{uuid.uuid4().hex}"
+    storage.write_bytes(marker, b"")
+    try:
+        look = ray.remote(num_cpus=0)(lambda: Storage(storage.uri).exists(marker))
+        on = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        return all(ray.get([look.options(scheduling_strategy=on(n, soft=False)).remote() for n in nodes]))
+    finally:
+        storage.delete(marker)

@@ -1,0 +1,112 @@
+"""Training's seam to Ray Train: what a worker is told, and what it gives back."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray.train
+from ray.train.torch import get_device
+
+from maskray.config.schema import DataConfig
+from maskray.data.shards import decoded_bytes
+from maskray.data.storage import Storage
+from maskray.data.stream import LocalStream, StreamSpec, Unit
+from maskray.on_ray import stream
+from maskray.training import checkpoint
+from maskray.training.context import Snapshot
+
+
+class RayContext:
+    """A Ray Train worker's `RunContext`.
+
+    Args:
+        data: how the stream reaches the workers.
+        run: the run's folder, Train's own.
+        on_ray: whether Ray Data decodes, or this worker's threads.
+    """
+
+    def __init__(self, data: DataConfig, run: Storage, *, on_ray: bool) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = get_device()
+        self._data, self._run, self._on_ray = data, run, on_ray
+        # Every start of the workers writes folders of its own: no two ever write into one.
+        self._attempt = uuid.uuid4().hex[:8]
+        self._uploaded = threading.Event()
+        self._uploaded.set()
+
+    @contextmanager
+    def units(self, spec: StreamSpec, start_step: int) -> Iterator[Iterator[Unit]]:
+        """This worker's share of the plan."""
+        data = self._data
+        if self._on_ray:
+            per_task, ready = data.groups_per_task, data.prefetch_groups
+            yield stream.units(spec, self.rank, self.world_size, per_task, ready, start_step)
+            return
+        dataset = spec.open_dataset()
+        with LocalStream(
+            spec,
+            dataset,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_step=start_step,
+            threads=data.decode_threads,
+            prefetch_groups=data.prefetch_groups,
+            cache=decoded_bytes(dataset, spec.channels) <= data.local_bytes,
+        ) as units:
+            yield units
+
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        """The checkpoint that Train has on record."""
+        found = ray.train.get_checkpoint()
+        if found is None:
+            yield None
+            return
+        with found.as_directory() as folder:
+            yield Path(folder)
+
+    def report(self, step: int, snapshot: Snapshot | None) -> float:
+        """Hand the snapshot to Train's upload thread; at most one is on its way, a second waits for it."""
+        start = time.perf_counter()
+        self._uploaded.wait()
+        waited = time.perf_counter() - start
+        reported = None
+        if snapshot is not None:
+            self._uploaded.clear()
+            # An empty folder stands for the checkpoint until `upload` fills it; Train deletes it afterwards.
+            reported = ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="maskray-"))
+
+        def upload(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+            try:
+                assert snapshot is not None
+                return self._upload(snapshot, Path(local.path), name)
+            finally:
+                self._uploaded.set()
+
+        ray.train.report(
+            {"step": step},
+            checkpoint=reported,
+            checkpoint_dir_name=checkpoint.folder_name(step, self._attempt),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+            delete_local_checkpoint_after_upload=True,
+        )
+        return waited
+
+    def _upload(self, snapshot: Snapshot, local: Path, name: str) -> ray.train.Checkpoint:
+        snapshot.write(local)
+        target = self._run.child(name)
+        # The file that says that the others are whole goes last.
+        for file in sorted(local.iterdir(), key=lambda f: f.name == checkpoint.STATE):
+            with target.open_output(file.name) as out, file.open("rb") as source:
+                shutil.copyfileobj(source, out)
+        storage = ray.train.get_context().get_storage()
+        return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)

@@ -1,0 +1,200 @@
+"""Pretraining on Ray Train: the launcher whose workers may be killed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from maskray.data.shards import decoded_bytes
+from maskray.data.storage import Storage
+from maskray.data.stream import StreamSpec
+from maskray.errors import CheckpointError, MaskrayError, NonFiniteError, TrainingError
+from maskray.evaluation.judgement import Judgement
+from maskray.launch import Prepared
+from maskray.on_ray import cluster, evaluate, stream, worker
+from maskray.tracking.console import ProgressLine
+from maskray.training import checkpoint
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.5
+
+
+class RayLauncher:
+    """Trains on the connected cluster."""
+
+    def preflight(self, prepared: Prepared) -> None:
+        """Refuse what the cluster cannot hold, and wait for what it can."""
+        cluster.preflight(prepared.config, prepared.root, prepared.store.uri, streams_on_ray=streams_on_ray(prepared))
+
+    def train(self, prepared: Prepared, run_id: str) -> None:
+        """Train to the end. Lost workers are Train's to restart; a lost controller is ours.
+
+        Raises:
+            MaskrayError: a mistake that only the workers could see (a damaged shard, a checkpoint that does not fit).
+            TrainingError: a step was not finite, or the workers were lost too often.
+        """
+        _remove_unlisted(prepared.run)
+        config = prepared.config
+        board = ray.remote(num_cpus=0)(Board).remote()
+        with _shown(board, prepared.plan.total_steps):
+            for left in reversed(range(config.cluster.max_failures + 1)):
+                try:
+                    outcome = _trainer(prepared, run_id, board).fit().return_value
+                    break
+                except ray.exceptions.ActorDiedError as error:
+                    if left == 0:
+                        raise TrainingError(f"Ray Train's controller died too often: {error}") from error
+                    log.warning("Ray Train's controller died; starting again from the latest checkpoint")
+                except ray.train.TrainingFailedError as error:
+                    raise _explained(error, config.cluster.max_failures) from error
+        if outcome and "not_finite" in outcome:
+            raise NonFiniteError(outcome["not_finite"])
+
+    @contextmanager
+    def newest_checkpoint(self, prepared: Prepared) -> Iterator[Path]:
+        """The checkpoint that Train has on record."""
+        with checkpoint.on_disk(prepared.run.child(_registered(prepared))) as folder:
+            yield folder
+
+    def judge(self, prepared: Prepared) -> Judgement | None:
+        """As a task with the resources of a worker."""
+        return evaluate.judge(prepared.config, prepared.run.child(_registered(prepared)))
+
+
+def streams_on_ray(prepared: Prepared) -> bool:
+    """Whether Ray Data decodes: as the config says, or, under `auto`, where the decoded images do not fit."""
+    data = prepared.config.data
+    if data.stream == "auto":
+        return decoded_bytes(prepared.dataset, data.channels) > data.local_bytes
+    return data.stream == "ray"
+
+
+def _trainer(prepared: Prepared, run_id: str, board: Any) -> TorchTrainer:
+    config, on_ray = prepared.config, streams_on_ray(prepared)
+    workers = config.cluster.workers
+    spec = StreamSpec.of(config, prepared.plan, prepared.dataset)
+    on_gpu = config.cluster.gpus_per_worker > 0
+    resources = {"CPU": config.cluster.cpus_per_worker} | ({"GPU": config.cluster.gpus_per_worker} if on_gpu else {})
+    return TorchTrainer(
+        worker.run,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "run": prepared.run.uri,
+            "run_id": run_id,
+            "tracking_uri": prepared.store.uri,
+            "on_ray": on_ray,
+            "board": board,
+        },
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=on_gpu, resources_per_worker=resources),
+        run_config=ray.train.RunConfig(
+            name=prepared.plan.run_name,
+            storage_path=prepared.root.uri,
+            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.storage.keep_checkpoints),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            # cuBLAS reads it before its first product; without it, deterministic kernels are refused.
+            worker_runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if on_gpu else None,
+        ),
+        dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
+        datasets=stream.datasets(spec, prepared.run, workers, config.data.groups_per_task) if on_ray else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
+class Board:
+    """A Ray actor that holds the newest line for the driver's terminal."""
+
+    def __init__(self) -> None:
+        self._step, self._metrics = 0, dict[str, float]()
+
+    def post(self, step: int, metrics: Mapping[str, float]) -> None:
+        """From the first worker."""
+        self._step, self._metrics = step, dict(metrics)
+
+    def read(self) -> tuple[int, dict[str, float]]:
+        """From the driver."""
+        return self._step, self._metrics
+
+
+@contextmanager
+def _shown(board: Any, total_steps: int) -> Iterator[None]:
+    """The progress line, while the block runs."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        last = 0
+        while not stop.wait(_POLL_SECONDS):
+            try:
+                step, metrics = ray.get(board.read.remote(), timeout=_POLL_SECONDS)
+            except ray.exceptions.RayError:  # a line that cannot be read must not end a run
+                continue
+            if step != last:
+                last = step
+                line.update(step, metrics)
+
+    with closing(ProgressLine(total_steps)) as line:
+        thread = threading.Thread(target=follow, name="maskray-progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def _explained(error: BaseException, max_failures: int) -> Exception:
+    """The user's mistake that a worker met, or what is known of how the workers were lost."""
+    for cause in _causes(error, set()):
+        if isinstance(cause, MaskrayError | TrainingError):
+            return cause
+    return TrainingError(f"The workers were lost more than {max_failures} times (cluster.max_failures): {error}")
+
+
+def _causes(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
+    if id(error) in seen:
+        return
+    seen.add(id(error))
+    yield error
+    below = [error.__cause__, error.__context__, getattr(error, "cause", None)]
+    below += list(getattr(error, "worker_failures", {}).values())
+    for cause in below:
+        if isinstance(cause, BaseException):
+            yield from _causes(cause, seen)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _registered(prepared: Prepared) -> str:
+    name = stream.registered_checkpoint(prepared.run)
+    if name is None:
+        raise CheckpointError("the run has no checkpoint", found=prepared.run.uri)
+    return name
+
+
+def _remove_unlisted(run: Storage) -> None:
+    """Delete checkpoint folders that Train has no record of: what a killed upload left."""
+    try:
+        content = run.read_bytes(stream.SNAPSHOT).decode()
+    except FileNotFoundError:
+        content = ""
+    for name in run.list_names():
+        if name.startswith(checkpoint.FOLDER_PREFIX) and f'"{name}"' not in content:
+            log.info("Removing %s, which was not finished", name)
+            run.delete(name)

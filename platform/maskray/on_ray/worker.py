@@ -1,0 +1,35 @@
+"""What each of Ray Train's workers runs. A module of its own: a worker need not import what the driver does."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+from maskray.config.schema import RunConfig
+from maskray.data.storage import Storage
+from maskray.errors import NonFiniteError
+from maskray.on_ray.context import RayContext
+from maskray.pretrain import pretrain
+from maskray.tracking.base import Fanout, Observer, Tracker
+
+
+def run(settings: dict[str, Any]) -> dict[str, Any]:
+    """Pretrain; the return value is the driver's to read."""
+    config = RunConfig.model_validate(settings["config"])
+    context = RayContext(config.data, Storage(settings["run"]), on_ray=settings["on_ray"])
+    with closing(_tracker(settings, config) if context.rank == 0 else Observer()) as tracker:
+        try:
+            return {"steps": pretrain(config, context, tracker)}
+        except NonFiniteError as error:
+            # All workers see it, and it would come again: returned, not raised, so that Train does not try again.
+            return {"not_finite": str(error)}
+
+
+def _tracker(settings: dict[str, Any], config: RunConfig) -> Tracker:
+    """MLflow, and the driver's progress line. Only the first worker pays for the import of MLflow."""
+    from maskray.tracking.mlflow_tracker import MlflowTracker
+
+    seconds = config.tracking.system_metrics_seconds
+    stored = MlflowTracker(settings["tracking_uri"], settings["run_id"], system_metrics_seconds=seconds)
+    board = settings["board"]
+    return Fanout(stored, Observer(lambda step, metrics: board.post.remote(step, dict(metrics))))

@@ -1,0 +1,133 @@
+"""One pretraining run, on one page. Whoever launches it gives the context: Ray, torchrun, a test."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from maskray import masking
+from maskray.config.load import dump
+from maskray.config.resolve import resolve
+from maskray.config.schema import RunConfig
+from maskray.data.shards import Dataset, SplitName
+from maskray.data.stream import Batch, StreamSpec, walk
+from maskray.evaluation.features import Images
+from maskray.evaluation.reconstruction import reconstruct
+from maskray.models.build import build_normalize, initial_model
+from maskray.models.cost import cost
+from maskray.models.foreign import weights_digest
+from maskray.objective import Objective
+from maskray.tracking.base import Tracker
+from maskray.training import checkpoint, loop
+from maskray.training.context import RunContext, Snapshot
+from maskray.training.optim import Schedule, build_optimizer
+from maskray.training.step import TrainStep
+from maskray.training.throughput import Meter, matmul_rate
+
+PACKAGES = ("maskray", "torch", "torchvision", "torchcodec", "timm", "numpy")  # what the bits of a run depend on
+
+
+def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
+    """Train from the latest checkpoint, or from the start, to the end of the plan; the number of steps done.
+
+    Raises:
+        MaskrayError: config, dataset or checkpoint do not fit together.
+        TrainingError: the run itself went wrong.
+    """
+    threads = settle(config)
+    dataset = Dataset.open(config.data.path)
+    plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
+    spec = StreamSpec.of(config, plan, dataset)
+
+    model = initial_model(config).to(context.device)
+    normalize = build_normalize(config, dataset.manifest).to(context.device)
+    objective = Objective(config.objective, config.model.patch)
+    optimizer = build_optimizer(model, config.optim)
+    schedule = Schedule.of(config.optim, plan)
+    if config.training.compile:
+        model.compile()  # in place: the parameters keep their names
+    step = TrainStep(model, normalize, objective, optimizer, schedule, config, context.device)
+    if config.training.deterministic:
+        step.warm_up(zero_batch(spec))
+
+    def facts(done: int) -> checkpoint.Facts:
+        packages = {name: _version(name) for name in PACKAGES}
+        return checkpoint.Facts(done, plan.fingerprint, context.world_size, threads, packages, tracker.pending())
+
+    def snapshot(done: int) -> Snapshot:
+        return Snapshot(done, checkpoint.HostCopy(model, optimizer, facts(done), dump(config)).write)
+
+    def probe(done: int) -> None:
+        if context.rank == 0:
+            picture = reconstruct(model, normalize, objective, fixed_images, config.mask, config.seed)
+            tracker.figure("reconstruction", picture.figure(f"{plan.run_name}, step {done}"), done)
+
+    start_step = 0
+    with context.latest_checkpoint() as folder:
+        if folder is not None:
+            then = checkpoint.restore(folder, model, optimizer, fingerprint=plan.fingerprint, device=context.device)
+            checkpoint.warn_of_differences(then, facts(then.step))
+            tracker.restore(then.pending_metrics)
+            start_step = then.step
+
+    fixed_images = first_images(dataset, config)
+    costs = cost(config.model, config.data.image_size, config.data.channels, spec.num_visible)
+    parts = loop.Parts(
+        spec=spec,
+        step=step,
+        schedule=schedule,
+        meter=Meter(
+            plan.global_batch,
+            context.world_size,
+            costs.training_flops,
+            matmul_rate(context.device, config.training.precision),
+        ),
+        snapshot=snapshot,
+        probe=probe,
+        ledger=_ledger(config.training.ledger, context.rank),
+    )
+    return loop.run(parts, config.training, context, tracker, start_step)
+
+
+def settle(config: RunConfig) -> int:
+    """Set what torch keeps for the whole process; the number of threads."""
+    threads = config.training.threads or max(1, int(config.cluster.cpus_per_worker))
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(config.training.deterministic)
+    torch.backends.cudnn.benchmark = not config.training.deterministic
+    return threads
+
+
+def zero_batch(spec: StreamSpec) -> Batch:
+    """One black row group under real masks, for the warm-up."""
+    rows = torch.arange(spec.views_per_group)
+    return Batch(
+        images_BCHW=torch.zeros(len(rows), spec.channels, *spec.image_size, dtype=torch.uint8),
+        visible_BHW=masking.draw(spec.mask, spec.grid_HW, seed=spec.seed, pass_=0, rows=rows, view=0, xp=torch),
+        num_visible=spec.num_visible,
+        weights_B=torch.ones(len(rows)),
+        keys=[],
+    )
+
+
+def first_images(dataset: Dataset, config: RunConfig) -> Images:
+    """The first held-out images (of training, where none were held out), (N, C, H, W) uint8: always the same."""
+    split: SplitName = "held_out" if dataset.num_rows("held_out") else "train"
+    walked = walk(dataset, split, config.data.image_size, config.data.channels, config.probe.figure_images)
+    return torch.cat([group.images_BCHW for group in walked]).numpy()
+
+
+def _ledger(folder: str | None, rank: int) -> Path | None:
+    if folder is None:
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder) / f"{rank}.jsonl"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"

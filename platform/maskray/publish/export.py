@@ -1,0 +1,156 @@
+"""A pretrained encoder as a folder that anybody can read: weights, and what must be known to use them.
+
+    model.safetensors    the encoder's parameters, under the MAE authors' names; the decoder is thrown away
+    encoder.json         schema version, sizes of the model, image size, channels, mean and std; written last
+
+Nothing is pickled. The registry keeps this folder, and `load_encoder` makes a module of it.
+
+Shape letters: B images, C channels, H and W pixels down and across, D width of a feature.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskray.config.load import parse
+from maskray.config.schema import RunConfig, VitConfig, VitDecoder
+from maskray.errors import CheckpointError, ConfigError, DataError
+from maskray.models.normalize import Normalize
+from maskray.models.vit import MaskedAutoencoderViT
+
+SCHEMA_VERSION = 1
+WEIGHTS, CARD = "model.safetensors", "encoder.json"
+DECODER_NAMES = ("decoder_", "mask_token")
+_SMALLEST_DECODER = VitDecoder(width=4, depth=1, heads=1)
+
+
+class Encoder(nn.Module):
+    """Images as bytes, of any size, to one feature vector each.
+
+    Args:
+        model: only its encoder is used.
+        normalize: what the model was trained behind.
+        image_size: height and width in pixels that the model takes; other images are resized to it.
+    """
+
+    def __init__(self, model: MaskedAutoencoderViT, normalize: Normalize, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.model, self.normalize, self.image_size = model, normalize, image_size
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self.model.channels
+
+    @property
+    def width(self) -> int:
+        """Of a feature."""
+        return int(self.model.cls_token.shape[2])
+
+    def forward(self, bytes_BCHW: Tensor) -> Tensor:
+        """Features (B, D) in fp32, the mean over the image's cells, of uint8 (B, C, H, W).
+
+        Raises:
+            DataError: the images are not bytes, or have another number of channels.
+        """
+        if bytes_BCHW.dtype != torch.uint8 or bytes_BCHW.dim() != 4 or bytes_BCHW.shape[1] != self.channels:
+            raise DataError(
+                "the encoder takes images as bytes",
+                found=f"{bytes_BCHW.dtype} of shape {tuple(bytes_BCHW.shape)}",
+                allowed=f"uint8 of shape (images, {self.channels}, height, width)",
+            )
+        return self.model.pooled(self.normalize(resize(bytes_BCHW, self.image_size))).float()
+
+
+def resize(bytes_BCHW: Tensor, size_HW: tuple[int, int]) -> Tensor:
+    """uint8 images at a size, as training saw them: bicubic, antialiased; no copy if they have it already."""
+    if tuple(bytes_BCHW.shape[2:]) == tuple(size_HW):
+        return bytes_BCHW
+    # Torch resizes bytes on the CPU only.
+    at_size = F.interpolate(bytes_BCHW.cpu(), size=size_HW, mode="bicubic", antialias=True, align_corners=False)
+    return at_size.to(bytes_BCHW.device)
+
+
+def save_encoder(
+    folder: Path,
+    model: MaskedAutoencoderViT,
+    normalize: Normalize,
+    config: RunConfig,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the encoder of a model into a folder.
+
+    Args:
+        folder: made where it is missing.
+        model: trained, on any device.
+        normalize: what it was trained behind.
+        config: of its run.
+        facts: where it comes from, as plain data: kept in `encoder.json` for people.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD).unlink(missing_ok=True)  # while the weights are half-written there is no encoder here
+    weights = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(DECODER_NAMES)
+    }
+    save_file(weights, folder / WEIGHTS)
+    card = {
+        "schema_version": SCHEMA_VERSION,
+        "model": config.model.model_dump(mode="json"),
+        "image_size": list(config.data.image_size),
+        "channels": config.data.channels,
+        "mean": normalize.mean_C11.flatten().tolist(),
+        "std": normalize.std_C11.flatten().tolist(),
+        "parameter_names": "facebookresearch/mae",
+        "feature": "mean over the cells after the final norm, without the class token",
+        "facts": dict(facts or {}),
+    }
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+
+
+def load_encoder(folder: str | Path) -> Encoder:
+    """The encoder of a folder that `save_encoder` wrote, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: no such folder, another schema version, or weights that are damaged or of another model.
+    """
+    folder = Path(folder)
+    try:
+        card = json.loads((folder / CARD).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"a folder without a readable {CARD} is no encoder", found=folder) from error
+    if card.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(
+            "the encoder has another schema version",
+            key="schema_version",
+            found=f"{card.get('schema_version')} in {folder}",
+            allowed=str(SCHEMA_VERSION),
+            fix="use the maskray that wrote it, or export it again",
+        )
+    try:
+        config = parse(VitConfig, card["model"], origin=str(folder / CARD))
+        model = _encoder_only(config, tuple(card["image_size"]), card["channels"])
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        encoder = Encoder(model, Normalize(card["mean"], card["std"]), tuple(card["image_size"]))
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError("the encoder is damaged", found=f"{folder} ({error})", fix="export it again") from error
+    return encoder.eval().requires_grad_(requires_grad=False)
+
+
+def _encoder_only(config: VitConfig, image_size: tuple[int, int], channels: int) -> MaskedAutoencoderViT:
+    with torch.random.fork_rng(devices=[]):  # the initialisation is thrown away, and must not be noticed
+        small = config.model_copy(update={"decoder": _SMALLEST_DECODER})
+        model = MaskedAutoencoderViT(small, image_size, channels)
+    for name in {name.split(".")[0] for name in model.state_dict() if name.startswith(DECODER_NAMES)}:
+        delattr(model, name)
+    return model

@@ -1,0 +1,264 @@
+"""MLflow's runs, from the driver: one for each identity, described, and closed with the truth. The tracker fills it.
+
+Only clients: no active run and no environment variables, so it does not matter what else the process does with MLflow.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+
+from maskray.errors import TrackingError
+from maskray.tracking.mlflow_store import Store as Store
+from maskray.tracking.mlflow_store import open_store as open_store
+from maskray.tracking.mlflow_store import reason, shown
+
+log = logging.getLogger(__name__)
+
+FINGERPRINT_TAG = "maskray.fingerprint"
+STATUS_TAG = "maskray.ended"
+MAX_PARAM_LENGTH, MAX_DIGEST_LENGTH, MAX_TAG_LENGTH, MAX_PER_BATCH = 6000, 36, 8000, 100
+VERSIONS = ("maskray", "ray", "torch", "timm", "mlflow")
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """The dataset as MLflow shows it: the digest says which one it is, whatever its place."""
+
+    name: str
+    source: str
+    digest: str
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class RunCard:
+    """What MLflow is told of a run when it starts."""
+
+    name: str
+    fingerprint: str
+    params: Mapping[str, Any]
+    """The identity, as nested plain data. MLflow never lets a param change."""
+    tags: Mapping[str, str]
+    """All that may change: settings of the launch, versions, places."""
+    config_yaml: str
+    dataset: DatasetCard
+    description: str = ""
+    """Markdown, shown on the run's page."""
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run that MLflow has of an identity."""
+
+    run_id: str
+    name: str
+    status: str
+    """RUNNING, FINISHED, FAILED, KILLED or SCHEDULED."""
+    tags: Mapping[str, str]
+
+
+def find_run(store: Store, fingerprint: str) -> FoundRun | None:
+    """The run of an identity, if there is one; nothing is changed."""
+    runs = _runs_of(store, fingerprint)
+    return _found(runs[0]) if runs else None
+
+
+def ensure_run(store: Store, card: RunCard) -> str:
+    """The id of the identity's one run: found, or created; running, and with all of the card in it.
+
+    The caller holds the run's lease, so nobody else does this at the same time.
+
+    Raises:
+        TrackingError: MLflow refuses.
+    """
+    client = store.client()
+    try:
+        run_id = _only_run(store, client, card)
+        client.update_run(run_id, status="RUNNING", name=card.name)
+        if STATUS_TAG in client.get_run(run_id).data.tags:
+            client.delete_tag(run_id, STATUS_TAG)
+        _set_params(client, run_id, card.params)
+        _set_tags(client, run_id, {**card.tags, **_standard_tags(card)})
+        client.log_inputs(run_id, [_dataset_input(card.dataset)])
+        client.log_text(run_id, card.config_yaml, "config.yaml")
+    except MlflowException as error:
+        raise TrackingError("MLflow does not take the run", found=f"{card.name}: {error}") from error
+    return run_id
+
+
+def close_run(store: Store, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"], message: str = "") -> None:
+    """Say how a run ended, and why.
+
+    Raises:
+        TrackingError: MLflow refuses or is away.
+    """
+    client = store.client()
+    try:
+        client.set_tag(
+            run_id, STATUS_TAG, f"{status.lower()}: {message}"[:MAX_TAG_LENGTH] if message else status.lower()
+        )
+        client.set_terminated(run_id, status)
+    except MlflowException as error:
+        raise TrackingError("the end of the run could not be told to MLflow", found=f"{run_id}: {error}") from error
+
+
+def reconcile(store: Store, is_stale: Callable[[Mapping[str, str]], bool]) -> list[str]:
+    """Close, as killed, the runs that say RUNNING while nobody runs them; their names.
+
+    Args:
+        store: whose experiment is looked through.
+        is_stale: whether nobody holds the run with these tags any more.
+    """
+    closed = []
+    for run in _search(store, f"tags.`{FINGERPRINT_TAG}` != '' AND attributes.status = 'RUNNING'"):
+        if is_stale(run.data.tags):
+            close_run(store, run.info.run_id, "KILLED", "its launch ended without a word")
+            closed.append(run.info.run_name)
+    return closed
+
+
+def first_and_last(store: Store, run_id: str, key: str) -> tuple[float, float]:
+    """The first and the last value of a metric.
+
+    Raises:
+        TrackingError: there is none, or MLflow is away.
+    """
+    try:
+        history = store.client().get_metric_history(run_id, key)
+    except MlflowException as error:
+        raise TrackingError("MLflow does not give a metric", found=f"{key} of {run_id}: {error}") from error
+    if not history:
+        raise TrackingError("MLflow has no values of a metric", found=f"{key} of {run_id}")
+    ordered = sorted(history, key=lambda point: point.step)
+    return float(ordered[0].value), float(ordered[-1].value)
+
+
+def provenance(repository: Path | None = None) -> dict[str, str]:
+    """Tags that say which code ran: git commit of a folder (this one by default), versions of Python and packages."""
+    tags = {"python": sys.version.split()[0]}
+    for package in VERSIONS:
+        try:
+            tags[f"version.{package}"] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # submitted as plain source
+            continue
+    git = ("git", "-C", str(repository or Path.cwd()))
+    try:
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+        return tags
+    return {**tags, "mlflow.source.git.commit": commit, "git.uncommitted_changes": "yes" if changed else "no"}
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested plain data as dotted keys and texts: `{"optim": {"base_lr": 1e-3}}` is `{"optim.base_lr": "0.001"}`."""
+    out: dict[str, str] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+    return out
+
+
+def _only_run(store: Store, client: MlflowClient, card: RunCard) -> str:
+    if not _runs_of(store, card.fingerprint):
+        tags = {FINGERPRINT_TAG: card.fingerprint, "mlflow.user": _user()}
+        client.create_run(store.experiment_id, tags=tags, run_name=card.name)
+    # A request that is tried again may have made two: looked for again, the oldest stays.
+    first, *others = _runs_of(store, card.fingerprint)
+    for run in others:
+        log.warning("MLflow had a second run %s of %s; deleted", run.info.run_id, card.name)
+        client.delete_run(run.info.run_id)
+    return str(first.info.run_id)
+
+
+def _runs_of(store: Store, fingerprint: str) -> list[Any]:
+    runs = _search(store, f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'")
+    return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+
+
+def _search(store: Store, query: str) -> list[Any]:
+    client, out, token = store.client(), [], None
+    try:
+        while True:
+            page = client.search_runs([store.experiment_id], query, ViewType.ACTIVE_ONLY, page_token=token)
+            out += page
+            token = page.token
+            if not token:
+                return out
+    except MlflowException as error:
+        raise TrackingError("MLflow cannot be searched", found=f"{shown(store.uri)} ({reason(error)})") from error
+
+
+def _found(run: Any) -> FoundRun:
+    return FoundRun(run.info.run_id, run.info.run_name, run.info.status, run.data.tags)
+
+
+def _set_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
+    stored = client.get_run(run_id).data.params
+    wanted = {key: _short(text) for key, text in flatten(params).items()}
+    for key in (k for k, text in wanted.items() if stored.get(k, text) != text):
+        log.warning("MLflow keeps the run's first value of %s: %s, not %s", key, stored[key], wanted[key])
+    new = [Param(key, text) for key, text in wanted.items() if key not in stored]
+    for some in _batches(new):
+        client.log_batch(run_id, params=some)
+
+
+def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    for some in _batches([RunTag(key, str(text)[:MAX_TAG_LENGTH]) for key, text in tags.items()]):
+        client.log_batch(run_id, tags=some)
+
+
+def _standard_tags(card: RunCard) -> dict[str, str]:
+    tags = {
+        FINGERPRINT_TAG: card.fingerprint,
+        "maskray.name": card.name,
+        "mlflow.source.name": "maskray pretrain",
+    }
+    return {**tags, "mlflow.note.content": card.description} if card.description else tags
+
+
+def _short(text: str) -> str:
+    if len(text) <= MAX_PARAM_LENGTH:
+        return text
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{text[: MAX_PARAM_LENGTH - 40]}… (sha256 {digest})"
+
+
+def _dataset_input(card: DatasetCard) -> DatasetInput:
+    dataset = Dataset(
+        name=card.name,
+        digest=card.digest[:MAX_DIGEST_LENGTH],
+        source_type="s3" if card.source.startswith("s3://") else "local",
+        source=json.dumps({"uri": card.source}),
+        profile=json.dumps({"num_rows": card.num_rows}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+
+
+def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), MAX_PER_BATCH):
+        yield items[start : start + MAX_PER_BATCH]
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return "unknown"

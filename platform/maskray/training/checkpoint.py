@@ -1,0 +1,187 @@
+"""A checkpoint is a folder: whole, or not there.
+
+    config.yaml          the resolved config, as text
+    model.safetensors    weights, under the model's parameter names
+    optimizer.pt         the optimiser's state, loaded with `weights_only=True`
+    state.json           schema version, step, fingerprints, versions, size and digest of the files above; written last
+
+Nothing pickled that a stranger could have written is ever loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from maskray.data.storage import Storage
+from maskray.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+FOLDER_PREFIX = "step_"
+STATE = "state.json"
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.pt"
+CONFIG = "config.yaml"
+FILES = (CONFIG, WEIGHTS, OPTIMIZER)
+
+
+def folder_name(step: int, attempt: str) -> str:
+    """Name of a checkpoint's folder: an attempt never writes into another's folder."""
+    return f"{FOLDER_PREFIX}{step:09d}-{attempt}"
+
+
+def step_of(name: str) -> int:
+    """The step in a folder's name."""
+    return int(name.removeprefix(FOLDER_PREFIX).partition("-")[0])
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says of itself, beside tensors."""
+
+    step: int
+    fingerprint: str
+    """Of the run's identity: a checkpoint of another run is refused."""
+    world_size: int
+    threads: int
+    packages: Mapping[str, str]
+    pending_metrics: list[Any]
+    """Metric points that the tracker had not stored when the checkpoint was taken."""
+
+
+class HostCopy:
+    """Copies of weights and optimiser state on the host, taken between two steps."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Facts, config_yaml: str) -> None:
+        self._weights = {k: _to_host(v).contiguous() for k, v in model.state_dict().items()}
+        self._optimizer = _to_host(optimizer.state_dict())
+        self._facts, self._config_yaml = facts, config_yaml
+
+    def write(self, folder: Path) -> None:
+        """Fill a folder; `state.json` comes last."""
+        (folder / CONFIG).write_text(self._config_yaml)
+        save_file(self._weights, folder / WEIGHTS)
+        torch.save(self._optimizer, folder / OPTIMIZER)
+        files = {name: _digest(folder / name) for name in FILES}
+        state = {"schema_version": SCHEMA_VERSION, **self._facts.__dict__, "files": files}
+        (folder / STATE).write_text(json.dumps(state, indent=1))
+
+
+def read_facts(folder: Path) -> Facts:
+    """The facts of a checkpoint whose files are all there and undamaged.
+
+    Raises:
+        CheckpointError: no `state.json`, another schema version, or a file that is missing or damaged.
+    """
+    unreadable = CheckpointError(
+        "a folder without a readable state.json is no checkpoint", found=folder, fix="use an earlier checkpoint"
+    )
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        version = state.pop("schema_version", None)
+    except (OSError, ValueError, AttributeError) as error:  # not there, no JSON, no mapping
+        raise unreadable from error
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            "the checkpoint has another schema version",
+            key="schema_version",
+            found=f"{version} in {folder}",
+            allowed=str(SCHEMA_VERSION),
+            fix="continue it with the maskray that wrote it, or start a new run with init_from",
+        )
+    try:
+        expected, facts = dict(state.pop("files")), Facts(**state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise unreadable from error
+    for name in FILES:
+        if not (folder / name).is_file() or _digest(folder / name) != expected.get(name):
+            raise CheckpointError(
+                "a file of the checkpoint is missing or damaged", found=folder / name, fix="use an earlier checkpoint"
+            )
+    return facts
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all files are there and undamaged. Another schema version is whole: refused later, by name."""
+    try:
+        read_facts(folder)
+    except CheckpointError as error:
+        return error.key == "schema_version"
+    return True
+
+
+def restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, fingerprint: str, device: torch.device
+) -> Facts:
+    """Load weights and optimiser state in place.
+
+    Raises:
+        CheckpointError: damaged, of another schema version, or of a run with another identity.
+    """
+    facts = read_facts(folder)
+    if facts.fingerprint != fingerprint:
+        raise CheckpointError(
+            "the checkpoint belongs to a run with another identity",
+            key="fingerprint",
+            found=f"{facts.fingerprint} in {folder}",
+            allowed=fingerprint,
+            fix="start a new run from it with init_from, or undo the change of the config",
+        )
+    model.load_state_dict(load_file(folder / WEIGHTS, device=str(device)))
+    optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True, map_location=device))
+    return facts
+
+
+def warn_of_differences(then: Facts, now: Facts) -> None:
+    """Say what may keep a resumed run from being bit-equal. It stays exact in its data all the same."""
+    changes = [
+        f"{name} {old} → {new}"
+        for name, old, new in (
+            ("workers", then.world_size, now.world_size),
+            ("threads", then.threads, now.threads),
+            *((k, then.packages.get(k), v) for k, v in now.packages.items()),
+        )
+        if old != new
+    ]
+    if changes:
+        log.warning("Resumed under other conditions; same data, but not the same bits: %s", ", ".join(changes))
+
+
+@contextmanager
+def on_disk(storage: Storage) -> Iterator[Path]:
+    """The checkpoint at a place as a local folder: itself, or a copy that is deleted afterwards."""
+    if storage.is_local:
+        yield Path(storage.uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
+        for name in storage.list_names():
+            (Path(folder) / name).write_bytes(storage.read_bytes(name))
+        yield Path(folder)
+
+
+def _to_host(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: _to_host(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_host(v) for v in value)
+    return value
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

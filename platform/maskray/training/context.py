@@ -1,0 +1,109 @@
+"""The seam between training and whoever launched it: rank, device, stream, checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from maskray.data.stream import LocalStream, StreamSpec, Unit
+from maskray.training import checkpoint
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint to be: `write` fills a folder, on any thread; it holds copies, so training goes on."""
+
+    step: int
+    write: Callable[[Path], None]
+
+
+class RunContext(Protocol):
+    """What a launcher gives to each training process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
+        """This worker's row groups from `start_step` on, in the plan's order."""
+        ...
+
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The folder of the run's newest valid checkpoint, on this machine while the context lasts."""
+        ...
+
+    def report(self, step: int, snapshot: Snapshot | None) -> float:
+        """A checkpoint, from all ranks together: rank 0 brings the snapshot, the others None.
+
+        Returns:
+            Seconds that training waited for an earlier checkpoint to end.
+        """
+        ...
+
+
+class LocalContext:
+    """Bare torch: one process, or one of torchrun's. Checkpoints are folders below `run_folder`.
+
+    Also the double in tests: it trains, checkpoints and resumes for real.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        decode_threads: int = 2,
+        prefetch_groups: int = 8,
+        keep_checkpoints: int = 2,
+        cache: bool = True,
+    ) -> None:
+        self.run_folder, self.rank, self.world_size = run_folder, rank, world_size
+        self.device = device or torch.device("cpu")
+        self._threads, self._prefetch, self._cache = decode_threads, prefetch_groups, cache
+        self._keep = keep_checkpoints
+
+    @contextmanager
+    def units(self, spec: StreamSpec, start_step: int) -> Iterator[Iterator[Unit]]:
+        """The in-process walk."""
+        stream = LocalStream(
+            spec,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_step=start_step,
+            threads=self._threads,
+            prefetch_groups=self._prefetch,
+            cache=self._cache,
+        )
+        with closing(stream):
+            yield iter(stream)
+
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        """The newest folder whose files are all there, as its `state.json` says."""
+        yield next((f for f in self._folders() if checkpoint.is_whole(f)), None)
+
+    def report(self, step: int, snapshot: Snapshot | None) -> float:
+        """Write at once: nothing to wait for."""
+        if snapshot is not None:
+            folder = self.run_folder / checkpoint.folder_name(step, "local")
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            snapshot.write(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            for old in self._folders()[self._keep :]:
+                shutil.rmtree(old)
+        return 0.0
+
+    def _folders(self) -> list[Path]:
+        found = self.run_folder.glob(f"{checkpoint.FOLDER_PREFIX}*")
+        return sorted((f for f in found if f.suffix != ".partial"), reverse=True)

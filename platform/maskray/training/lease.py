@@ -1,0 +1,130 @@
+"""One launch at a time: a file in the run's folder that says who has it, renewed while it runs.
+
+A launch that was killed leaves its lease behind. It counts for nothing once its heartbeat is two minutes old, or at
+once where its process was on this machine and is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+import psutil
+
+from maskray.data.storage import Storage
+from maskray.errors import RunConflictError, StorageError
+
+log = logging.getLogger(__name__)
+
+LEASE = "lease.json"
+STALE_SECONDS = 120.0
+BEAT_SECONDS = 20.0
+SETTLE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has a run."""
+
+    token: str
+    host: str
+    pid: int
+    process_started: float
+    """Start of the process, in seconds since 1970: a number of a process is used again, with another start."""
+    heartbeat: float
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """A new holder: this process."""
+        started = psutil.Process().create_time()
+        return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), started, time.time())
+
+    def is_alive(self) -> bool:
+        """Whether the holder may still be running."""
+        if self.host == socket.gethostname():
+            try:
+                process = psutil.Process(self.pid)
+                # In a container without an init nobody collects the dead: they stay listed for ever.
+                running = process.status() != psutil.STATUS_ZOMBIE
+                return bool(running and abs(process.create_time() - self.process_started) < 1)
+            except psutil.NoSuchProcess:
+                return False
+        return time.time() - self.heartbeat < STALE_SECONDS
+
+
+def holder_of(run: Storage) -> Holder | None:
+    """Who has the run, alive or not; None where nobody does."""
+    try:
+        return Holder(**json.loads(run.read_bytes(LEASE)))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, TypeError):
+        return None
+
+
+@contextmanager
+def hold(run: Storage, name: str) -> Iterator[None]:
+    """Hold a run's lease, with a heartbeat from a thread.
+
+    Raises:
+        RunConflictError: somebody else has it.
+    """
+    me = Holder.this_process()
+    _take(run, name, me)
+    stop = threading.Event()
+    beat = threading.Thread(target=_beat, args=(run, me, stop), name="maskray-lease", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beat.join()
+        found = holder_of(run)
+        if found is not None and found.token == me.token:
+            run.delete(LEASE)
+
+
+def _take(run: Storage, name: str, me: Holder) -> None:
+    content = json.dumps(asdict(me)).encode()
+    if not run.create_exclusive(LEASE, content):
+        _remove_abandoned(run, name)
+        run.create_exclusive(LEASE, content)
+    elif run.is_local:
+        return
+    # Several may take over in the same moment, or create on S3: the last to write has it, and all look again.
+    time.sleep(SETTLE_SECONDS)
+    found = holder_of(run)
+    if found is None or found.token != me.token:
+        raise RunConflictError(f"the run {name} is being started by somebody else", fix="wait for it")
+
+
+def _remove_abandoned(run: Storage, name: str) -> None:
+    other = holder_of(run)
+    if other is not None and other.is_alive():
+        age = max(0.0, time.time() - other.heartbeat)
+        raise RunConflictError(
+            f"the run {name} is running already",
+            found=f"process {other.pid} on {other.host}, last heard of {age:.0f} s ago",
+            fix="wait for it, stop it, or give this run another name or seed",
+        )
+    log.warning("Taking over the run %s: its last launch ended without a word", name)
+    run.delete(LEASE)
+
+
+def _beat(run: Storage, me: Holder, stop: threading.Event) -> None:
+    while not stop.wait(BEAT_SECONDS):
+        try:
+            found = holder_of(run)
+            if found is not None and found.token != me.token:  # this machine slept, and another took the run over
+                log.error("Process %d on %s has taken this run over: stop one of the two", found.pid, found.host)
+                return
+            renewed = replace(me, heartbeat=time.time())
+            run.write_bytes(LEASE, json.dumps(asdict(renewed)).encode())
+        except StorageError:
+            log.warning("The lease could not be renewed; trying again", exc_info=True)

@@ -1,0 +1,119 @@
+"""The loop: batches in, steps done, a word to the tracker at log steps, a checkpoint now and then."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskray.config.schema import TrainingConfig
+from maskray.data import stream
+from maskray.data.stream import Step, StreamSpec, Unit
+from maskray.errors import NonFiniteError
+from maskray.tracking.base import Tracker
+from maskray.training.context import RunContext, Snapshot
+from maskray.training.optim import Schedule
+from maskray.training.step import StepReport, TrainStep
+from maskray.training.throughput import Meter
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop is made of; `pretrain` builds it."""
+
+    spec: StreamSpec
+    step: TrainStep
+    schedule: Schedule
+    meter: Meter
+    snapshot: Callable[[int], Snapshot]
+    """A checkpoint's content after so many steps."""
+    probe: Callable[[int], None]
+    """Draws the reconstruction figure after so many steps."""
+    ledger: Path | None
+    """File that this worker writes each step's positions and keys to."""
+
+
+def run(parts: Parts, config: TrainingConfig, context: RunContext, tracker: Tracker, start_step: int) -> int:
+    """Train from `start_step` to the end of the plan; the number of steps done in the run's life.
+
+    Raises:
+        NonFiniteError: a loss or gradient norm was not finite; no update was applied from that step on.
+    """
+    total = parts.spec.total_steps
+    if _is_probe_step(start_step, total, config):  # again after a resume: a kill may have come before the figure
+        parts.probe(start_step)
+    with context.units(parts.spec, start_step) as units:
+        for step in _timed(_steps(parts, config, context, units, start_step), parts.meter):
+            parts.step(step.number, step.batches)
+            parts.meter.steps += 1
+            _note(parts.ledger, step)
+            done = step.number + 1
+            if done % config.log_steps == 0 or done == total:
+                report = parts.step.report()
+                _stop_if_not_finite(report, parts.spec, done, tracker)
+                tracker.log(_metrics(report, parts, step.number), done)
+            if done % config.checkpoint_steps == 0 or done == total:
+                snapshot = parts.snapshot(done) if context.rank == 0 else None
+                parts.meter.checkpoint_wait_seconds += context.report(done, snapshot)
+            if _is_probe_step(done, total, config):
+                parts.probe(done)
+    return total
+
+
+def _is_probe_step(done: int, total: int, config: TrainingConfig) -> bool:
+    return done in (0, total) or (config.probe_steps is not None and done % config.probe_steps == 0)
+
+
+def _steps(
+    parts: Parts, config: TrainingConfig, context: RunContext, units: Iterator[Unit], start_step: int
+) -> Iterator[Step]:
+    return stream.steps(units, parts.spec, context.rank, context.world_size, start_step, config.micro_batch)
+
+
+def _timed(steps: Iterator[Step], meter: Meter) -> Iterator[Step]:
+    while True:
+        start = time.perf_counter()
+        step = next(steps, None)
+        meter.data_wait_seconds += time.perf_counter() - start
+        if step is None:
+            return
+        yield step
+
+
+def _metrics(report: StepReport, parts: Parts, number: int) -> dict[str, float]:
+    return {
+        "train/loss": report.loss,
+        "train/grad_norm": report.grad_norm,
+        "train/lr": parts.schedule.lr(number),
+        "data/views_without_image": report.views_without_image,
+        "train/epoch": (number + 1) * parts.spec.groups_per_step / parts.spec.num_row_groups,
+        **parts.meter.read(),
+    }
+
+
+def _stop_if_not_finite(report: StepReport, spec: StreamSpec, done: int, tracker: Tracker) -> None:
+    """The flag is the same on every worker (it is made of reduced values), so all of them stop here."""
+    if report.first_bad_step is None:
+        return
+    first = report.first_bad_step * spec.groups_per_step
+    positions = range(first, first + spec.groups_per_step)
+    dataset = spec.open_dataset()
+    keys = [key for p in positions for key in dataset.read_group(spec.plan.locate(p)[1]).keys]
+    shown = ", ".join(keys[:4]) + (f" … {keys[-1]} ({len(keys)} images)" if len(keys) > 4 else "")
+    message = (
+        f"Loss or gradient norm was not finite at step {report.first_bad_step} (seen at step {done}; no update was "
+        f"applied from that step on). The step trained on positions {first} to {positions[-1]} of the plan: {shown}. "
+        "What to do: look at these images; lower optim.base_lr, set optim.clip_norm, or use training.precision: fp32."
+    )
+    tracker.event("non_finite", message)
+    raise NonFiniteError(message)
+
+
+def _note(ledger: Path | None, step: Step) -> None:
+    if ledger is not None:
+        keys = [key for batch in step.batches for key, w in zip(batch.keys, batch.weights_B.tolist(), strict=True) if w]
+        line = json.dumps({"step": step.number, "positions": step.positions, "keys": keys}) + "\n"
+        with ledger.open("ab", buffering=0) as file:  # one write: a kill leaves a whole line or none
+            file.write(line.encode())

@@ -1,0 +1,73 @@
+"""AdamW with the MAE recipe (He et al. 2022, Table 8; the authors' `util/lr_sched.py`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskray.config.resolve import RunPlan
+from maskray.config.schema import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW in two groups: weight decay on tensors of two dimensions and more, none on biases and norms.
+
+    As in the authors' code (timm's rule), the class and mask tokens, three-dimensional, are decayed. Fused, because
+    its `found_inf` flag skips an update on the device, with no word to the host.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1], "decays": True},
+        {"params": [p for p in trained if p.ndim <= 1], "decays": False, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and weight decay of each step, on the host: a function of the step alone."""
+
+    peak_lr: float
+    min_lr: float
+    warmup_steps: int
+    total_steps: int
+    weight_decay: float
+    weight_decay_end: float
+
+    @classmethod
+    def of(cls, config: OptimConfig, plan: RunPlan) -> Schedule:
+        """The schedule of a run; the peak is base_lr × global batch / 256."""
+        return cls(
+            peak_lr=config.base_lr * plan.global_batch / 256,
+            min_lr=config.min_lr,
+            warmup_steps=plan.warmup_steps,
+            total_steps=plan.total_steps,
+            weight_decay=config.weight_decay,
+            weight_decay_end=config.final_weight_decay,
+        )
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step (from 0): linear from 0 to the peak, then half a cosine to `min_lr`."""
+        if step < self.warmup_steps:
+            return self.peak_lr * step / self.warmup_steps
+        return self.min_lr + (self.peak_lr - self.min_lr) * self._half_cosine(step)
+
+    def decay(self, step: int) -> float:
+        """Weight decay of a step: half a cosine from `weight_decay` to `weight_decay_end` over the whole run."""
+        left = 0.5 * (1 + math.cos(math.pi * step / self.total_steps))
+        return self.weight_decay_end + (self.weight_decay - self.weight_decay_end) * left
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Set the optimiser's groups for a step."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr(step)
+            if group["decays"]:
+                group["weight_decay"] = self.decay(step)
+
+    def _half_cosine(self, step: int) -> float:
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,132 @@
+"""One optimiser step: the part that must be fast. The host never waits for the device here."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from maskray.config.schema import RunConfig
+from maskray.data.stream import Batch
+from maskray.objective import Objective
+from maskray.training.optim import Schedule
+
+INF = float("inf")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the host learns at a log step, from one transfer."""
+
+    loss: float
+    """Mean over the steps since the last report."""
+    grad_norm: float
+    """Mean over the same steps, before clipping."""
+    first_bad_step: int | None
+    """First step with a non-finite loss or gradient norm: no update has been applied since."""
+    views_without_image: int
+    """Views of the same steps whose image could not be decoded: their slots counted for nothing."""
+
+
+class TrainStep:
+    """Forward, backward, update on a worker's share of a step; gradients are summed over workers.
+
+    The loss of a step is Σ weight · loss / global batch over all views of all workers, so it does not depend on how the
+    views are split into workers and micro-batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalize: nn.Module,
+        objective: Objective,
+        optimizer: torch.optim.AdamW,
+        schedule: Schedule,
+        config: RunConfig,
+        device: torch.device,
+    ) -> None:
+        self._world = dist.get_world_size() if dist.is_initialized() else 1
+        self._model = DistributedDataParallel(model) if self._world > 1 else model
+        self._normalize, self._objective = normalize, objective
+        self._optimizer, self._schedule = optimizer, schedule
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._global_batch = config.optim.global_batch
+        self._clip_norm = INF if config.optim.clip_norm is None else config.optim.clip_norm
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16")
+        self._device = device
+        # On the device: sums of loss, gradient norm and weights since the last report, whether any step was not finite,
+        # and the first that was not. `found_inf` is the flag that the fused optimiser reads: once set, it stays.
+        self._sums = torch.zeros(3, device=device, dtype=torch.float64)
+        self._found_inf = torch.zeros((), device=device)
+        self._first_bad = torch.full((), -1, device=device, dtype=torch.int64)
+        self._steps_summed = 0
+        optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
+
+    def warm_up(self, batch: Batch) -> None:
+        """One backward on zeros, discarded, before the state is loaded.
+
+        DDP lays its buckets anew after the first backward, and the place in a bucket decides the order in which
+        gradients are added: without this a resumed run of three workers and more differs in its last bits.
+        """
+        zeros = Batch(
+            images_BCHW=torch.zeros_like(batch.images_BCHW),
+            visible_BHW=batch.visible_BHW,
+            num_visible=batch.num_visible,
+            weights_B=batch.weights_B,
+            keys=batch.keys,
+        )
+        self._backward(zeros)
+        self._optimizer.zero_grad()
+
+    def __call__(self, number: int, batches: list[Batch]) -> None:
+        """Train on a worker's batches of step `number`; all but the last keep their gradients to themselves."""
+        self._optimizer.zero_grad()
+        sums = torch.zeros(2, device=self._device)
+        for i, batch in enumerate(batches):
+            with self._alone(i < len(batches) - 1):
+                sums += self._backward(batch)
+        if self._world > 1:
+            dist.all_reduce(sums)
+        loss, weight = sums.unbind()
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        self._first_bad = torch.where(bad & (self._first_bad < 0), number, self._first_bad)
+        self._found_inf.logical_or_(bad)
+        self._schedule.apply(self._optimizer, number)
+        self._optimizer.step()
+        self._sums += torch.stack([loss, norm, weight])
+        self._steps_summed += 1
+
+    def report(self) -> StepReport:
+        """Means since the last report. This waits for the device: call it at log steps."""
+        loss, norm, weight, first_bad = torch.cat([self._sums, self._first_bad[None].double()]).tolist()
+        count, self._steps_summed = self._steps_summed, 0
+        self._sums.zero_()
+        return StepReport(
+            loss=loss / count,
+            grad_norm=norm / count,
+            first_bad_step=None if first_bad < 0 else int(first_bad),
+            views_without_image=count * self._global_batch - round(weight),
+        )
+
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        """Gradients of a batch; its part of the step's loss and of its weights, as a tensor of two."""
+        images_BCHW = self._normalize(batch.images_BCHW.to(self._device, non_blocking=True))
+        visible_BHW = batch.visible_BHW.to(self._device, non_blocking=True)
+        weights_B = batch.weights_B.to(self._device, non_blocking=True)
+        with self._autocast:
+            pred_BLP = self._model(images_BCHW, visible_BHW, batch.num_visible)
+        loss_B = self._objective(images_BCHW, pred_BLP, visible_BHW)
+        loss: torch.Tensor = (weights_B * loss_B).sum() / self._global_batch
+        (loss * self._world).backward()  # DDP averages the gradients over the workers where their sum is wanted
+        return torch.stack([loss.detach(), weights_B.sum()])
+
+    def _alone(self, alone: bool) -> contextlib.AbstractContextManager[None]:
+        if alone and isinstance(self._model, DistributedDataParallel):
+            return self._model.no_sync()
+        return contextlib.nullcontext()

@@ -1,0 +1,90 @@
+"""What tests share: a clean environment, a small real dataset, a tiny config."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskray.config.load import merge, parse
+from maskray.config.schema import IngestConfig, RunConfig
+
+# Before Ray or MLflow is imported, and for every process that tests start.
+os.environ["RAY_AUTH_MODE"] = "disabled"  # no token in the home folder of whoever runs the tests
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "WORLD_SIZE", "RANK"):
+    os.environ.pop(name, None)
+
+torch.set_num_threads(1)
+
+TINY = {
+    "name": "tiny",
+    "data": {
+        "path": "unset",
+        "image_size": 8,
+        "channels": 1,
+        "crop": {"kind": "random_resized", "scale": [0.6, 1.0]},
+        "flip_probability": 0.5,
+        "normalize": "symmetric",
+        "stream": "local",
+        "groups_per_task": 2,
+    },
+    "model": {
+        "patch": 2,
+        "width": 16,
+        "depth": 1,
+        "heads": 2,
+        "decoder": {"width": 16, "depth": 1, "heads": 2},
+    },
+    "objective": {"norm_pix": False},
+    "optim": {"global_batch": 64, "steps": 12, "warmup_steps": 2, "base_lr": 0.01},
+    "training": {"log_steps": 2, "checkpoint_steps": 4, "deterministic": True},
+    "tracking": {"system_metrics_seconds": None},
+}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as a dataset: row groups of 16, a fifth held out."""
+    from maskray.data.ingest import ingest, thread_mapper
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    config = IngestConfig(source="digits", destination=str(folder), group_rows=16, held_out_fraction=0.2)
+    ingest(config, thread_mapper(2))
+    return folder
+
+
+@pytest.fixture
+def tiny(digits: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """A config that trains in a second, with sections laid over it: `tiny(optim={"steps": 4})`."""
+
+    def build(**sections: object) -> RunConfig:
+        places = {"data": {"path": str(digits)}, "storage": {"path": str(tmp_path / "runs")}}
+        return parse(RunConfig, merge(merge(TINY, places), sections))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One embedded cluster for all tests that only need some Ray; those that kill start their own."""
+    import ray
+
+    # Short, and not pytest's own: Ray puts sockets there, whose paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp") as folder:
+        package = str(Path(__file__).parents[1] / "platform")
+        ray.init(
+            address="local",
+            num_cpus=6,
+            include_dashboard=False,
+            object_store_memory=200 * 2**20,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder,
+            runtime_env={"env_vars": {"PYTHONPATH": package}},
+        )
+        yield
+        ray.shutdown()

@@ -1,0 +1,80 @@
+"""One order: what Ray Data delivers is, bit for bit, what the in-process walk delivers."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import ray
+import ray.data
+
+from maskray.config.resolve import resolve
+from maskray.data.shards import Dataset
+from maskray.data.storage import Storage
+from maskray.data.stream import LocalStream, StreamSpec, Unit
+from maskray.on_ray import stream
+
+pytestmark = pytest.mark.ray
+
+
+def delivered(spec: StreamSpec, run: Storage, workers: int, start_step: int, monkeypatch) -> list[list[Unit]]:
+    """What each of `workers` readers of the splitter that Train uses gets."""
+    (open_dataset,) = stream.datasets(spec, run, workers, 2).values()
+    monkeypatch.setattr(stream, "registered_step", lambda _: start_step)
+    dataset = open_dataset()
+    dataset.context.execution_options.preserve_order = True
+    shards = dataset.streaming_split(workers, equal=True)
+    monkeypatch.setattr(ray.train, "get_dataset_shard", lambda _: shards[threading.current_thread().rank])
+    got: list[list[Unit]] = [[] for _ in range(workers)]
+
+    class Reader(threading.Thread):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.rank = rank
+
+        def run(self) -> None:
+            for unit in stream.units(spec, self.rank, workers, 2, 2, start_step):
+                got[self.rank].append(unit._replace(images_NCHW=unit.images_NCHW.copy()))
+                time.sleep(random.random() * 0.01)
+
+    readers = [Reader(rank) for rank in range(workers)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    return got
+
+
+@pytest.mark.parametrize(("workers", "start_step"), [(1, 0), (2, 3), (3, 1), (4, 0)])
+def test_ray_data_and_the_in_process_walk_are_equal_to_the_bit(
+    tiny, tmp_path, ray_cluster, monkeypatch, workers: int, start_step: int
+):
+    config = tiny(optim={"steps": 6, "global_batch": 128}, data={"views_per_image": 2})
+    dataset = Dataset.open(config.data.path)
+    spec = StreamSpec.of(config, resolve(config, dataset.facts()), dataset)
+    got = delivered(spec, Storage(tmp_path), workers, start_step, monkeypatch)
+    for rank in range(workers):
+        with LocalStream(spec, dataset, rank=rank, world_size=workers, start_step=start_step) as local:
+            wanted = list(local)
+        assert [u.position for u in got[rank]] == [u.position for u in wanted]
+        for mine, theirs in zip(got[rank], wanted, strict=True):
+            assert np.array_equal(mine.images_NCHW, theirs.images_NCHW)
+            assert np.array_equal(mine.visible_NHW, theirs.visible_NHW)
+            assert np.array_equal(mine.weights_N, theirs.weights_N)
+            assert mine.keys == theirs.keys
+
+
+def segment_positions(segments: stream.Segments, start: int, workers: int) -> Iterator[int]:
+    for index in range(len(segments.names)):
+        yield from range(*segments.bounds(index, start, workers))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("start", [0, 1, 37, 99, 100])
+def test_segments_hold_each_position_once_and_start_with_the_first_worker(workers: int, start: int):
+    segments = stream.Segments(end=100, size=20 - 20 % workers)
+    assert list(segment_positions(segments, start, workers)) == list(range(start - start % workers, 100))
+    firsts = [segments.bounds(i, start, workers) for i in range(len(segments.names))]
+    assert all(first % workers == 0 for first, last in firsts if first < last)

@@ -1,0 +1,115 @@
+"""Imports point down, and each outside library has its owners. Read from the source, so nothing is imported."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "platform" / "maskray"
+
+LAYERS: list[set[str]] = [  # from the ground up; rooms on one line do not import each other
+    {"config", "errors", "draws", "figures"},
+    {"masking"},
+    {"data", "tracking"},
+    {"models", "objective"},
+    {"training"},
+    {"evaluation"},
+    {"pretrain", "publish"},
+    {"launch"},
+    {"on_ray", "bare"},
+    {"cli"},
+]
+WITHIN_A_LAYER = {("config", "errors")}  # everything may raise
+
+OWNERS: dict[str, set[str]] = {
+    "pydantic": {"config"},
+    "yaml": {"config"},
+    "pyarrow": {"data"},
+    "s3fs": {"data"},
+    "torchcodec": {"data"},
+    "PIL": {"data"},
+    "timm": {"models", "training/optim"},
+    "sklearn": {"data/sources", "evaluation"},
+    "matplotlib": {"figures"},
+    "rich": {"cli", "tracking/console"},
+    "safetensors": {"training/checkpoint", "models/foreign", "publish/export"},
+    "mlflow": {"tracking/mlflow_store", "tracking/mlflow_runs", "tracking/mlflow_tracker", "publish/registry", "publish/predictor"},
+    "psutil": {"training/lease"},
+    "ray": {"on_ray"},
+}
+WITHOUT_TORCH = {"config", "cli", "errors", "data/plan"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+def room(path: Path) -> str:
+    return place(path).split("/")[0]
+
+
+def imported(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where a thing is from"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer_of(name: str) -> int:
+    return next(i for i, rooms in enumerate(LAYERS) if name in rooms)
+
+
+def upward(importer: str, source: str) -> list[str]:
+    """Imports of our own rooms that do not point down."""
+    wrong = []
+    for name in imported(source):
+        top, _, rest = name.partition(".")
+        target = rest.split(".")[0]
+        if top != "maskray" or not target or target == importer:
+            continue
+        if layer_of(target) >= layer_of(importer) and (importer, target) not in WITHIN_A_LAYER:
+            wrong.append(name)
+    return wrong
+
+
+def trespassing(where: str, source: str) -> list[str]:
+    """Outside libraries used by a room that does not own them."""
+    wrong = []
+    for name in imported(source):
+        top = name.split(".")[0]
+        owners = OWNERS.get(top)
+        if owners is not None and not any(where == o or where.startswith(f"{o}/") for o in owners):
+            wrong.append(name)
+        if top == "torch" and any(where == w or where.startswith(f"{w}/") for w in WITHOUT_TORCH):
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if room(p) != "__init__"], ids=place)
+def test_imports_point_down(path: Path):
+    assert upward(room(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", modules(), ids=place)
+def test_each_library_stays_with_its_owners(path: Path):
+    assert trespassing(place(path), path.read_text()) == []
+
+
+def test_the_package_itself_imports_nothing():
+    assert list(imported((PACKAGE / "__init__.py").read_text())) == []
+
+
+def test_the_guards_fire():
+    assert upward("data", "from maskray.on_ray import train") == ["maskray.on_ray.train"]
+    assert upward("models", "from maskray.objective import Objective") == ["maskray.objective.Objective"]
+    assert upward("training", "def f():\n    import maskray.pretrain") == ["maskray.pretrain"]
+    assert trespassing("training/loop", "import ray.train") == ["ray.train"]
+    assert trespassing("data/plan", "import torch") == ["torch"]

@@ -1,0 +1,179 @@
+"""Real launches in processes of their own, that can be killed, and what is left of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_SECONDS = 240
+
+
+@dataclass
+class Launches:
+    """All launches of one run: the command, again and again, in one storage folder."""
+
+    folder: Path
+    config: Path
+    environment: dict[str, str]
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """The command that a user would type."""
+        command = [sys.executable, "-m", "maskray.cli", "pretrain", "--config", str(self.config)]
+        with (self.folder / "output.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        self.processes.append(process)
+        return process
+
+    def finish(self, process: subprocess.Popen[bytes]) -> int:
+        return process.wait(PATIENCE_SECONDS)
+
+    def output(self) -> str:
+        return (self.folder / "output.log").read_text()[-6000:]
+
+    @property
+    def run(self) -> Path:
+        (run,) = [p for p in (self.folder / "runs").iterdir() if p.name.startswith("kills-")]
+        return run
+
+    def lines(self) -> list[dict]:
+        """The ledger of all launches and workers."""
+        out = []
+        for path in sorted((self.folder / "ledger").glob("*.jsonl")):
+            for line in path.read_text().splitlines():
+                try:
+                    out.append(json.loads(line) | {"rank": int(path.stem)})
+                except json.JSONDecodeError:  # cut short by a kill: the step is trained again
+                    continue
+        return out
+
+    def last_step(self) -> int:
+        return max((line["step"] for line in self.lines()), default=-1)
+
+    def wait_for_step(self, process: subprocess.Popen[bytes], step: int) -> None:
+        self._wait(process, lambda: self.last_step() >= step)
+
+    def wait_for_upload(self, process: subprocess.Popen[bytes], after_step: int) -> None:
+        """Until a checkpoint is on its way: its folder is there and not whole yet, or Train does not know of it yet."""
+        self.wait_for_step(process, after_step)
+        known = {f.name for f in self.run.glob("step_*")}
+        self._wait(process, lambda: any(f.name not in known for f in self.run.glob("step_*")))
+
+    def workers(self, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """Train workers of this launch."""
+        return [
+            p
+            for p in psutil.Process(process.pid).children(recursive=True)
+            if "RayTrainWorker" in " ".join(p.cmdline()[:1])
+        ]
+
+    def final_weights(self) -> str:
+        """Digest of the weights in the checkpoint that Train has on record."""
+        snapshot = json.loads((self.run / "checkpoint_manager_snapshot.json").read_text())
+        folder = self.run / snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
+        return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+    def ledger(self) -> dict[tuple[int, int], tuple]:
+        """(step, rank) → (positions, keys); a step that was trained twice must have been the same."""
+        out: dict[tuple[int, int], tuple] = {}
+        for line in self.lines():
+            entry = (tuple(line["positions"]), tuple(line["keys"]))
+            assert out.setdefault((line["step"], line["rank"]), entry) == entry, "a step was trained on other images"
+        return out
+
+    def metric_steps(self, key: str) -> list[int]:
+        client = MlflowClient(f"sqlite:///{self.folder}/runs/mlflow.db")
+        experiment = client.get_experiment_by_name("maskray")
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert run.info.status == "FINISHED"
+        return [m.step for m in client.get_metric_history(run.info.run_id, key)]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        # After a killed driver Ray's own processes go by themselves, but not all at once.
+        for p in psutil.process_iter(["cmdline"]):
+            if any(self.environment["RAY_TMPDIR"] in part for part in p.info["cmdline"] or []):
+                p.kill()
+
+    def _wait(self, process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not ready():
+            assert process.poll() is None, f"ended too early\n{self.output()}"
+            assert time.monotonic() < deadline, f"nothing happened\n{self.output()}"
+            time.sleep(0.002)
+
+
+@pytest.fixture
+def launches(digits: Path, tmp_path: Path) -> Iterator[Callable[..., Launches]]:
+    """Makes a run of W workers: `launches("quiet", workers=2)`."""
+    made: list[Launches] = []
+
+    with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+
+        def make(name: str, workers: int) -> Launches:
+            folder = tmp_path / name
+            folder.mkdir()
+            config = folder / "config.yaml"
+            config.write_text(yaml.safe_dump(_config(digits, folder, workers)))
+            environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))} | {
+                "PYTHONPATH": str(ROOT / "platform"),
+                "RAY_AUTH_MODE": "disabled",
+                "RAY_TMPDIR": ray_folder,
+                "OMP_NUM_THREADS": "1",
+            }
+            made.append(Launches(folder, config, environment))
+            return made[-1]
+
+        yield make
+        for launch in made:
+            launch.stop()
+
+
+def _config(digits: Path, folder: Path, workers: int) -> dict:
+    return {
+        "name": "kills",
+        "data": {
+            "path": str(digits),
+            "image_size": 8,
+            "channels": 1,
+            "crop": {"kind": "random_resized", "scale": [0.6, 1.0]},
+            "normalize": "symmetric",
+            "stream": "ray",
+            "groups_per_task": 3,
+        },
+        "model": {
+            "patch": 2,
+            "width": 64,
+            "depth": 4,
+            "heads": 4,
+            "decoder": {"width": 64, "depth": 2, "heads": 4},
+        },
+        "objective": {"norm_pix": False},
+        # 8 row groups a step, 11 steps a pass: the kills come in mid-epoch, and there are borders to cross.
+        "optim": {"global_batch": 128, "steps": 40, "warmup_steps": 5, "base_lr": 2e-3},
+        "training": {"log_steps": 2, "checkpoint_steps": 4, "deterministic": True, "ledger": str(folder / "ledger")},
+        "probe": {"draws": 2},
+        "cluster": {"workers": workers, "embedded_cpus": workers + 2, "max_failures": 3},
+        "storage": {"path": str(folder / "runs")},
+        "tracking": {"system_metrics_seconds": None},
+    }

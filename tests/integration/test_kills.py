@@ -1,0 +1,81 @@
+"""kill -9: a run that is killed ends as one that was not, to the bit; MLflow holds one run, each step once."""
+
+import itertools
+import os
+import random
+import signal
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+STEPS, LOG_STEPS = 40, 2
+UPLOAD = "during an upload"
+
+
+@pytest.fixture(scope="module")
+def quiet() -> dict:
+    """Weights and ledgers of uninterrupted runs, by number of workers."""
+    return {}
+
+
+def uninterrupted(launches, quiet: dict, workers: int) -> tuple:
+    if workers not in quiet:
+        run = launches(f"quiet-{workers}", workers)
+        assert run.finish(run.start()) == 0, run.output()
+        quiet[workers] = (run.final_weights(), run.ledger())
+    return quiet[workers]
+
+
+def check_against(run, wanted: tuple) -> None:
+    assert run.final_weights() == wanted[0]
+    assert run.ledger() == wanted[1]
+    for key in ("train/loss", "train/lr"):
+        assert run.metric_steps(key) == list(range(LOG_STEPS, STEPS + 1, LOG_STEPS))
+
+
+def kill_a_worker(launches, quiet: dict, workers: int, moment: int | str, name: str) -> None:
+    wanted = uninterrupted(launches, quiet, workers)
+    run = launches(name, workers)
+    process = run.start()
+    if moment == UPLOAD:
+        run.wait_for_upload(process, 9)
+    else:
+        run.wait_for_step(process, int(moment))
+    victim = run.workers(process)[0 if moment == UPLOAD else -1]
+    os.kill(victim.pid, signal.SIGKILL)
+    assert run.finish(process) == 0, run.output()
+    check_against(run, wanted)
+    started = [line["step"] for line in run.lines() if line["rank"] == 0]
+    assert len(started) > STEPS, "the worker was killed so late that nothing was trained again"
+
+
+def kill_the_driver(launches, quiet: dict, workers: int, step: int, name: str) -> None:
+    wanted = uninterrupted(launches, quiet, workers)
+    run = launches(name, workers)
+    process = run.start()
+    run.wait_for_step(process, step)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run.finish(run.start()) == 0, run.output()
+    check_against(run, wanted)
+
+
+def test_a_worker_killed_during_an_upload_and_a_driver_killed(launches, quiet):
+    kill_a_worker(launches, quiet, 2, UPLOAD, "worker")
+    kill_the_driver(launches, quiet, 2, 17, "driver")
+
+
+MOMENTS = [*sorted(random.Random(20261123).sample(range(2, 36), 4)), UPLOAD]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "moment"), itertools.product((1, 2, 4), MOMENTS))
+def test_a_worker_killed(launches, quiet, workers: int, moment: int | str):
+    kill_a_worker(launches, quiet, workers, moment, "worker")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "step"), [(1, 6), (1, 27), (2, 13), (2, 31), (4, 9), (4, 22)])
+def test_the_driver_killed(launches, quiet, workers: int, step: int):
+    kill_the_driver(launches, quiet, workers, step, "driver")

@@ -1,0 +1,213 @@
+"""Ingest: the same dataset however it is run, bad images set aside, a kill leaves nothing that could be read."""
+
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from maskray.config.schema import IngestConfig
+from maskray.data.ingest import ingest, split_of, thread_mapper
+from maskray.data.shards import Dataset
+from maskray.errors import DataError, StorageError
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def keys_of(path, split="train"):
+    return [key for group in Dataset.open(str(path)).iter_groups(split) for key in group.keys]
+
+
+def test_the_result_does_not_depend_on_who_does_the_work(folder, tmp_path):
+    def one_by_one(function, items):
+        return (function(item) for item in items)
+
+    config = {"source": str(folder), "group_rows": 8, "groups_per_shard": 2, "held_out_fraction": 0.2}
+    one = ingest(IngestConfig(destination=str(tmp_path / "one"), **config), one_by_one)
+    two = ingest(IngestConfig(destination=str(tmp_path / "two"), **config), thread_mapper(4))
+    assert one == two
+
+
+def test_rows_are_shuffled_by_the_seed_and_split_by_the_key_alone(folder, tmp_path, ingest_here):
+    first = ingest_here(folder, tmp_path / "a", seed=0)
+    second = ingest_here(folder, tmp_path / "b", seed=1)
+    a, b = keys_of(tmp_path / "a"), keys_of(tmp_path / "b")
+    assert a != b
+    assert a != sorted(a)
+    assert sorted(a) == sorted(b)
+    held_out = keys_of(tmp_path / "a", "held_out")
+    assert sorted(held_out) == sorted(keys_of(tmp_path / "b", "held_out"))
+    assert 3 < len(held_out) < 20
+    assert all(split_of(key, 0.2) == "held_out" for key in held_out)
+    assert first.fingerprint != second.fingerprint
+
+
+def test_a_key_stays_in_its_split_when_more_is_held_out():
+    keys = [f"k{i}" for i in range(2000)]
+    small, large = ({k for k in keys if split_of(k, f) == "held_out"} for f in (0.05, 0.2))
+    assert small < large
+    assert 60 < len(small) < 150
+    assert {split_of(k, 0.0) for k in keys} == {"train"}
+
+
+def test_the_manifest_knows_channels_statistics_and_classes(folder, tmp_path, ingest_here):
+    manifest = ingest_here(folder, tmp_path / "shards")
+    assert manifest.channels == 3
+    assert manifest.class_names == ("cats", "dogs")
+    assert manifest.num_quarantined == 0
+    digits = ingest_here("digits", tmp_path / "digits", held_out_fraction=0)
+    from sklearn.datasets import load_digits
+
+    pixels = (load_digits().images.astype(int) * 255 // 16) / 255
+    assert digits.channels == 1
+    assert digits.mean == pytest.approx((pixels.mean(),), rel=1e-12)
+    assert digits.std == pytest.approx((pixels.std(),), rel=1e-9)
+    assert digits.splits["train"].pixels == 1797 * 64
+    assert digits.splits["held_out"].rows == 0
+
+
+def test_bad_images_are_set_aside_one_by_one(folder, tmp_path, ingest_here):
+    good = len(list(folder.rglob("*.*")))
+    (folder / "cats/empty.png").write_bytes(b"")
+    (folder / "cats/text.jpg").write_text("no image")
+    whole = (folder / "dogs/000.jpg").read_bytes()
+    (folder / "dogs/short.jpg").write_bytes(whole[: len(whole) // 2])
+    manifest = ingest_here(folder, tmp_path / "shards", max_bad_fraction=0.1)
+    assert manifest.num_quarantined == 3
+    assert sum(split.rows for split in manifest.splits.values()) == good
+    listed = pq.read_table(tmp_path / "shards/quarantine.parquet").to_pylist()
+    assert [row["key"] for row in listed] == ["cats/empty.png", "cats/text.jpg", "dogs/short.jpg"]
+    assert listed[0]["reason"] == "the file is empty"
+    assert all(row["reason"] for row in listed)
+
+
+def test_too_many_bad_images_stop_it(folder, tmp_path, ingest_here):
+    (folder / "cats/a.png").write_bytes(b"")
+    (folder / "cats/b.png").write_bytes(b"x")
+    with pytest.raises(
+        DataError, match=r"max_bad_fraction: too many images .*: 2 of .*cats/a.png \(the file is empty\)"
+    ):
+        ingest_here(folder, tmp_path / "shards", max_bad_fraction=0.02)
+    with pytest.raises(DataError, match=r"no manifest|no such dataset"):
+        Dataset.open(str(tmp_path / "shards"))
+
+
+def test_nothing_left_to_train_on_is_an_error(tmp_path, ingest_here):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no image is left.*1 set aside"):
+        ingest_here(tmp_path / "in", tmp_path / "out", max_bad_fraction=1)
+
+
+def test_progress_is_told(folder, tmp_path, ingest_here):
+    told = []
+    ingest_here(folder, tmp_path / "shards", progress=lambda *args: told.append(args))
+    assert told[0] == (50, 50, "check")
+    assert [t[2] for t in told[1:]] == ["write"] * (len(told) - 1)
+    assert told[-1][0] == told[-1][1] == len(told) - 1
+
+
+# ------------------------------------------------------------------------------------------- what is there already
+
+
+def test_a_finished_dataset_is_recognised(folder, tmp_path, ingest_here, caplog):
+    first = ingest_here(folder, tmp_path / "shards")
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "shards").rglob("*") if p.is_file()}
+    with caplog.at_level(logging.INFO):
+        again = ingest_here(folder, tmp_path / "shards")
+    assert again == first
+    assert "already there" in caplog.text
+    (folder / "dogs/000.jpg").touch()  # another stamp, the same images
+    assert ingest_here(folder, tmp_path / "shards") == first
+    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "shards").rglob("*") if p.is_file()}
+
+
+def test_another_dataset_is_not_written_over(folder, tmp_path, ingest_here, picture):
+    ingest_here(folder, tmp_path / "shards")
+    with pytest.raises(DataError, match=r"destination: another dataset is already there.*group_rows 8"):
+        ingest_here(folder, tmp_path / "shards", group_rows=4)
+    with pytest.raises(DataError, match="another dataset is already there"):
+        ingest_here(folder, tmp_path / "shards", seed=3)
+    picture(999).save(folder / "cats/new.png")
+    with pytest.raises(DataError, match="another dataset is already there"):
+        ingest_here(folder, tmp_path / "shards")
+
+
+def test_a_folder_with_other_things_is_not_written_into(folder, ingest_here):
+    with pytest.raises(DataError, match=r"destination: the folder holds other things.*cats, dogs"):
+        ingest_here(folder, folder)
+
+
+def test_a_damaged_dataset_is_written_anew(folder, tmp_path, ingest_here, caplog):
+    first = ingest_here(folder, tmp_path / "shards")
+    path = tmp_path / "shards/train/00000.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    assert ingest_here(folder, tmp_path / "shards") == first
+    assert "damaged" in caplog.text
+    assert path.read_bytes() == whole
+    path.unlink()
+    assert ingest_here(folder, tmp_path / "shards") == first
+    assert path.read_bytes() == whole
+
+
+def test_a_destination_that_cannot_be_written_is_refused(folder, tmp_path, ingest_here):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"file/shards.*What to do"):
+        ingest_here(folder, tmp_path / "file/shards")
+
+
+def test_a_source_that_changes_meanwhile_is_an_error(folder, tmp_path, ingest_here):
+    def change(done, total, phase):
+        if phase == "check":
+            (folder / "dogs/000.jpg").write_bytes((folder / "dogs/003.png").read_bytes())
+
+    with pytest.raises(DataError, match=r"the source changed while it was read: dogs/000.jpg"):
+        ingest_here(folder, tmp_path / "shards", progress=change)
+
+
+@pytest.mark.parametrize("moment", ["check", "second shard"])
+def test_a_killed_ingest_leaves_no_dataset_and_can_be_run_again(folder, tmp_path, ingest_here, moment):
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(REPOSITORY / "platform")!r})
+from maskray.config.schema import IngestConfig
+from maskray.data import ingest as room
+
+def stop(done, total, phase):
+    if phase == {moment!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+rows = room._rows
+def rows_until_killed(job):
+    for number, row in enumerate(rows(job)):
+        if {moment!r} == "second shard" and job.name.endswith("1.parquet") and number == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield row
+room._rows = rows_until_killed
+
+config = dict(source={str(folder)!r}, destination={str(tmp_path / "shards")!r}, held_out_fraction=0.2)
+room.ingest(IngestConfig(**config, group_rows=8, groups_per_shard=2), room.thread_mapper(1), stop)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    with pytest.raises(DataError, match=r"has no manifest\.json"):
+        Dataset.open(str(tmp_path / "shards"))
+    expected = ingest_here(folder, tmp_path / "elsewhere")
+    assert ingest_here(folder, tmp_path / "shards") == expected
+    files = {p.name for p in (tmp_path / "shards").rglob("*") if p.is_file()}
+    assert files == {p.name for p in (tmp_path / "elsewhere").rglob("*") if p.is_file()}
+
+
+def test_keys_and_images_stay_together(folder, tmp_path, ingest_here):
+    ingest_here(folder, tmp_path / "shards")
+    table = pq.read_table(tmp_path / "shards/train/00000.parquet")
+    assert table.num_rows == 16
+    for row in table.to_pylist():
+        assert row["image"] == (folder / row["key"]).read_bytes()
+        assert row["label"] == ("cats", "dogs").index(row["key"].split("/")[0])
+        number = int(Path(row["key"]).stem)
+        assert (row["height"], row["width"]) == (20 + number % 5, 24 + number % 7)

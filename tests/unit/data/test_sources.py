@@ -1,0 +1,100 @@
+"""Keys, labels and reading, for each kind of source."""
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from maskray.data.sources import open_source
+from maskray.errors import DataError
+
+
+def test_class_folders_give_labels(folder):
+    source = open_source(str(folder))
+    assert source.class_names == ("cats", "dogs")
+    assert len(source.entries) == 50
+    assert [e.key for e in source.entries] == sorted(e.key for e in source.entries)
+    assert all(e.label == ("cats", "dogs").index(e.key.split("/")[0]) for e in source.entries)
+    again = pickle.loads(pickle.dumps(source))
+    assert again.read("dogs/000.jpg") == (folder / "dogs/000.jpg").read_bytes()
+
+
+def test_a_flat_folder_has_no_labels_and_neither_has_a_mixed_one(folder, picture, encoded):
+    flat = open_source(str(folder / "cats"))
+    assert flat.class_names == ()
+    assert {e.label for e in flat.entries} == {None}
+    (folder / "stray.png").write_bytes(encoded(picture(1)))
+    mixed = open_source(str(folder))
+    assert mixed.class_names == ()
+    assert len(mixed.entries) == 51
+
+
+def test_deep_folders_take_the_first_for_the_class(tmp_path, picture, encoded):
+    for key in ("a/x/1.png", "a/y/z/1.PNG", "b/1.JpEg"):
+        (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / key).write_bytes(encoded(picture(1)))
+    assert [tuple(e) for e in open_source(str(tmp_path)).entries] == [
+        ("a/x/1.png", 0),
+        ("a/y/z/1.PNG", 0),
+        ("b/1.JpEg", 1),
+    ]
+
+
+def test_hidden_and_other_files_are_left_out(tmp_path, picture, encoded):
+    good = encoded(picture(1))
+    for key in ("1.png", ".2.png", ".cache/3.png", "notes.txt", "4.png.part", "5"):
+        (tmp_path / key).parent.mkdir(exist_ok=True)
+        (tmp_path / key).write_bytes(good)
+    assert [e.key for e in open_source(str(tmp_path)).entries] == ["1.png"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path, picture, encoded):
+    (tmp_path / "in/a").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/2.png").write_bytes(encoded(picture(2)))
+    (tmp_path / "in/a/1.png").write_bytes(encoded(picture(1)))
+    (tmp_path / "in/a/up").symlink_to(tmp_path / "in")
+    (tmp_path / "in/b").symlink_to(tmp_path / "out")
+    (tmp_path / "in/a/broken.png").symlink_to(tmp_path / "nothing")
+    assert [e.key for e in open_source(str(tmp_path / "in")).entries] == ["a/1.png", "b/2.png"]
+
+
+def test_a_name_that_is_not_utf8_is_listed_under_an_escaped_key(tmp_path, picture, encoded):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(encoded(picture(1)))
+    source = open_source(str(tmp_path))
+    assert [e.key for e in source.entries] == [r"\xff.png"]
+    with pytest.raises(FileNotFoundError):
+        source.read(source.entries[0].key)
+
+
+def test_the_stamp_moves_with_the_files(folder):
+    before = open_source(str(folder)).stamp
+    assert open_source(str(folder)).stamp == before
+    os.utime(folder / "dogs/000.jpg", ns=(1, 1))
+    assert open_source(str(folder)).stamp != before
+
+
+def test_digits_are_lossless():
+    source = open_source("digits")
+    assert len(source.entries) == 1797
+    assert source.class_names == tuple("0123456789")
+    read = pickle.loads(pickle.dumps(source.read))
+    data = load_digits()
+    for i in (0, 5, 1796):
+        assert source.entries[i] == (f"digits/{i:04d}", data.target[i])
+        pixels = np.asarray(Image.open(io.BytesIO(read(f"digits/{i:04d}"))))
+        np.testing.assert_array_equal(pixels, data.images[i].astype(int) * 255 // 16)
+        assert pixels.dtype == np.uint8
+
+
+def test_what_is_no_source_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"source: there is no such folder. Found: /no/where. Allowed: .*digits"):
+        open_source("/no/where")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DataError, match=r"no images in the folder.*\.jpg"):
+        open_source(str(tmp_path))

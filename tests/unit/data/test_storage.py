@@ -1,0 +1,125 @@
+"""Files appear whole or not at all, and what goes wrong is said."""
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from maskray.data.storage import TEMPORARY, Storage
+from maskray.errors import StorageError
+
+
+def test_bytes_come_back_and_are_replaced(tmp_path):
+    storage = Storage(tmp_path / "new" / "place")
+    assert not storage.exists()
+    storage.write_bytes("a/b.txt", b"one")
+    storage.write_bytes("a/b.txt", b"two")
+    storage.write_bytes("a/c.txt", b"")
+    assert storage.read_bytes("a/b.txt") == b"two"
+    assert storage.read_bytes("a/c.txt") == b""
+    assert storage.exists("a/b.txt")
+    assert storage.exists("a")
+    assert storage.list_names() == ["a"]
+    assert storage.list_names("a") == ["b.txt", "c.txt"]
+    assert storage.list_sizes("a") == {"b.txt": 3, "c.txt": 0}
+    assert storage.list_names("missing") == []
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    storage = Storage(tmp_path)
+    storage.write_bytes("x", b"old")
+
+    def fail():
+        with storage.open_output("x") as stream:
+            stream.write(b"half of the new")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fail()
+    assert storage.read_bytes("x") == b"old"
+    assert storage.list_names() == ["x"]
+
+
+def test_reads_at_any_offset(tmp_path):
+    storage = Storage(tmp_path)
+    storage.write_bytes("x", b"0123456789")
+    with storage.open_input_file("x") as file:
+        file.seek(7)
+        assert file.read(2) == b"78"
+
+
+def test_delete_takes_files_folders_and_nothing(tmp_path):
+    storage = Storage(tmp_path)
+    storage.write_bytes("a/b/c", b"1")
+    storage.delete("a/b/c")
+    assert not storage.exists("a/b/c")
+    storage.write_bytes("a/b/c", b"1")
+    storage.delete("a")
+    storage.delete("a")
+    assert storage.list_names() == []
+
+
+def test_of_many_only_one_creates(tmp_path):
+    storage = Storage(tmp_path / "locks")
+    with ThreadPoolExecutor(16) as pool:
+        won = list(pool.map(lambda i: storage.create_exclusive("lease", b"%d" % i), range(64)))
+    assert sum(won) == 1
+    assert storage.read_bytes("lease") == b"%d" % won.index(True)
+
+
+def test_places_join_and_travel(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = Storage("runs")
+    assert relative.uri == str(tmp_path / "runs")
+    assert relative.is_local
+    assert relative.join("a", "b") == str(tmp_path / "runs/a/b")
+    relative.child("a").write_bytes("b", b"1")
+    assert pickle.loads(pickle.dumps(relative)).read_bytes("a/b") == b"1"
+    assert Storage(f"file://{tmp_path}/runs").read_bytes("a/b") == b"1"
+
+
+def test_a_bucket_keeps_its_options_when_joined():
+    storage = Storage("s3://bucket/prefix?endpoint_override=localhost:1&scheme=http&region=x")
+    assert not storage.is_local
+    assert storage.child("a").join("b") == ("s3://bucket/prefix/a/b?endpoint_override=localhost:1&scheme=http&region=x")
+
+
+def test_what_is_not_local_works_through_the_same_verbs():
+    storage = Storage("mock:///bucket")  # pyarrow's own file system in memory
+    storage._fs.create_dir("bucket/a")  # which S3 does not need
+    storage.write_bytes("a/b", b"12")
+    storage.check_writable()
+    assert storage.create_exclusive("a/lock", b"me")
+    assert not storage.create_exclusive("a/lock", b"you")
+    assert storage.list_sizes("a") == {"b": 2, "lock": 2}
+    storage.delete("a")
+    assert storage.list_names() == []
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("a/b")
+
+
+def test_a_missing_file_is_told_from_one_that_cannot_be_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FileNotFoundError):
+        Storage(tmp_path).read_bytes("nothing")
+    with pytest.raises(StorageError, match=r"cannot read .*file/x"):
+        Storage(tmp_path / "file").read_bytes("x")
+
+
+def test_a_place_that_cannot_be_written_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"cannot write .*/file/runs/.*What to do: take another path"):
+        Storage(tmp_path / "file" / "runs").check_writable()
+    with pytest.raises(StorageError, match=r"cannot write /proc/.*What to do: take"):
+        Storage("/proc/maskray").check_writable()
+    Storage(tmp_path / "fine").check_writable()
+    assert list((tmp_path / "fine").iterdir()) == []
+
+
+def test_an_unknown_kind_of_place_is_refused():
+    with pytest.raises(StorageError, match=r"ftp://x/y.*a local path or s3://"):
+        Storage("ftp://x/y")
+
+
+def test_partial_files_are_told_by_their_prefix():
+    assert TEMPORARY.startswith(".")  # hidden from sources and from the look for foreign files

@@ -1,0 +1,85 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskray import figures
+
+RNG = np.random.default_rng(0)
+
+
+def pixels(png):
+    assert png.startswith(b"\x89PNG")
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def arrays(channels, size_HW, grid_HW, num_images=2):
+    images = RNG.integers(0, 256, (num_images, channels, *size_HW), dtype=np.uint8)
+    painted = RNG.integers(0, 256, images.shape, dtype=np.uint8)
+    visible = RNG.random((num_images, *grid_HW)) < 0.5
+    return images, visible, painted
+
+
+@pytest.mark.parametrize(
+    ("channels", "size_HW", "grid_HW"),
+    [
+        (1, (8, 8), (4, 4)),
+        (3, (32, 32), (8, 8)),
+        (3, (224, 224), (14, 14)),
+        (3, (32, 8), (8, 4)),
+        (1, (16, 48), (4, 4)),
+    ],
+)
+@pytest.mark.parametrize("uses_target_statistics", [False, True])
+def test_a_figure_fits_a_screen(channels, size_HW, grid_HW, uses_target_statistics):
+    images, visible, painted = arrays(channels, size_HW, grid_HW, num_images=6)
+    image = pixels(
+        figures.reconstructions(
+            images,
+            visible,
+            painted,
+            title="run · step 1",
+            losses=[0.5] * 6,
+            uses_target_statistics=uses_target_statistics,
+        )
+    )
+    assert 300 < image.shape[0] < 1600
+    assert 500 < image.shape[1] < 1100
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_pixel_is_enlarged_whole_and_stands_in_its_column(channels):
+    images, visible, painted = arrays(channels, (8, 8), (4, 4))
+    image = pixels(figures.reconstructions(images, visible, painted, title="t"))
+    rgb, prediction = (np.broadcast_to(a, (2, 3, 8, 8)).transpose(0, 2, 3, 1) for a in (images, painted))
+    shown = visible.repeat(2, 1).repeat(2, 2)[..., None]
+    expected = [
+        rgb,
+        np.where(shown, rgb, np.array(figures.HIDDEN_COLOR)),
+        np.where(shown, rgb, prediction),
+        prediction,
+    ]
+    scale = figures.TILE // 8
+    for row in range(2):
+        y = figures.HEAD + figures.COLUMN_HEAD + row * (figures.TILE + figures.GAP)
+        for column, pictures in enumerate(expected):
+            x = figures.MARGIN + column * (figures.TILE + figures.GAP)
+            tile = image[y : y + figures.TILE, x : x + figures.TILE]
+            np.testing.assert_array_equal(tile, pictures[row].repeat(scale, 0).repeat(scale, 1))
+
+
+def test_borrowed_statistics_are_said():
+    images, visible, painted = arrays(3, (8, 8), (4, 4))
+    plain, borrowed = (
+        figures.reconstructions(images, visible, painted, title="t", uses_target_statistics=said)
+        for said in (False, True)
+    )
+    assert pixels(plain).shape[0] < pixels(borrowed).shape[0]  # a line more at the foot
+
+
+def test_no_pyplot_state_is_left():
+    import sys
+
+    figures.reconstructions(*arrays(1, (8, 8), (4, 4)), title="t")
+    assert "matplotlib.pyplot" not in sys.modules or sys.modules["matplotlib.pyplot"].get_fignums() == []

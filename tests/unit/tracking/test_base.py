@@ -1,0 +1,54 @@
+import json
+import math
+from collections.abc import Mapping
+
+from maskray.tracking.base import Fanout, MemoryTracker, Observer, Point, points_of
+
+
+def test_point_survives_strict_json() -> None:
+    points = points_of({"train/loss": 0.5, "train/grad_norm": math.nan}, 7)
+    again = [Point.from_plain(plain) for plain in json.loads(json.dumps([p.plain() for p in points], allow_nan=False))]
+    assert again[0] == points[0]
+    assert math.isnan(again[1].value)
+    assert again[1]._replace(value=0) == points[1]._replace(value=0)
+
+
+def test_infinities_become_nan() -> None:
+    assert all(math.isnan(p.value) for p in points_of({"a": math.inf, "b": -math.inf}, 1))
+
+
+def test_fanout_tells_all_and_keeps_pending_of_the_one_that_stores() -> None:
+    seen: list[int] = []
+    stored = MemoryTracker()
+    both = Fanout(stored, Observer(lambda step, metrics: seen.append(step)))
+    stored.store.away = True
+    both.log({"train/loss": 1.0}, 3)
+    both.figure("reconstruction", b"png", 3)
+    both.event("rewind", "steps 1 to 3")
+    assert seen == [3]
+    assert [plain[0] for plain in both.pending()] == ["train/loss"]
+    assert not both.flush(0.1)
+    stored.store.away = False
+    assert both.close()
+    assert [p.step for p in stored.store.points] == [3]
+    assert stored.store.figures == {("reconstruction", 3): b"png"}
+    assert stored.store.events == [("rewind", "steps 1 to 3")]
+
+
+def test_fanout_restores_into_the_one_that_stores() -> None:
+    stored = MemoryTracker()
+    both = Fanout(Observer(), stored)
+    both.restore([["train/loss", 1.0, 5, 2]])
+    assert stored.store.points == [Point("train/loss", 1.0, 5, 2)]
+    assert both.last_step() == -1
+    assert Fanout(MemoryTracker(stored.store), Observer()).last_step() == 2
+
+
+def test_observer_that_breaks_does_not_end_the_run() -> None:
+    def broken(step: int, metrics: Mapping[str, float]) -> None:
+        raise BrokenPipeError(f"nobody reads {step}")
+
+    observer = Observer(broken)
+    observer.log({"train/loss": 1.0}, 1)
+    observer.log({"train/loss": 1.0}, 2)
+    assert observer.close()
