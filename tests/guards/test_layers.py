@@ -35,7 +35,13 @@ OWNERS: dict[str, set[str]] = {
     "matplotlib": {"figures"},
     "rich": {"cli", "tracking/console"},
     "safetensors": {"training/checkpoint", "models/foreign", "publish/export"},
-    "mlflow": {"tracking/mlflow_store", "tracking/mlflow_runs", "tracking/mlflow_tracker", "publish/registry", "publish/predictor"},
+    "mlflow": {
+        "tracking/mlflow_store",
+        "tracking/mlflow_runs",
+        "tracking/mlflow_tracker",
+        "publish/registry",
+        "publish/predictor",
+    },
     "psutil": {"training/lease"},
     "ray": {"on_ray"},
 }

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 def test_tasks_make_the_same_dataset_as_threads(tmp_path):
     one, two = (
         ingest(IngestConfig(source="digits", destination=str(tmp_path / name), group_rows=16), mapper)
-        for name, mapper in (("ray", ray_mapper()), ("threads", thread_mapper(2)))
+        for name, mapper in (("ray", ray_mapper(max_in_flight=2)), ("threads", thread_mapper(2)))
     )
     assert one == two
 

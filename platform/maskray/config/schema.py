@@ -348,6 +348,17 @@ class RunConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _norm_pix_has_something_to_normalise(self) -> Self:
+        if self.objective.norm_pix and self.model.patch == (1, 1) and self.data.channels == 1:
+            raise ConfigError(
+                "a cell of one value has no mean and std of its own",
+                key="objective.norm_pix",
+                found="true, with model.patch 1 and data.channels 1",
+                fix="set objective.norm_pix: false, or a larger patch",
+            )
+        return self
+
 
 # -------------------------------------------------------------------------------------------------------------- ingest
 

@@ -9,8 +9,7 @@ from typing import Any, assert_never
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
+from torch.nn import functional as F
 
 from maskray import draws
 from maskray.config.schema import Crop, RandomResizedCrop, WholeImage
@@ -23,11 +22,15 @@ _WORDS_PER_TRY = 4
 
 
 def crop_resize(image_CHW: torch.Tensor, box: Ints, size_HW: tuple[int, int], flip: bool) -> torch.Tensor:
-    """The box (top, left, height, width) of an image at a size: bicubic, antialiased, uint8; no copy if equal."""
+    """The box (top, left, height, width) of an image at a size: bicubic, antialiased, uint8; no copy if equal.
+
+    The call that torchvision's `resized_crop` ends in, without torchvision: its import takes longer than torch's, in
+    every process that decodes.
+    """
     top, left, height, width = (int(v) for v in box)
-    out: torch.Tensor = transforms.resized_crop_image(
-        image_CHW, top, left, height, width, size_HW, interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
+    out = image_CHW[:, top : top + height, left : left + width]
+    if (height, width) != size_HW:
+        out = F.interpolate(out[None], size=size_HW, mode="bicubic", antialias=True, align_corners=False)[0]
     return out.flip(-1) if flip else out
 
 

@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from math import sqrt
 from typing import Any, Literal, NamedTuple
 
@@ -50,8 +51,10 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 _FOOTERS_KEPT = 64
 _CHUNK_BYTES = 8 * 2**20
-# Where a dataset lies and when its files were touched says nothing about what is in it.
+# Where a dataset lies and when its files were touched says nothing about what is in it; nor do the sizes and checksums
+# of shards, in whose footers pyarrow writes its version: `content` is over the images themselves.
 _NOT_IDENTITY = ("fingerprint", "source", "stamp")
+_NOT_IDENTITY_OF_A_SHARD = ("size", "sha256")
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest
@@ -146,6 +149,9 @@ class Manifest:
     def expected_fingerprint(self) -> str:
         """Digest over all but where and when."""
         plain = json.loads(json.dumps(asdict(self)))
+        for split in plain["splits"].values():
+            for shard, key in product(split["shards"], _NOT_IDENTITY_OF_A_SHARD):
+                del shard[key]
         return fingerprint({k: v for k, v in plain.items() if k not in _NOT_IDENTITY})
 
     def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -24,7 +24,6 @@ _SAY_EVERY_SECONDS = 5.0
 # Set before Ray starts, and only where the user has not: a lost worker is told apart from a slow one sooner.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
 }
 
@@ -135,7 +134,8 @@ def _shortage(needed: Mapping[str, float], has: Mapping[str, float]) -> dict[str
 
 
 def _shown(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{resources.get(n, 0.0):g} {n}s" for n in ("CPU", "GPU") if n in resources) or "nothing"
+    amounts = {n: resources[n] for n in ("CPU", "GPU") if resources.get(n)}
+    return ", ".join(f"{amount:g} {n}{'' if amount == 1 else 's'}" for n, amount in amounts.items()) or "nothing"
 
 
 def _check_shared(storage: Storage, tracking_uri: str) -> None:

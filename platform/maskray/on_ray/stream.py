@@ -115,13 +115,12 @@ def _open_segment(spec: StreamSpec, run: Storage, workers: int, groups_per_task:
     first, last = segments.bounds(index, start, workers)
     num_units = max(0, last - first) + 2 * workers
     return ray.data.range(num_units, override_num_blocks=-(-num_units // groups_per_task)).map_batches(
-        partial(_load, spec, first), batch_size=None
+        partial(_load, spec, spec.open_dataset(), first), batch_size=None
     )
 
 
-def _load(spec: StreamSpec, first: int, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _load(spec: StreamSpec, dataset: Dataset, first: int, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A task: several row groups, each given on as soon as it is ready."""
-    dataset = Dataset.open(spec.path)
     for offset in batch["id"]:
         yield _to_row(load_unit(spec, dataset, first + int(offset)))
 

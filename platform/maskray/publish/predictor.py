@@ -31,7 +31,7 @@ class EncoderPredictor(PythonModel):
     def predict(
         self,
         context: Any,  # noqa: ARG002  (MLflow gives it)
-        model_input: np.ndarray,  # type: ignore[type-arg]  # MLflow knows this very hint, and warns at any other
+        model_input: np.ndarray,  # MLflow knows this very hint, and warns at any other
         params: dict[str, Any] | None = None,  # noqa: ARG002  (likewise)
     ) -> Any:
         """Features, in the order of the images."""

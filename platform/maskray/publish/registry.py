@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 import time
@@ -23,8 +22,6 @@ from mlflow.types import Schema, TensorSpec
 
 from maskray.errors import TrackingError
 from maskray.publish import export
-
-log = logging.getLogger(__name__)
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -58,7 +55,7 @@ class ModelCard:
     description: str = ""
     """Of the version, in Markdown."""
     example: Images | None = None
-    """A few images (B, H, W, C), kept beside the model to be tried out. Left out where they are large."""
+    """A few images (B, H, W, C), kept beside the model to be tried out, if they are small."""
 
 
 def register_encoder(uri: str, run_id: str, folder: Path, name: str, card: ModelCard) -> str:
@@ -148,11 +145,17 @@ def save_pyfunc(
             # All of the package: a part of it would hide an installed one from whoever imports more of it later.
             code_paths=[str(PACKAGE)],
             signature=signature,
-            # As JSON, twice: large images would be many megabytes.
-            input_example=example if example is not None and example.size <= MAX_EXAMPLE_VALUES else None,
+            input_example=_small(example, encoder.channels),
             pip_requirements=[f"{package}=={metadata.version(package)}" for package in REQUIREMENTS],
             mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
         )
+
+
+def _small(example: Images | None, channels: int) -> Images:
+    """The example, or a gray image where it is large: it is kept as JSON, twice. MLflow warns where there is none."""
+    if example is not None and example.size <= MAX_EXAMPLE_VALUES:
+        return example
+    return np.full((1, 16, 16, channels), 128, dtype=np.uint8)
 
 
 def _log_metrics(client: MlflowClient, run_id: str, model_id: str, card: ModelCard) -> None:

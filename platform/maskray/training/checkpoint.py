@@ -92,7 +92,7 @@ def read_facts(folder: Path) -> Facts:
     try:
         state = json.loads((folder / STATE).read_bytes())
         version = state.pop("schema_version", None)
-    except (OSError, ValueError, AttributeError) as error:  # not there, no JSON, no mapping
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # not there, no JSON, no mapping
         raise unreadable from error
     if version != SCHEMA_VERSION:
         raise CheckpointError(

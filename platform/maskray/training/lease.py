@@ -92,11 +92,12 @@ def hold(run: Storage, name: str) -> Iterator[None]:
 
 def _take(run: Storage, name: str, me: Holder) -> None:
     content = json.dumps(asdict(me)).encode()
-    if not run.create_exclusive(LEASE, content):
-        _remove_abandoned(run, name)
-        run.create_exclusive(LEASE, content)
-    elif run.is_local:
-        return
+    if run.create_exclusive(LEASE, content):
+        if run.is_local:
+            return
+    else:
+        _refuse_if_alive(run, name)
+        run.write_bytes(LEASE, content)  # over the old one: were it deleted first, a third launch could slip in
     # Several may take over in the same moment, or create on S3: the last to write has it, and all look again.
     time.sleep(SETTLE_SECONDS)
     found = holder_of(run)
@@ -104,7 +105,7 @@ def _take(run: Storage, name: str, me: Holder) -> None:
         raise RunConflictError(f"the run {name} is being started by somebody else", fix="wait for it")
 
 
-def _remove_abandoned(run: Storage, name: str) -> None:
+def _refuse_if_alive(run: Storage, name: str) -> None:
     other = holder_of(run)
     if other is not None and other.is_alive():
         age = max(0.0, time.time() - other.heartbeat)
@@ -114,7 +115,6 @@ def _remove_abandoned(run: Storage, name: str) -> None:
             fix="wait for it, stop it, or give this run another name or seed",
         )
     log.warning("Taking over the run %s: its last launch ended without a word", name)
-    run.delete(LEASE)
 
 
 def _beat(run: Storage, me: Holder, stop: threading.Event) -> None:

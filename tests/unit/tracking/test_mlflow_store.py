@@ -141,8 +141,14 @@ def impostor() -> Iterator[HTTPServer]:
 
 @pytest.mark.parametrize(
     ("status", "says"),
-    [(403, "--allowed-hosts '127.0.0.1"), (401, "MLFLOW_TRACKING_USERNAME"), (500, "log"), (200, "look like"), (404, "look like")],
-)  # fmt: skip
+    [
+        (403, "--allowed-hosts '127.0.0.1"),
+        (401, "MLFLOW_TRACKING_USERNAME"),
+        (500, "log"),
+        (200, "look like"),
+        (404, "look like"),
+    ],
+)
 def test_a_server_that_refuses(impostor: HTTPServer, status: int, says: str) -> None:
     impostor.status = status  # type: ignore[attr-defined]
     with pytest.raises(TrackingError, match=says):

@@ -1,0 +1,166 @@
+"""A user's mistakes on the command line: exit code 2 and one readable paragraph, before anything is started."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskray import cli
+from maskray.config.schema import RunConfig
+from maskray.launch import prepare
+from maskray.pretrain import pretrain
+from maskray.tracking.base import MemoryTracker
+from maskray.training import lease
+from maskray.training.context import LocalContext
+
+Say = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(tiny: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Runs the command with overrides; the paragraph that it says."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny().model_dump(mode="json")))
+
+    def run(*overrides: str, launcher: str = "torch") -> str:
+        sets = [part for item in overrides for part in ("--set", item)]
+        assert cli.main(["pretrain", "--config", str(path), "--launcher", launcher, *sets]) == cli.USER_MISTAKE
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert "\n\n" not in said.strip(), "one paragraph"
+        return " ".join(said.split())
+
+    return run
+
+
+@pytest.fixture
+def copied(digits: Path, tmp_path: Path) -> Path:
+    """The digits, to be damaged."""
+    return Path(shutil.copytree(digits, tmp_path / "copied"))
+
+
+def test_unknown_key(refuse: Say):
+    said = refuse("optim.lerning_rate=1")
+    assert "optim.lerning_rate" in said
+    assert "no such key" in said
+    assert "mask.ratio" in refuse("mask_ratio=0.5")
+
+
+def test_wrong_type(refuse: Say):
+    said = refuse("optim.global_batch=many")
+    assert "optim.global_batch" in said
+    assert "'many'" in said
+
+
+def test_image_that_the_patch_does_not_divide(refuse: Say):
+    said = refuse("data.image_size=9")
+    assert "data.image_size" in said
+    assert "8 or 10" in said
+
+
+def test_more_workers_than_row_groups_in_a_step(refuse: Say):
+    said = refuse("cluster.workers=5")
+    assert "cluster.workers" in said
+    assert "1 to 4" in said
+
+
+def test_missing_dataset(refuse: Say, tmp_path: Path):
+    said = refuse(f"data.path={tmp_path}/nothing")
+    assert f"{tmp_path}/nothing" in said
+    assert "maskray ingest" in said
+
+
+def test_half_written_dataset(refuse: Say, copied: Path):
+    (copied / "manifest.json").unlink()
+    said = refuse(f"data.path={copied}")
+    assert "did not finish" in said
+    assert "ingest again" in said
+
+
+def test_a_flipped_byte_in_a_shard(refuse: Say, copied: Path):
+    shard = next((copied / "train").glob("*.parquet"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    said = refuse(f"data.path={copied}")
+    assert "checksum" in said
+    assert shard.name in said
+
+
+def test_mlflow_that_does_not_answer(refuse: Say):
+    start = time.monotonic()
+    said = refuse("tracking.uri=http://127.0.0.1:9")
+    assert "tracking.uri" in said
+    assert "127.0.0.1:9" in said
+    assert time.monotonic() - start < 60
+
+
+def test_a_folder_that_cannot_be_written(refuse: Say, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    said = refuse(f"storage.path={tmp_path}/file/runs")
+    assert f"{tmp_path}/file" in said
+
+
+@pytest.fixture
+def changed_state(tiny: Callable[..., RunConfig]) -> Callable[..., None]:
+    """Trains a little, for a real checkpoint, and changes what its state says."""
+
+    def change(**changes: object) -> None:
+        prepared = prepare(tiny())
+        run = Path(prepared.run.uri)
+        pretrain(prepared.config, LocalContext(run), MemoryTracker())
+        for state in run.glob("step_*/state.json"):
+            state.write_text(json.dumps(json.loads(state.read_text()) | changes))
+
+    return change
+
+
+def test_a_checkpoint_of_another_run(refuse: Say, changed_state: Callable[..., None]):
+    changed_state(fingerprint="of another run")
+    said = refuse()
+    assert "another identity" in said
+    assert "init_from" in said
+
+
+def test_a_checkpoint_of_another_schema_version(refuse: Say, changed_state: Callable[..., None]):
+    changed_state(schema_version=99)
+    said = refuse()
+    assert "schema_version" in said
+    assert "99" in said
+
+
+def test_the_same_run_launched_twice(refuse: Say, tiny: Callable[..., RunConfig]):
+    prepared = prepare(tiny())
+    held = "import sys, time; from maskray.data.storage import Storage; from maskray.training import lease\n"
+    held += "with lease.hold(Storage(sys.argv[1]), 'x'):\n    print('held', flush=True)\n    time.sleep(60)"
+    command = [sys.executable, "-c", held, prepared.run.uri]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root / "platform") as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        said = refuse()
+        other.kill()
+    assert "running already" in said.lower()
+    assert f"process {other.pid}" in said
+    holder = lease.holder_of(prepared.run)
+    assert holder is not None
+    assert not holder.is_alive()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("overrides", "missing"),
+    [
+        (["cluster.cpus_per_worker=64", "cluster.embedded_cpus=2"], "62 CPUs short"),
+        (["cluster.gpus_per_worker=8", "cluster.embedded_cpus=4"], "8 GPUs"),
+        (["cluster.embedded_cpus=1", "data.stream=ray"], "1 CPU short"),
+    ],
+)
+def test_more_than_the_cluster_has(refuse: Say, overrides: list[str], missing: str):
+    assert missing in refuse(*overrides, launcher="ray")

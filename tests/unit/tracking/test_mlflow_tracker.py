@@ -1,0 +1,237 @@
+import io
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from maskray.config.schema import TrackingConfig
+from maskray.tracking import mlflow_tracker
+from maskray.tracking.mlflow_runs import DatasetCard, RunCard, close_run, ensure_run
+from maskray.tracking.mlflow_store import Store, open_store
+from maskray.tracking.mlflow_tracker import MlflowTracker
+
+CARD = RunCard("run", "f00d", {"seed": 0}, {}, "name: run\n", DatasetCard("data", "/data", "d16e57", 1))
+
+
+@pytest.fixture
+def run_id(store: Store) -> str:
+    return ensure_run(store, CARD)
+
+
+@pytest.fixture
+def nobody() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+def png() -> bytes:
+    out = io.BytesIO()
+    FigureCanvasAgg(Figure(figsize=(4, 3))).print_png(out)
+    return out.getvalue()
+
+
+def steps_of(store: Store, run_id: str, key: str = "train/loss") -> list[int]:
+    return [m.step for m in store.client().get_metric_history(run_id, key)]
+
+
+def no_threads_left() -> bool:
+    return not any(t.name == "maskray-mlflow" for t in threading.enumerate())
+
+
+def test_logging_never_waits(nobody: str) -> None:
+    start = time.monotonic()
+    tracker = MlflowTracker(nobody, "run")
+    for step in range(1000):
+        tracker.log({"train/loss": 1.0, "train/lr": 1e-3}, step)
+    tracker.figure("reconstruction", png(), 0)
+    tracker.event("rewind", "steps 1 to 3")
+    assert time.monotonic() - start < 1
+    assert len(tracker.pending()) == 2000
+    assert not tracker.close(0.2)
+    assert len(tracker.pending()) == 2000
+    assert time.monotonic() - start < 5
+
+
+def test_the_spool_is_bounded(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow_tracker, "MAX_POINTS", 10)
+    monkeypatch.setattr(mlflow_tracker, "MAX_EXTRAS", 2)
+    tracker = MlflowTracker(nobody, "run")
+    for step in range(100):
+        tracker.log({"train/loss": 1.0}, step)
+        tracker.event("e", str(step))
+    assert [plain[3] for plain in tracker.pending()] == list(range(90, 100))
+    tracker.close(0)
+
+
+def test_history_cannot_be_asked_for(nobody: str) -> None:
+    tracker = MlflowTracker(nobody, "run")
+    tracker.close(0)
+    assert tracker.last_step() == -1
+
+
+def test_a_run_that_is_gone_does_not_end_training(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        tracker = MlflowTracker(store.uri, "0" * 32)
+        tracker.log({"train/loss": 1.0}, 1)
+        assert tracker.last_step() == -1
+        assert not tracker.close(5)
+    assert "for good" in caplog.text
+    assert "did not take 1 points" in caplog.text
+    assert no_threads_left()
+
+
+def test_what_is_no_number_is_said_and_left_out(store: Store, run_id: str, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(MlflowTracker(store.uri, run_id)) as tracker:
+        tracker.log({"train/loss": "high"}, 1)  # type: ignore[dict-item]
+        tracker.log({"train/loss": np.float32(0.5)}, 2)  # type: ignore[dict-item]
+    assert "no numbers" in caplog.text
+    assert steps_of(store, run_id) == [2]
+
+
+def test_not_finite_is_said_once_a_key(store: Store, run_id: str, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(MlflowTracker(store.uri, run_id)) as tracker:
+        for step in range(1, 5):
+            tracker.log({"train/loss": math.inf}, step)
+    assert [r.getMessage() for r in caplog.records] == ["train/loss is not finite at step 1; MLflow shows a gap"]
+
+
+def test_events_are_tags(store: Store, run_id: str) -> None:
+    with closing(MlflowTracker(store.uri, run_id)) as tracker:
+        tracker.event("rewind", "steps 120 to 140")
+    tags = store.client().get_run(run_id).data.tags
+    ((name, text),) = [(k, v) for k, v in tags.items() if k.startswith("event ")]
+    assert name.endswith(" rewind")
+    assert text == "steps 120 to 140"
+
+
+def test_figure_is_whole_and_beside_it_a_small_copy(store: Store, run_id: str, tmp_path: Path) -> None:
+    picture = png()
+    with closing(MlflowTracker(store.uri, run_id)) as tracker:
+        tracker.figure("probe/reconstruction", picture, 20)
+    names = [a.path for a in store.client().list_artifacts(run_id, "images")]
+    assert [n.rsplit("+", 1)[-1] for n in names if n.endswith(".webp")] == ["compressed.webp"]
+    (large,) = [n for n in names if n.endswith(".png")]
+    assert large.startswith("images/probe~reconstruction+step+20+")
+    assert Path(store.client().download_artifacts(run_id, large, str(tmp_path))).stat().st_size > 100
+
+
+def test_a_figure_that_cannot_be_stored_is_given_up(
+    store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mlflow_tracker, "FIRST_PAUSE", 0.01)
+    tracker = MlflowTracker(store.uri, run_id)
+    tracker.figure("reconstruction", b"this is no PNG", 20)
+    tracker.log({"train/loss": 1.0}, 20)
+    assert not tracker.close(20)  # all that can be stored is, and it says that something was not
+    assert "figure reconstruction of step 20; given up" in caplog.text
+    assert steps_of(store, run_id) == [20]
+
+
+def test_system_metrics_go_on_where_they_ended(store: Store, run_id: str) -> None:
+    for _ in range(2):
+        tracker = MlflowTracker(store.uri, run_id, system_metrics_seconds=0.1)
+        time.sleep(1.5)
+        assert tracker.last_step() == -1  # they are not the run's steps
+        assert tracker.pending() == []
+        assert tracker.close()
+    steps = steps_of(store, run_id, "system/cpu_utilization_percentage")
+    assert len(steps) > 2
+    assert steps == list(range(len(steps)))
+    assert no_threads_left()
+
+
+def test_storing_alone_leaves_the_status(store: Store, run_id: str) -> None:
+    close_run(store, run_id, "FINISHED")
+    with closing(MlflowTracker(store.uri, run_id)) as tracker:
+        tracker.log({"probe/accuracy": 0.5}, 10)
+    assert store.client().get_run(run_id).info.status == "FINISHED"
+    assert "MLFLOW_RUN_ID" not in os.environ
+
+
+# ------------------------------------------------------------------------------------------------------------ a server
+
+
+class Server:
+    """`mlflow server` in a process group of its own: it has children."""
+
+    def __init__(self, folder: Path, database: Path) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = int(s.getsockname()[1])
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._folder, self._database = folder, database
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        options = {
+            "--backend-store-uri": f"sqlite:///{self._database}",
+            "--artifacts-destination": str(self._folder / "artifacts"),
+            "--host": "127.0.0.1",
+            "--port": str(self.port),
+            "--workers": "1",
+        }
+        command = [sys.executable, "-m", "mlflow", "server", *(part for pair in options.items() for part in pair)]
+        with (self._folder / "server.log").open("a") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                    return
+            except OSError:
+                time.sleep(0.2)
+        raise TimeoutError((self._folder / "server.log").read_text()[-2000:])
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path, mlflow_tables: Path) -> Iterator[Server]:
+    (tmp_path / "server.db").write_bytes(mlflow_tables.read_bytes())
+    started = Server(tmp_path, tmp_path / "server.db")
+    started.start()
+    yield started
+    started.kill()
+
+
+def test_a_server_killed_in_the_middle_loses_nothing_and_doubles_nothing(server: Server) -> None:
+    store = open_store(TrackingConfig(uri=server.uri), "unused")
+    run_id = ensure_run(store, CARD)
+    tracker = MlflowTracker(server.uri, run_id, system_metrics_seconds=0.5)
+    tracker.figure("reconstruction", png(), 0)
+    for step in range(1, 301):
+        tracker.log({"train/loss": 1 / step, "train/lr": 1e-3}, step)
+        time.sleep(0.01)
+        if step == 150:  # a batch may be half-way
+            server.kill()
+            tracker.figure("reconstruction", png(), step)
+    assert tracker.pending()
+    server.start()
+    assert tracker.flush(60)
+    assert tracker.close()
+    for key in ("train/loss", "train/lr"):
+        assert steps_of(store, run_id, key) == list(range(1, 301))
+    figures = [a.path for a in store.client().list_artifacts(run_id, "images") if a.path.endswith(".png")]
+    assert sorted(int(f.split("+")[2]) for f in figures) == [0, 150]
+    close_run(store, run_id, "FINISHED")
+    assert store.client().get_run(run_id).info.status == "FINISHED"
+    assert open_store(TrackingConfig(uri=server.uri), "unused") == store

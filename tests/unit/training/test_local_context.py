@@ -1,0 +1,91 @@
+"""The context of bare torch: folders that appear whole, and only the newest are kept."""
+
+import pytest
+
+from maskray.config.resolve import resolve
+from maskray.data.shards import Dataset
+from maskray.data.stream import StreamSpec
+from maskray.training import checkpoint
+from maskray.training.checkpoint import STATE, WEIGHTS, Facts, HostCopy
+from maskray.training.context import LocalContext, Snapshot
+
+
+@pytest.fixture
+def snapshot(rig):
+    r = rig()
+
+    def at(step):
+        return Snapshot(step, HostCopy(r.model, r.optimizer, Facts(step, "0" * 16, 1, 1, {}, []), "").write)
+
+    return at
+
+
+def steps_in(context):
+    return sorted(checkpoint.step_of(f.name) for f in context.run_folder.iterdir() if f.suffix != ".partial")
+
+
+def newest(context):
+    with context.latest_checkpoint() as folder:
+        return None if folder is None else checkpoint.read_facts(folder).step
+
+
+def test_no_checkpoint_yet(tmp_path):
+    assert newest(LocalContext(tmp_path / "never made")) is None
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [100]), (2, [12, 100]), (9, [4, 8, 12, 100])])
+def test_the_newest_are_kept(tmp_path, snapshot, keep, kept):
+    context = LocalContext(tmp_path, keep_checkpoints=keep)
+    for step in (4, 8, 12, 100):
+        assert context.report(step, snapshot(step)) == 0.0
+    assert steps_in(context) == kept
+    assert newest(context) == 100
+
+
+def test_a_step_that_is_trained_again_replaces_its_checkpoint(tmp_path, snapshot):
+    context = LocalContext(tmp_path)
+    for _ in range(2):
+        context.report(4, snapshot(4))
+    assert steps_in(context) == [4]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    context = LocalContext(tmp_path / "run", rank=1, world_size=2)
+    assert context.report(4, None) == 0.0
+    assert not context.run_folder.exists()
+
+
+def test_a_write_that_breaks_off_leaves_the_last_checkpoint(tmp_path, snapshot):
+    context = LocalContext(tmp_path, keep_checkpoints=1)
+    context.report(4, snapshot(4))
+
+    def breaks_off(folder):
+        snapshot(8).write(folder)
+        (folder / STATE).unlink()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        context.report(8, Snapshot(8, breaks_off))
+    assert (newest(context), steps_in(context)) == (4, [4])
+    context.report(8, snapshot(8))
+    assert (newest(context), steps_in(context)) == (8, [8])
+    assert [f.suffix for f in tmp_path.iterdir()] == [""]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, snapshot):
+    context = LocalContext(tmp_path, keep_checkpoints=3)
+    for step in (4, 8, 12):
+        context.report(step, snapshot(step))
+    (tmp_path / checkpoint.folder_name(12, "local") / WEIGHTS).write_bytes(b"")
+    (tmp_path / checkpoint.folder_name(8, "local") / STATE).unlink()
+    assert newest(context) == 4
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_it_gives_a_ranks_units_from_a_step_on(tmp_path, tiny, cache):
+    config = tiny(optim={"steps": 3})
+    dataset = Dataset.open(config.data.path)
+    spec = StreamSpec.of(config, resolve(config, dataset.facts()), dataset)
+    context = LocalContext(tmp_path, rank=1, world_size=2, cache=cache)
+    with context.units(spec, 1) as units:
+        assert [unit.position for unit in units] == [5, 7, 9, 11]

@@ -1,0 +1,92 @@
+"""The recipe: learning rate, weight decay, and who is decayed."""
+
+import math
+
+import pytest
+import torch
+
+from maskray.config.resolve import DatasetFacts, resolve
+from maskray.models.build import initial_model
+from maskray.training.optim import Schedule, build_optimizer
+
+FACTS = DatasetFacts("0" * 16, 16, 80, 1280)
+
+
+def schedule(tiny, **optim):
+    config = tiny(optim={"steps": 100, "warmup_steps": 10, "base_lr": 0.1, **optim})
+    return Schedule.of(config.optim, resolve(config, FACTS))
+
+
+def test_the_peak_scales_with_the_global_batch(tiny):
+    assert schedule(tiny, global_batch=512).peak_lr == pytest.approx(0.1 * 512 / 256)
+    assert schedule(tiny, global_batch=64).peak_lr == pytest.approx(0.1 * 64 / 256)
+
+
+def test_the_learning_rate_is_the_closed_form(tiny):
+    s = schedule(tiny, min_lr=0.001)
+    peak = 0.025
+    assert s.lr(0) == 0
+    assert s.lr(5) == pytest.approx(peak / 2)
+    assert s.lr(10) == pytest.approx(peak)
+    assert s.lr(55) == pytest.approx((peak + 0.001) / 2)
+    assert s.lr(100) == pytest.approx(0.001)
+    for step in range(10, 100):
+        expected = 0.001 + (peak - 0.001) * 0.5 * (1 + math.cos(math.pi * (step - 10) / 90))
+        assert s.lr(step) == pytest.approx(expected)
+        assert s.lr(step + 1) < s.lr(step)
+
+
+def test_without_a_warm_up_the_first_step_has_the_peak(tiny):
+    assert schedule(tiny, warmup_steps=0).lr(0) == pytest.approx(0.025)
+    assert schedule(tiny, steps=1, warmup_steps=0).lr(0) == pytest.approx(0.025)
+
+
+def test_weight_decay_is_a_cosine_over_the_whole_run(tiny):
+    s = schedule(tiny, weight_decay=0.04, weight_decay_end=0.4)
+    assert s.decay(0) == pytest.approx(0.04)
+    assert s.decay(50) == pytest.approx(0.22)
+    assert s.decay(100) == pytest.approx(0.4)
+    assert s.decay(25) == pytest.approx(0.4 + (0.04 - 0.4) * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_weight_decay_stays_where_no_end_is_given(tiny):
+    s = schedule(tiny, weight_decay=0.04)
+    assert {s.decay(step) for step in range(101)} == {0.04}
+    assert schedule(tiny, weight_decay=0.04, weight_decay_end=0).decay(100) == pytest.approx(0)
+
+
+def names(model, group):
+    numbers = {id(p) for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in numbers}
+
+
+@pytest.mark.parametrize("positions", ["fixed", "learnable"])
+def test_biases_and_norms_are_not_decayed_and_fixed_positions_not_trained(tiny, positions):
+    config = tiny(model={"positions": positions})
+    model = initial_model(config)
+    decayed, plain = build_optimizer(model, config.optim).param_groups
+    assert all(name.endswith(".bias") or "norm" in name for name in names(model, plain))
+    assert not any(name.endswith(".bias") or "norm" in name for name in names(model, decayed))
+    assert {"cls_token", "mask_token", "patch_embed.proj.weight"} <= names(model, decayed)
+    together = names(model, plain) | names(model, decayed)
+    table = {"pos_embed", "decoder_pos_embed"}
+    assert together == {n for n, _ in model.named_parameters()} - (table if positions == "fixed" else set())
+    assert (plain["weight_decay"], decayed["weight_decay"]) == (0, config.optim.weight_decay)
+
+
+def test_the_optimiser_is_the_fused_one_whose_flag_skips_an_update():
+    weight = torch.nn.Parameter(torch.ones(3))
+    model = torch.nn.ParameterList([weight])
+    optimizer = build_optimizer(model, _Optim())
+    optimizer.param_groups[1]["lr"] = 0.1
+    weight.grad = torch.ones(3)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3))
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    assert not torch.equal(weight, torch.ones(3))
+
+
+class _Optim:
+    betas, weight_decay = (0.9, 0.95), 0.05
