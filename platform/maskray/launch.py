@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from maskray.config.load import dump, identity
+from maskray.config.load import dump
 from maskray.config.resolve import RunPlan, padding_waste, resolve
 from maskray.config.schema import RunConfig
 from maskray.data.shards import Dataset
@@ -173,12 +173,11 @@ def _tracked(prepared: Prepared) -> Iterator[str]:
 def _card(prepared: Prepared) -> RunCard:
     config, plan, manifest = prepared.config, prepared.plan, prepared.dataset.manifest
     place = prepared.dataset.storage.uri
-    learned = identity(config) | {"dataset": manifest.fingerprint}
-    settings, params = mlflow_runs.flatten(config.model_dump(mode="json")), mlflow_runs.flatten(learned)
+    settings, params = mlflow_runs.flatten(config.model_dump(mode="json")), mlflow_runs.flatten(plan.identity)
     return RunCard(
         name=plan.run_name,
         fingerprint=plan.fingerprint,
-        params=learned,
+        params=plan.identity,
         tags={
             **{f"setting.{k}": v for k, v in settings.items() if k not in params},
             **mlflow_runs.provenance(Path(__file__).parent),

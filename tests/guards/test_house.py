@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maskray.config.load import load
+from maskray.config.load import json_schema, load
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -47,3 +47,7 @@ def test_every_config_says_what_it_costs_and_reaches(path: Path):
 
 def test_there_are_configs():
     assert CONFIGS
+
+
+def test_the_schema_for_editors_is_that_of_the_code():
+    assert (ROOT / "configs" / "schema.json").read_text() == json_schema(), "run `make schema`"

@@ -172,7 +172,7 @@ def _config(digits: Path, folder: Path, workers: int) -> dict:
         # 8 row groups a step, 11 steps a pass: the kills come in mid-epoch, and there are borders to cross.
         "optim": {"global_batch": 128, "steps": 40, "warmup_steps": 5, "base_lr": 2e-3},
         "training": {"log_steps": 2, "checkpoint_steps": 4, "deterministic": True, "ledger": str(folder / "ledger")},
-        "probe": {"draws": 2},
+        "probe": {"enabled": False},
         "cluster": {"workers": workers, "embedded_cpus": workers + 2, "max_failures": 3},
         "storage": {"path": str(folder / "runs")},
         "tracking": {"system_metrics_seconds": None},

@@ -28,6 +28,8 @@ class RunPlan:
 
     run_name: str
     fingerprint: str
+    identity: dict[str, Any]
+    """What the fingerprint is over: what is learned, from which data and weights, with durations in steps."""
     num_row_groups: int
     group_rows: int
     views_per_image: int
@@ -113,6 +115,7 @@ def resolve(config: RunConfig, data: DatasetFacts, init_digest: str | None = Non
     return RunPlan(
         run_name=f"{config.name}-{run[:8]}",
         fingerprint=run,
+        identity=plain,
         num_row_groups=data.num_row_groups,
         group_rows=data.group_rows,
         views_per_image=config.data.views_per_image,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -130,6 +131,7 @@ def save_pyfunc(
     Raises:
         CheckpointError: the folder holds no encoder.
     """
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells what it does, step by step
     encoder = export.load_encoder(folder)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, encoder.channels))]),
@@ -187,6 +189,7 @@ def _create_version(client: MlflowClient, uri: str, run_id: str, model_id: str, 
         {**card.tags, STEP_TAG: str(card.step)},
         description=card.description or None,
         model_id=model_id,
+        await_creation_for=0,
     )
     if not through_server:  # a server does it
         versions = json.dumps([{"name": name, "version": version.version}])

@@ -21,21 +21,24 @@ class Point(NamedTuple):
     step: int
 
     def plain(self) -> list[Any]:
-        """As JSON has it: a value that is not finite becomes null."""
-        return [self.key, self.value if math.isfinite(self.value) else None, self.timestamp_ms, self.step]
+        """As JSON has it."""
+        return list(self)
 
     @classmethod
     def from_plain(cls, plain: Sequence[Any]) -> Point:
-        """The way back; null becomes NaN."""
+        """The way back."""
         key, value, timestamp_ms, step = plain
-        return cls(str(key), math.nan if value is None else float(value), int(timestamp_ms), int(step))
+        return cls(str(key), float(value), int(timestamp_ms), int(step))
 
 
 def points_of(metrics: Mapping[str, float], step: int) -> list[Point]:
-    """Points of now. A value that is not finite is NaN: MLflow draws an infinity as 1.8e308 and flattens the curve."""
+    """Points of now, of the values that are finite.
+
+    The others make a gap: MLflow's interface hides a curve whose last value is NaN, which is just the one to be looked
+    at, and draws an infinity as 1.8e308, which flattens all the rest.
+    """
     now = time.time_ns() // 1_000_000
-    numbers = {key: float(value) for key, value in metrics.items()}
-    return [Point(key, v if math.isfinite(v) else math.nan, now, step) for key, v in numbers.items()]
+    return [Point(key, float(value), now, step) for key, value in metrics.items() if math.isfinite(value)]
 
 
 class Tracker(Protocol):
@@ -46,7 +49,7 @@ class Tracker(Protocol):
     """
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Values after `step` steps. One that is not finite keeps its place as NaN."""
+        """Values after `step` steps. One that is not finite is left out."""
         ...
 
     def figure(self, name: str, png: bytes, step: int) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 FINGERPRINT_TAG = "maskray.fingerprint"
 STATUS_TAG = "maskray.ended"
+NOTE_TAG = "mlflow.note.content"
+FIGURES = "figures"
+"""Folder of the run's figures among its artifacts."""
 MAX_PARAM_LENGTH, MAX_DIGEST_LENGTH, MAX_TAG_LENGTH, MAX_PER_BATCH = 6000, 36, 8000, 100
 VERSIONS = ("maskray", "ray", "torch", "timm", "mlflow")
 
@@ -57,7 +61,7 @@ class RunCard:
     config_yaml: str
     dataset: DatasetCard
     description: str = ""
-    """Markdown, shown on the run's page."""
+    """Markdown, shown on the run's page. Written once: people may edit it, and what happened is added to it."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,11 @@ def ensure_run(store: Store, card: RunCard) -> str:
     try:
         run_id = _only_run(store, client, card)
         client.update_run(run_id, status="RUNNING", name=card.name)
-        if STATUS_TAG in client.get_run(run_id).data.tags:
+        tags = client.get_run(run_id).data.tags
+        if STATUS_TAG in tags:
             client.delete_tag(run_id, STATUS_TAG)
+        if NOTE_TAG not in tags:
+            client.set_tag(run_id, NOTE_TAG, _description(store, run_id, card))
         _set_params(client, run_id, card.params)
         _set_tags(client, run_id, {**card.tags, **_standard_tags(card)})
         client.log_inputs(run_id, [_dataset_input(card.dataset)])
@@ -108,12 +115,21 @@ def close_run(store: Store, run_id: str, status: Literal["FINISHED", "FAILED", "
     """
     client = store.client()
     try:
-        client.set_tag(
-            run_id, STATUS_TAG, f"{status.lower()}: {message}"[:MAX_TAG_LENGTH] if message else status.lower()
-        )
+        ended = f"{status.lower()}: {message}" if message else status.lower()
+        client.set_tag(run_id, STATUS_TAG, ended[:MAX_TAG_LENGTH])
+        if message:
+            add_note(client, run_id, status.lower(), message)
         client.set_terminated(run_id, status)
     except MlflowException as error:
         raise TrackingError("the end of the run could not be told to MLflow", found=f"{run_id}: {error}") from error
+
+
+def add_note(client: MlflowClient, run_id: str, name: str, text: str) -> None:
+    """Add what happened to the run's description, where it is seen first; said already, it is not said again."""
+    note = client.get_run(run_id).data.tags.get(NOTE_TAG, "")
+    longer = f"{note}\n\n**{name.replace('_', ' ')}** ({datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC): {text}"
+    if text not in note and len(longer) <= MAX_TAG_LENGTH:
+        client.set_tag(run_id, NOTE_TAG, longer.strip())
 
 
 def reconcile(store: Store, is_stale: Callable[[Mapping[str, str]], bool]) -> list[str]:
@@ -226,12 +242,17 @@ def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> Non
 
 
 def _standard_tags(card: RunCard) -> dict[str, str]:
-    tags = {
+    return {
         FINGERPRINT_TAG: card.fingerprint,
         "maskray.name": card.name,
         "mlflow.source.name": "maskray pretrain",
     }
-    return {**tags, "mlflow.note.content": card.description} if card.description else tags
+
+
+def _description(store: Store, run_id: str, card: RunCard) -> str:
+    # The card of an image series is filled with the run's params at first, so the plain files must be easy to find.
+    figures = f"[Figures](#/experiments/{store.experiment_id}/runs/{run_id}/artifacts/{FIGURES})"
+    return f"{card.description} {figures}".strip()
 
 
 def _short(text: str) -> str:

@@ -13,9 +13,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,13 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from maskray.tracking.base import Point, points_of
+from maskray.tracking.mlflow_runs import FIGURES, add_note
 
 log = logging.getLogger(__name__)
 
 SYSTEM_PREFIX = "system/"
-IMAGES = "images"
+SERIES = "images"
+"""Folder of the image series among the run's artifacts: MLflow's own."""
 MAX_BATCH = 1000
 MAX_POINTS = 100_000
 """Points held while the server is away: days of a run. Then the oldest go."""
@@ -90,8 +91,8 @@ class MlflowTracker:
         except (TypeError, ValueError):
             log.exception("These metrics of step %d are no numbers: %s", step, metrics)
             return
-        self._note_not_finite(points)
         self._append(points)
+        self._note_not_finite(metrics.keys() - {point.key for point in points}, step)
 
     def figure(self, name: str, png: bytes, step: int) -> None:
         """See `Tracker`."""
@@ -99,9 +100,8 @@ class MlflowTracker:
         self._append_extra(_Extra(f"figure {name} of step {step}", lambda: self._send_figure(name, png, step, made)))
 
     def event(self, name: str, text: str) -> None:
-        """See `Tracker`. A tag, named by time and name."""
-        tag = f"event {datetime.now(UTC):%Y-%m-%d %H:%M:%S} {name}"
-        self._append_extra(_Extra(tag, lambda: self._client.set_tag(self._run_id, tag, text)))
+        """See `Tracker`. It is added to the run's description."""
+        self._append_extra(_Extra(f"event {name}", lambda: add_note(self._client, self._run_id, name, text)))
 
     def pending(self) -> list[Any]:
         """See `Tracker`."""
@@ -163,11 +163,10 @@ class MlflowTracker:
                 log.error("MLflow is away for too long; dropped: %s", self._extras.popleft().what)
             self._changed.notify_all()
 
-    def _note_not_finite(self, points: Sequence[Point]) -> None:
-        for point in points:
-            if point.value != point.value and point.key not in self._not_finite:
-                self._not_finite.add(point.key)
-                log.warning("%s is not finite at step %d; MLflow shows a gap", point.key, point.step)
+    def _note_not_finite(self, keys: Set[str], step: int) -> None:
+        for key in sorted(keys - self._not_finite):
+            self.event("not_finite", f"{key} at step {step}; such values make a gap in its curve")
+        self._not_finite |= keys
 
     def _is_empty(self) -> bool:
         return not (self._points or self._sending or self._extras)
@@ -284,14 +283,16 @@ class MlflowTracker:
                 self._changed.notify_all()
 
     def _send_figure(self, name: str, png: bytes, step: int, made: int) -> None:
+        """Twice: as a series with a slider over the steps, small until clicked, and as a plain file in full size."""
         if self._stored_figures is None:
-            images = self._client.list_artifacts(self._run_id, IMAGES)
+            images = self._client.list_artifacts(self._run_id, SERIES)
             self._stored_figures = {found for image in images if (found := _figure_of(image.path))}
         if (name, step) in self._stored_figures:
             return
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{name.rpartition('/')[2]}.png"
+        with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
+            file = Path(folder) / f"step-{step:06d}.png"
             file.write_bytes(png)
+            self._client.log_artifact(self._run_id, str(file), f"{FIGURES}/{name}")
             self._client.log_image(self._run_id, mlflow.Image(str(file)), key=name, step=step, timestamp=made)
         self._stored_figures.add((name, step))
 
@@ -307,6 +308,8 @@ class _Gauges:
 
     def __init__(self, uri: str, seconds: float, first_step: int) -> None:
         self._seconds, self._step = seconds, first_step
+        # It says at each start that there is no GPU.
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
         self._monitor = SystemMetricsMonitor(run_id="", tracking_uri=uri)  # never started: only its readings are used
         self._monitor.collect_metrics()  # the first reading of CPU use is always 0
         self._clear()

@@ -45,7 +45,8 @@ def test_run_holds_the_card(store: Store, tmp_path: Path) -> None:
         "name": "digits",
     }
     assert run.data.tags["setting.cluster.workers"] == "2"
-    assert run.data.tags["mlflow.note.content"] == "**digits**"
+    place = f"#/experiments/{store.experiment_id}/runs/{run_id}/artifacts/figures"
+    assert run.data.tags["mlflow.note.content"] == f"**digits** [Figures]({place})"
     (dataset,) = run.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("digits", "0123456789abcdef")
     assert dataset.tags[0].value == "training"
@@ -68,6 +69,10 @@ def test_restart_continues_the_same_run(store: Store, caplog: pytest.LogCaptureF
     assert run.info.status == "RUNNING"
     assert run.data.tags["setting.cluster.workers"] == "4"
     assert "maskray.ended" not in run.data.tags
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("**digits** [Figures]")
+    assert "\n\n**failed** (20" in note  # what happened stays
+    assert note.endswith("lost a worker")
     assert len(run.inputs.dataset_inputs) == 1
 
 

@@ -1,0 +1,89 @@
+"""What is left when a run is stopped, and what a second launch of a finished run does. Without Ray: the same launch."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow.pyfunc
+import numpy as np
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from maskray import cli
+from maskray.config.schema import RunConfig
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "maskray.cli", "pretrain", "--launcher", "torch", "--config"]
+
+
+def written(config: RunConfig, folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+def the_run(folder: Path) -> tuple[MlflowClient, object]:
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("maskray").experiment_id])
+    return client, run
+
+
+def test_sigterm_closes_the_mlflow_run_and_the_same_command_goes_on(tiny: Callable[..., RunConfig], tmp_path: Path):
+    path = written(tiny(optim={"steps": 4000}), tmp_path)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*COMMAND, str(path)], cwd=ROOT / "platform", stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "runs").glob("tiny-*/step_*")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == cli.TERMINATED, (tmp_path / "log").read_text()
+    client, run = the_run(tmp_path)
+    assert run.info.status == "KILLED"
+    assert not list((tmp_path / "runs").glob("tiny-*/lease.json"))
+    steps = [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert steps == list(range(2, 2 * len(steps) + 1, 2))
+
+
+@pytest.mark.filterwarnings("ignore::Warning:mlflow")
+def test_a_finished_run_says_so_and_its_model_loads(
+    tiny: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = written(tiny(), tmp_path)
+    arguments = ["pretrain", "--launcher", "torch", "--config", str(path)]
+    assert cli.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert "before pretraining" in first
+    assert cli.main(arguments) == 0
+    second = capsys.readouterr().out
+    assert "nothing to do" in second
+    assert first.splitlines()[-8:] == second.splitlines()[-8:]
+
+    _, run = the_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["mask.ratio"] == "0.75"
+    assert "probe/few_labels_after" in run.data.metrics
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    encoder = mlflow.pyfunc.load_model("models:/tiny/1")
+    features = encoder.predict(np.zeros((3, 8, 8, 1), np.uint8))
+    assert features.shape == (3, 16)
+    assert features.dtype == np.float32
+
+
+def test_a_run_starts_from_the_weights_of_another(tiny: Callable[..., RunConfig], tmp_path: Path):
+    assert cli.main(["pretrain", "--launcher", "torch", "--config", str(written(tiny(), tmp_path))]) == 0
+    (checkpoint,) = (tmp_path / "runs").glob("tiny-*/step_000000012-*")
+    config = tiny(name="second", init_from=str(checkpoint), optim={"base_lr": 1e-9, "warmup_steps": 0})
+    assert cli.main(["pretrain", "--launcher", "torch", "--config", str(written(config, tmp_path))]) == 0
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("maskray").experiment_id])
+    losses = {
+        r.info.run_name.split("-")[0]: [m.value for m in client.get_metric_history(r.info.run_id, "train/loss")]
+        for r in runs
+    }
+    assert losses["second"][0] < 1.2 * losses["tiny"][-1] < losses["tiny"][0]
