@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +32,7 @@ from maskray.publish.registry import ModelCard
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
 from maskray.tracking.mlflow_store import Store, open_store
+from maskray.tracking.mlflow_tracker import MlflowTracker
 from maskray.training import lease
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,9 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
         start = time.monotonic()
         launcher.train(prepared, run_id)
         seconds = time.monotonic() - start
-        judgement = launcher.judge(prepared)
+        judgement = launcher.judge(prepared) if prepared.config.probe.enabled else None
+        if judgement is not None:
+            _log_start(prepared, run_id, judgement)
         summary = _release(prepared, launcher, run_id, judgement, seconds)
         prepared.run.write_bytes(FINISHED, summary.dump())
         return summary
@@ -179,7 +182,7 @@ def _card(prepared: Prepared) -> RunCard:
         fingerprint=plan.fingerprint,
         params=plan.identity,
         tags={
-            **{f"setting.{k}": v for k, v in settings.items() if k not in params},
+            **{f"setting.{k}": v for k, v in settings.items() if k not in params and v != "null"},
             **mlflow_runs.provenance(Path(__file__).parent),
             "maskray.storage": prepared.run.uri,
         },
@@ -212,7 +215,7 @@ def _release(
         version = registry.register_encoder(
             prepared.store.uri, run_id, Path(folder), name, _model_card(prepared, judgement)
         )
-    first, last = mlflow_runs.first_and_last(prepared.store, run_id, "train/loss")
+    first, last = mlflow_runs.first_and_last(prepared.store, run_id, "pretrain/loss")
     return Summary(
         run_name=plan.run_name,
         run_id=run_id,
@@ -232,21 +235,21 @@ def _model_card(prepared: Prepared, judgement: Judgement | None) -> ModelCard:
     return ModelCard(
         step=plan.total_steps,
         tags={"maskray.run": plan.run_name, "maskray.fingerprint": plan.fingerprint, "dataset": manifest.fingerprint},
-        metrics=_scores(judgement),
+        metrics=_scores(judgement.after) if judgement is not None else {},
         description=f"From the run `{plan.run_name}`: {plan.total_steps} steps of {plan.global_batch} images.",
         example=first_images(prepared.dataset, prepared.config).transpose(0, 2, 3, 1),
     )
 
 
-def _scores(judgement: Judgement | None) -> dict[str, float]:
-    if judgement is None:
-        return {}
-    out = {}
-    for name in ("before", "after", "pixels"):
-        scores: Scores = getattr(judgement, name)
-        out[f"probe/few_labels_{name}"] = scores.few_labels.mean
-        out[f"probe/all_labels_{name}"] = scores.all_labels
-    return out
+def _scores(scores: Scores) -> dict[str, float]:
+    return {"probe/few_labels": scores.few_labels.mean, "probe/all_labels": scores.all_labels}
+
+
+def _log_start(prepared: Prepared, run_id: str, judgement: Judgement) -> None:
+    """The first points of the probe's curves; the last ones are logged with the model."""
+    pixels = {f"{name}_raw_pixels": value for name, value in _scores(judgement.pixels).items()}
+    with closing(MlflowTracker(prepared.store.uri, run_id)) as tracker:
+        tracker.log(_scores(judgement.before) | pixels, 0)
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -62,7 +62,7 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
     def probe(done: int) -> None:
         if context.rank == 0:
             picture = reconstruct(model, normalize, objective, fixed_images, config.mask, config.seed)
-            tracker.figure("reconstruction", picture.figure(f"{plan.run_name}, step {done}"), done)
+            tracker.figure("pretrain/reconstruction", picture.figure(f"{plan.run_name}, step {done}"), done)
 
     start_step = 0
     with context.latest_checkpoint() as folder:

@@ -20,7 +20,7 @@ from maskray.training.context import LocalContext
 
 STEPS, LOG_STEPS, CHECKPOINT_STEPS = 12, 2, 4
 SMALL_FIGURE = {"figure_images": 1}
-REPEATABLE = ("train/loss", "train/grad_norm", "train/lr", "train/epoch", "data/views_without_image")
+REPEATABLE = ("pretrain/loss", "pretrain/grad_norm", "pretrain/lr", "pretrain/epoch", "throughput/views_without_image")
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,11 @@ def check_against(made, wanted):
     for key in REPEATABLE:
         assert [step for step, _ in made.curve(key)] == list(range(LOG_STEPS, STEPS + 1, LOG_STEPS))
         assert made.curve(key) == curves[key]
-    assert made.store.figures.keys() == store.figures.keys() == {("reconstruction", 0), ("reconstruction", STEPS)}
+    assert (
+        made.store.figures.keys()
+        == store.figures.keys()
+        == {("pretrain/reconstruction", 0), ("pretrain/reconstruction", STEPS)}
+    )
     assert made.store.figures == store.figures
 
 

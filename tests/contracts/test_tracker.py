@@ -20,7 +20,7 @@ from maskray.tracking.mlflow_runs import DatasetCard, RunCard, ensure_run
 from maskray.tracking.mlflow_store import DATABASE, Store, open_store
 from maskray.tracking.mlflow_tracker import MlflowTracker
 
-KEYS = ("train/loss", "train/lr", "probe/accuracy")
+KEYS = ("pretrain/loss", "pretrain/lr", "probe/accuracy")
 
 
 @dataclass
@@ -87,7 +87,7 @@ def png() -> bytes:
 
 def log_steps(tracker: Tracker, first: int, last: int) -> None:
     for step in range(first, last + 1):
-        tracker.log({"train/loss": 1 / step, "train/lr": step * 1e-4}, step)
+        tracker.log({"pretrain/loss": 1 / step, "pretrain/lr": step * 1e-4}, step)
 
 
 def test_all_is_stored_in_order(case: Case) -> None:
@@ -95,10 +95,10 @@ def test_all_is_stored_in_order(case: Case) -> None:
     assert tracker.last_step() == -1
     log_steps(tracker, 1, 1500)  # more than one batch
     assert tracker.close(60)
-    for key in ("train/loss", "train/lr"):
+    for key in ("pretrain/loss", "pretrain/lr"):
         steps = [step for step, *_ in case.stored(key)]
         assert steps == list(range(1, 1501))
-    times = [time for *_, time in case.stored("train/loss")]
+    times = [time for *_, time in case.stored("pretrain/loss")]
     assert times == sorted(times)
 
 
@@ -107,23 +107,23 @@ def test_flush_stores_and_goes_on(case: Case) -> None:
     log_steps(tracker, 1, 3)
     assert tracker.flush(30)
     assert tracker.pending() == []
-    assert len(case.stored("train/loss")) == 3
+    assert len(case.stored("pretrain/loss")) == 3
     log_steps(tracker, 4, 5)
     assert tracker.close()
-    assert len(case.stored("train/loss")) == 5
+    assert len(case.stored("pretrain/loss")) == 5
 
 
 def test_resumed_run_may_log_its_steps_again(case: Case) -> None:
     first = case.open()
     log_steps(first, 1, 30)
     assert first.close()
-    before = case.stored("train/loss")
+    before = case.stored("pretrain/loss")
     second = case.open()  # from the checkpoint at step 20
     assert second.last_step() == 30
     log_steps(second, 21, 40)
     assert second.close()
-    assert case.stored("train/loss")[:30] == before
-    assert [step for step, *_ in case.stored("train/loss")] == list(range(1, 41))
+    assert case.stored("pretrain/loss")[:30] == before
+    assert [step for step, *_ in case.stored("pretrain/loss")] == list(range(1, 41))
 
 
 def test_each_key_has_its_own_last_step(case: Case) -> None:
@@ -132,25 +132,25 @@ def test_each_key_has_its_own_last_step(case: Case) -> None:
     assert first.close()
     second = case.open()
     second.log({"probe/accuracy": 0.5}, 0)
-    second.log({"probe/accuracy": 0.7, "train/loss": 99.0}, 10)
+    second.log({"probe/accuracy": 0.7, "pretrain/loss": 99.0}, 10)
     assert second.close()
     assert [(step, value) for step, value, _ in case.stored("probe/accuracy")] == [(0, 0.5), (10, 0.7)]
-    assert len(case.stored("train/loss")) == 10
+    assert len(case.stored("pretrain/loss")) == 10
 
 
 def test_pending_goes_through_a_checkpoint(case: Case) -> None:
     away = case.open_away()
     log_steps(away, 1, 5)
-    away.log({"train/loss": math.nan}, 6)
+    away.log({"pretrain/loss": math.nan}, 6)
     pending = json.loads(json.dumps(away.pending(), allow_nan=False))
-    assert [(plain[0], plain[3]) for plain in pending[::2]] == [("train/loss", step) for step in range(1, 6)]
+    assert [(plain[0], plain[3]) for plain in pending[::2]] == [("pretrain/loss", step) for step in range(1, 6)]
     assert not away.close(0.1)
 
     tracker = case.open()
     tracker.restore(pending)
     log_steps(tracker, 6, 8)
     assert tracker.close()
-    stored = case.stored("train/loss")
+    stored = case.stored("pretrain/loss")
     assert [step for step, *_ in stored] == list(range(1, 9))
     assert [time for *_, time in stored[:5]] == [plain[2] for plain in pending[::2]]  # the time of their making
 
@@ -161,7 +161,7 @@ def test_pending_that_was_stored_after_all_is_not_stored_twice(case: Case) -> No
     assert first.close()
     before: list[Any] = [case.stored(key) for key in KEYS]
     second = case.open()
-    second.restore([["train/loss", 1 / 2, 5, 2], ["train/loss", 1 / 3, 6, 3], ["train/lr", 3e-4, 6, 3]])
+    second.restore([["pretrain/loss", 1 / 2, 5, 2], ["pretrain/loss", 1 / 3, 6, 3], ["pretrain/lr", 3e-4, 6, 3]])
     assert second.close()
     assert [case.stored(key) for key in KEYS] == before
 
@@ -169,9 +169,9 @@ def test_pending_that_was_stored_after_all_is_not_stored_twice(case: Case) -> No
 def test_values_that_are_not_finite_make_a_gap(case: Case) -> None:
     tracker = case.open()
     for step, value in enumerate((1.0, math.nan, math.inf, -math.inf, 2.0), start=1):
-        tracker.log({"train/loss": value}, step)
+        tracker.log({"pretrain/loss": value}, step)
     assert tracker.close()
-    assert [(step, value) for step, value, _ in case.stored("train/loss")] == [(1, 1.0), (5, 2.0)]
+    assert [(step, value) for step, value, _ in case.stored("pretrain/loss")] == [(1, 1.0), (5, 2.0)]
 
 
 def test_figures_make_a_series_and_come_once(case: Case) -> None:
@@ -195,5 +195,5 @@ def test_what_is_told_after_close_is_dropped(case: Case) -> None:
     tracker.figure("reconstruction", b"", 4)
     tracker.event("late", "nobody hears it")
     assert tracker.close()
-    assert [step for step, *_ in case.stored("train/loss")] == [1, 2]
+    assert [step for step, *_ in case.stored("pretrain/loss")] == [1, 2]
     assert tracker.pending() == []

@@ -173,7 +173,7 @@ def _config(digits: Path, folder: Path, workers: int) -> dict:
         "optim": {"global_batch": 128, "steps": 40, "warmup_steps": 5, "base_lr": 2e-3},
         "training": {"log_steps": 2, "checkpoint_steps": 4, "deterministic": True, "ledger": str(folder / "ledger")},
         "probe": {"enabled": False},
-        "cluster": {"workers": workers, "embedded_cpus": workers + 2, "max_failures": 3},
+        "cluster": {"workers": workers, "embedded_cpus": workers + 2, "max_failures": 6},
         "storage": {"path": str(folder / "runs")},
         "tracking": {"system_metrics_seconds": None},
     }

@@ -50,7 +50,7 @@ for folder in map(Path, folders):
     tracker = Doomed()
     context = LocalContext(folder / "run", rank=rank, world_size=dist.get_world_size())
     pretrain(load(folder / "config.yaml"), context, tracker)
-    losses = [(p.step, p.value) for p in tracker.store.points if p.key == "train/loss"]
+    losses = [(p.step, p.value) for p in tracker.store.points if p.key == "pretrain/loss"]
     (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
 dist.destroy_process_group()
 """
@@ -122,7 +122,7 @@ def losses_of_one(tiny, folder):
         pretrain(configured(tiny, folder), LocalContext(folder / "run"), MemoryTracker(store))
     finally:
         torch.use_deterministic_algorithms(False)
-    return {p.step: p.value for p in store.points if p.key == "train/loss"}
+    return {p.step: p.value for p in store.points if p.key == "pretrain/loss"}
 
 
 @pytest.mark.parametrize("workers", [2, 3])  # a + b = b + a: of two workers the order of a sum cannot show

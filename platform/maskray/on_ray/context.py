@@ -79,6 +79,7 @@ class RayContext:
         self._uploaded.wait()
         waited = time.perf_counter() - start
         reported = None
+        copies = [snapshot]  # dropped after the upload: Ray keeps `upload` itself until the controller has the report
         if snapshot is not None:
             self._uploaded.clear()
             # An empty folder stands for the checkpoint until `upload` fills it; Train deletes it afterwards.
@@ -86,8 +87,11 @@ class RayContext:
 
         def upload(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
             try:
-                assert snapshot is not None
-                return self._upload(snapshot, Path(local.path), name)
+                (copy,) = copies
+                assert copy is not None
+                uploaded = self._upload(copy, Path(local.path), name)
+                copies.clear()  # only now: Ray tries a throttled upload again
+                return uploaded
             finally:
                 self._uploaded.set()
 

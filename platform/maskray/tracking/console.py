@@ -10,7 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-LOSS, RATE = "train/loss", "throughput/images_per_second"
+LOSS, RATE = "pretrain/loss", "throughput/images_per_second"
 PLAIN_SECONDS = 5.0
 """Between two plain lines: a log file of a day stays readable."""
 

@@ -186,17 +186,15 @@ class MlflowTracker:
     def _work(self) -> None:
         if not self._patiently("its history", self._ask_what_is_stored):
             return
-        seconds = self._system_seconds
-        gauges = _Gauges(self._uri, seconds, self._next_system_step()) if seconds else None
+        gauges = _Gauges(self._uri, self._system_seconds, self._next_system_step())
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or not self._is_empty(), gauges.wait() if gauges else None)
+                self._changed.wait_for(lambda: self._closed or not self._is_empty(), gauges.wait())
                 if self._closed:
                     return
                 if not self._hurry:
                     self._changed.wait_for(lambda: self._closed or self._hurry, LINGER_SECONDS)
-            if gauges:
-                self._append(gauges.read())
+            self._append(gauges.read())
             if not self._patiently("points", self._send_points):
                 return
             self._send_extras()
@@ -217,7 +215,7 @@ class MlflowTracker:
                 if attempt:
                     log.warning("MLflow at %s is back", self._uri)
                 return True
-            if self._pauses(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)):
+            if self._pauses(pause_after(attempt)):
                 return False
         raise AssertionError("unreachable")
 
@@ -290,11 +288,17 @@ class MlflowTracker:
         if (name, step) in self._stored_figures:
             return
         with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
-            file = Path(folder) / f"step-{step:06d}.png"
+            room, _, leaf = f"{FIGURES}/{name}".rpartition("/")
+            file = Path(folder) / f"{leaf}-step-{step:06d}.png"
             file.write_bytes(png)
-            self._client.log_artifact(self._run_id, str(file), f"{FIGURES}/{name}")
+            self._client.log_artifact(self._run_id, str(file), room)
             self._client.log_image(self._run_id, mlflow.Image(str(file)), key=name, step=step, timestamp=made)
         self._stored_figures.add((name, step))
+
+
+def pause_after(attempt: int) -> float:
+    """Seconds before the next try: doubled each time, up to a bound, for days if need be."""
+    return min(FIRST_PAUSE * 2.0 ** min(attempt, 16), LONGEST_PAUSE)
 
 
 def _figure_of(path: str) -> tuple[str, int] | None:
@@ -304,32 +308,35 @@ def _figure_of(path: str) -> tuple[str, int] | None:
 
 
 class _Gauges:
-    """CPU, memory, disk, network and GPU of this machine, by MLflow's own monitors."""
+    """CPU, memory, disk, network and GPU of this machine, by MLflow's own monitors. If they fail, there are none."""
 
-    def __init__(self, uri: str, seconds: float, first_step: int) -> None:
-        self._seconds, self._step = seconds, first_step
+    def __init__(self, uri: str, seconds: float | None, first_step: int) -> None:
+        self._seconds, self._step, self._next = seconds, first_step, time.monotonic()
         # It says at each start that there is no GPU.
         logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
-        self._monitor = SystemMetricsMonitor(run_id="", tracking_uri=uri)  # never started: only its readings are used
-        self._monitor.collect_metrics()  # the first reading of CPU use is always 0
-        self._clear()
-        self._next = time.monotonic() + self._seconds
+        if seconds is not None:
+            # Never started: only its readings are used. The first is left out, whose CPU use is always 0.
+            self._monitor = SystemMetricsMonitor(run_id="", tracking_uri=uri)
+            self.read()
+            self._step = first_step
 
-    def wait(self) -> float:
-        """Seconds until the next reading."""
-        return max(0.0, self._next - time.monotonic())
+    def wait(self) -> float | None:
+        """Seconds until the next reading; None where there is none."""
+        return None if self._seconds is None else max(0.0, self._next - time.monotonic())
 
     def read(self) -> list[Point]:
         """A reading, where it is time for one."""
-        if self.wait() > 0:
+        if self._seconds is None or self.wait():
             return []
         self._next = time.monotonic() + self._seconds
-        self._monitor.collect_metrics()
-        metrics = {SYSTEM_PREFIX + key: value for key, value in self._monitor.aggregate_metrics().items()}
-        self._clear()
+        try:
+            self._monitor.collect_metrics()
+            metrics = {SYSTEM_PREFIX + key: value for key, value in self._monitor.aggregate_metrics().items()}
+            for monitor in self._monitor.monitors:
+                monitor.clear_metrics()
+        except Exception:
+            log.exception("CPU, memory and GPU can no longer be read; the run goes on without")
+            self._seconds = None
+            return []
         self._step += 1
         return points_of(metrics, self._step - 1)
-
-    def _clear(self) -> None:
-        for monitor in self._monitor.monitors:
-            monitor.clear_metrics()

@@ -84,11 +84,11 @@ def _timed(steps: Iterator[Step], meter: Meter) -> Iterator[Step]:
 
 def _metrics(report: StepReport, parts: Parts, number: int) -> dict[str, float]:
     return {
-        "train/loss": report.loss,
-        "train/grad_norm": report.grad_norm,
-        "train/lr": parts.schedule.lr(number),
-        "data/views_without_image": report.views_without_image,
-        "train/epoch": (number + 1) * parts.spec.groups_per_step / parts.spec.num_row_groups,
+        "pretrain/loss": report.loss,
+        "pretrain/grad_norm": report.grad_norm,
+        "pretrain/lr": parts.schedule.lr(number),
+        "throughput/views_without_image": report.views_without_image,
+        "pretrain/epoch": (number + 1) * parts.spec.groups_per_step / parts.spec.num_row_groups,
         **parts.meter.read(),
     }
 

@@ -6,7 +6,7 @@ from maskray.tracking.base import Fanout, MemoryTracker, Observer, Point, points
 
 
 def test_point_survives_json() -> None:
-    points = points_of({"train/loss": 0.1 + 0.2, "train/lr": 1e-300}, 7)
+    points = points_of({"pretrain/loss": 0.1 + 0.2, "pretrain/lr": 1e-300}, 7)
     again = [Point.from_plain(plain) for plain in json.loads(json.dumps([p.plain() for p in points], allow_nan=False))]
     assert again == points
 
@@ -21,11 +21,11 @@ def test_fanout_tells_all_and_keeps_pending_of_the_one_that_stores() -> None:
     stored = MemoryTracker()
     both = Fanout(stored, Observer(lambda step, metrics: seen.append(step)))
     stored.store.away = True
-    both.log({"train/loss": 1.0}, 3)
+    both.log({"pretrain/loss": 1.0}, 3)
     both.figure("reconstruction", b"png", 3)
     both.event("rewind", "steps 1 to 3")
     assert seen == [3]
-    assert [plain[0] for plain in both.pending()] == ["train/loss"]
+    assert [plain[0] for plain in both.pending()] == ["pretrain/loss"]
     assert not both.flush(0.1)
     stored.store.away = False
     assert both.close()
@@ -37,8 +37,8 @@ def test_fanout_tells_all_and_keeps_pending_of_the_one_that_stores() -> None:
 def test_fanout_restores_into_the_one_that_stores() -> None:
     stored = MemoryTracker()
     both = Fanout(Observer(), stored)
-    both.restore([["train/loss", 1.0, 5, 2]])
-    assert stored.store.points == [Point("train/loss", 1.0, 5, 2)]
+    both.restore([["pretrain/loss", 1.0, 5, 2]])
+    assert stored.store.points == [Point("pretrain/loss", 1.0, 5, 2)]
     assert both.last_step() == -1
     assert Fanout(MemoryTracker(stored.store), Observer()).last_step() == 2
 
@@ -48,6 +48,6 @@ def test_observer_that_breaks_does_not_end_the_run() -> None:
         raise BrokenPipeError(f"nobody reads {step}")
 
     observer = Observer(broken)
-    observer.log({"train/loss": 1.0}, 1)
-    observer.log({"train/loss": 1.0}, 2)
+    observer.log({"pretrain/loss": 1.0}, 1)
+    observer.log({"pretrain/loss": 1.0}, 2)
     assert observer.close()

@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 
 def metrics(loss: float) -> dict[str, float]:
-    return {"train/loss": loss, "throughput/images_per_second": 812.3, "train/lr": 1e-3}
+    return {"pretrain/loss": loss, "throughput/images_per_second": 812.3, "pretrain/lr": 1e-3}
 
 
 def test_plain_lines_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:

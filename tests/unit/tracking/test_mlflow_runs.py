@@ -152,17 +152,17 @@ def test_reconcile_closes_what_nobody_runs(store: Store) -> None:
 def test_first_and_last(store: Store) -> None:
     run_id = ensure_run(store, CARD)
     with pytest.raises(TrackingError, match="no values"):
-        first_and_last(store, run_id, "train/loss")
-    points = [Metric("train/loss", 1 / step, 1000 - step, step) for step in (30, 10, 20)]
+        first_and_last(store, run_id, "pretrain/loss")
+    points = [Metric("pretrain/loss", 1 / step, 1000 - step, step) for step in (30, 10, 20)]
     store.client().log_batch(run_id, metrics=points)
-    assert first_and_last(store, run_id, "train/loss") == (1 / 10, 1 / 30)
+    assert first_and_last(store, run_id, "pretrain/loss") == (1 / 10, 1 / 30)
 
 
 def test_what_mlflow_refuses_is_a_tracking_error(store: Store) -> None:
     with pytest.raises(TrackingError, match="nowhere"):
         close_run(store, "nowhere", "FINISHED")
     with pytest.raises(TrackingError):
-        first_and_last(store, "nowhere", "train/loss")
+        first_and_last(store, "nowhere", "pretrain/loss")
     with pytest.raises(TrackingError, match="digits-abcd1234"):
         ensure_run(store, replace(CARD, params={"a\nb": 1}))
 

@@ -45,7 +45,7 @@ def png() -> bytes:
     return out.getvalue()
 
 
-def steps_of(store: Store, run_id: str, key: str = "train/loss") -> list[int]:
+def steps_of(store: Store, run_id: str, key: str = "pretrain/loss") -> list[int]:
     return [m.step for m in store.client().get_metric_history(run_id, key)]
 
 
@@ -57,7 +57,7 @@ def test_logging_never_waits(nobody: str) -> None:
     start = time.monotonic()
     tracker = MlflowTracker(nobody, "run")
     for step in range(1000):
-        tracker.log({"train/loss": 1.0, "train/lr": 1e-3}, step)
+        tracker.log({"pretrain/loss": 1.0, "pretrain/lr": 1e-3}, step)
     tracker.figure("reconstruction", png(), 0)
     tracker.event("rewind", "steps 1 to 3")
     assert time.monotonic() - start < 1
@@ -72,7 +72,7 @@ def test_the_spool_is_bounded(nobody: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(mlflow_tracker, "MAX_EXTRAS", 2)
     tracker = MlflowTracker(nobody, "run")
     for step in range(100):
-        tracker.log({"train/loss": 1.0}, step)
+        tracker.log({"pretrain/loss": 1.0}, step)
         tracker.event("e", str(step))
     assert [plain[3] for plain in tracker.pending()] == list(range(90, 100))
     tracker.close(0)
@@ -87,7 +87,7 @@ def test_history_cannot_be_asked_for(nobody: str) -> None:
 def test_a_run_that_is_gone_does_not_end_training(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         tracker = MlflowTracker(store.uri, "0" * 32)
-        tracker.log({"train/loss": 1.0}, 1)
+        tracker.log({"pretrain/loss": 1.0}, 1)
         assert tracker.last_step() == -1
         assert not tracker.close(5)
     assert "for good" in caplog.text
@@ -97,8 +97,8 @@ def test_a_run_that_is_gone_does_not_end_training(store: Store, caplog: pytest.L
 
 def test_what_is_no_number_is_said_and_left_out(store: Store, run_id: str, caplog: pytest.LogCaptureFixture) -> None:
     with closing(MlflowTracker(store.uri, run_id)) as tracker:
-        tracker.log({"train/loss": "high"}, 1)  # type: ignore[dict-item]
-        tracker.log({"train/loss": np.float32(0.5)}, 2)  # type: ignore[dict-item]
+        tracker.log({"pretrain/loss": "high"}, 1)  # type: ignore[dict-item]
+        tracker.log({"pretrain/loss": np.float32(0.5)}, 2)  # type: ignore[dict-item]
     assert "no numbers" in caplog.text
     assert steps_of(store, run_id) == [2]
 
@@ -106,11 +106,11 @@ def test_what_is_no_number_is_said_and_left_out(store: Store, run_id: str, caplo
 def test_not_finite_is_said_once_a_key(store: Store, run_id: str) -> None:
     with closing(MlflowTracker(store.uri, run_id)) as tracker:
         for step in range(1, 5):
-            tracker.log({"train/loss": math.inf if step > 1 else 1.0, "train/grad_norm": math.nan}, step)
+            tracker.log({"pretrain/loss": math.inf if step > 1 else 1.0, "pretrain/grad_norm": math.nan}, step)
     note = store.client().get_run(run_id).data.tags["mlflow.note.content"]
     assert note.count("not finite") == 2
-    assert "train/loss at step 2;" in note
-    assert "train/grad_norm at step 1;" in note
+    assert "pretrain/loss at step 2;" in note
+    assert "pretrain/grad_norm at step 1;" in note
 
 
 def test_events_are_added_to_the_description(store: Store, run_id: str) -> None:
@@ -131,7 +131,7 @@ def test_figure_is_a_series_and_a_plain_file(store: Store, run_id: str, tmp_path
     assert [n.rsplit("+", 1)[-1] for n in names if n.endswith(".webp")] == ["compressed.webp"]
     (large,) = [n for n in names if n.endswith(".png")]
     assert large.startswith("images/probe~reconstruction+step+20+")
-    plain = store.client().download_artifacts(run_id, "figures/probe/reconstruction/step-000020.png", str(tmp_path))
+    plain = store.client().download_artifacts(run_id, "figures/probe/reconstruction-step-000020.png", str(tmp_path))
     assert Path(plain).read_bytes() == picture
 
 
@@ -141,7 +141,7 @@ def test_a_figure_that_cannot_be_stored_is_given_up(
     monkeypatch.setattr(mlflow_tracker, "FIRST_PAUSE", 0.01)
     tracker = MlflowTracker(store.uri, run_id)
     tracker.figure("reconstruction", b"this is no PNG", 20)
-    tracker.log({"train/loss": 1.0}, 20)
+    tracker.log({"pretrain/loss": 1.0}, 20)
     assert not tracker.close(20)  # all that can be stored is, and it says that something was not
     assert "figure reconstruction of step 20; given up" in caplog.text
     assert steps_of(store, run_id) == [20]
@@ -158,6 +158,24 @@ def test_system_metrics_go_on_where_they_ended(store: Store, run_id: str) -> Non
     assert len(steps) > 2
     assert steps == list(range(len(steps)))
     assert no_threads_left()
+
+
+def test_readings_that_fail_do_not_stop_the_rest(
+    store: Store, run_id: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: object) -> None:
+        raise OSError("no such sensor")
+
+    monkeypatch.setattr(mlflow_tracker.SystemMetricsMonitor, "collect_metrics", broken)
+    with closing(MlflowTracker(store.uri, run_id, system_metrics_seconds=0.1)) as tracker:
+        tracker.log({"pretrain/loss": 1.0}, 1)
+    assert steps_of(store, run_id) == [1]
+    assert "can no longer be read" in caplog.text
+
+
+def test_pauses_grow_and_are_bounded_for_ever() -> None:
+    pauses = [mlflow_tracker.pause_after(attempt) for attempt in (0, 1, 2, 10, 10**6)]
+    assert pauses == [0.5, 1.0, 2.0, 15.0, 15.0]
 
 
 def test_storing_alone_leaves_the_status(store: Store, run_id: str) -> None:
@@ -224,7 +242,7 @@ def test_a_server_killed_in_the_middle_loses_nothing_and_doubles_nothing(server:
     tracker = MlflowTracker(server.uri, run_id, system_metrics_seconds=0.5)
     tracker.figure("reconstruction", png(), 0)
     for step in range(1, 301):
-        tracker.log({"train/loss": 1 / step, "train/lr": 1e-3}, step)
+        tracker.log({"pretrain/loss": 1 / step, "pretrain/lr": 1e-3}, step)
         time.sleep(0.01)
         if step == 150:  # a batch may be half-way
             server.kill()
@@ -233,7 +251,7 @@ def test_a_server_killed_in_the_middle_loses_nothing_and_doubles_nothing(server:
     server.start()
     assert tracker.flush(60)
     assert tracker.close()
-    for key in ("train/loss", "train/lr"):
+    for key in ("pretrain/loss", "pretrain/lr"):
         assert steps_of(store, run_id, key) == list(range(1, 301))
     figures = [a.path for a in store.client().list_artifacts(run_id, "images") if a.path.endswith(".png")]
     assert sorted(int(f.split("+")[2]) for f in figures) == [0, 150]

@@ -21,7 +21,7 @@ FACTS = Facts(
     world_size=2,
     threads=1,
     packages={"torch": "2.0"},
-    pending_metrics=[["train/loss", 0.5, 1700000000000, 3], ["train/grad_norm", None, 1700000000000, 3]],
+    pending_metrics=[["pretrain/loss", 0.5, 1700000000000, 3], ["pretrain/grad_norm", None, 1700000000000, 3]],
 )
 
 
