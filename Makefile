@@ -26,6 +26,9 @@ check: $(VENV)/.installed  ## format, lint, types, guards
 chaos: $(VENV)/.installed  ## the long form: five kills for each of W = 1, 2, 4 and the driver's
 	$(BIN)/python -m pytest -m slow
 
+bench: $(VENV)/.installed  ## see tests/benchmarks/RESULTS.md
+	$(BIN)/python tests/benchmarks/plan.py
+
 schema: $(VENV)/.installed  ## JSON Schema for editors
 	$(BIN)/maskray schema > configs/schema.json
 

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 240
@@ -98,12 +99,18 @@ class Launches:
             assert out.setdefault((line["step"], line["rank"]), entry) == entry, "a step was trained on other images"
         return out
 
+    def status(self) -> str:
+        """Of the one run that MLflow holds."""
+        return str(self._tracked()[1].info.status)
+
     def metric_steps(self, key: str) -> list[int]:
-        client = MlflowClient(f"sqlite:///{self.folder}/runs/mlflow.db")
-        experiment = client.get_experiment_by_name("maskray")
-        (run,) = client.search_runs([experiment.experiment_id])
-        assert run.info.status == "FINISHED"
+        client, run = self._tracked()
         return [m.step for m in client.get_metric_history(run.info.run_id, key)]
+
+    def _tracked(self) -> tuple[MlflowClient, Run]:
+        client = MlflowClient(f"sqlite:///{self.folder}/runs/mlflow.db")
+        (run,) = client.search_runs([client.get_experiment_by_name("maskray").experiment_id])
+        return client, run
 
     def stop(self) -> None:
         for process in self.processes:

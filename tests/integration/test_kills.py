@@ -6,6 +6,8 @@ import signal
 
 import pytest
 
+from maskray.cli import TERMINATED
+
 pytestmark = pytest.mark.ray
 
 STEPS, LOG_STEPS = 40, 2
@@ -29,6 +31,7 @@ def uninterrupted(launches, quiet: dict, workers: int) -> tuple:
 def check_against(run, wanted: tuple) -> None:
     assert run.final_weights() == wanted[0]
     assert run.ledger() == wanted[1]
+    assert run.status() == "FINISHED"
     for key in ("pretrain/loss", "pretrain/lr"):
         assert run.metric_steps(key) == list(range(LOG_STEPS, STEPS + 1, LOG_STEPS))
 
@@ -78,10 +81,15 @@ def test_a_worker_killed_at_five_moments(launches, quiet, workers: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_the_driver_killed_twice(launches, quiet, workers: int):
+def test_the_driver_killed_and_then_terminated(launches, quiet, workers: int):
     wanted = uninterrupted(launches, quiet, workers)
     run = launches("driver", workers)
-    for step in sorted(random.Random(10 + workers).sample(range(3, 36), 2)):
-        kill_the_driver(run, run.start(), step)
+    first, second = sorted(random.Random(10 + workers).sample(range(3, 33), 2))
+    kill_the_driver(run, run.start(), first)
+    process = run.start()
+    run.wait_for_step(process, second)
+    process.send_signal(signal.SIGTERM)
+    assert run.finish(process) == TERMINATED, run.output()
+    assert run.status() == "KILLED"
     assert run.finish(run.start()) == 0, run.output()
     check_against(run, wanted)

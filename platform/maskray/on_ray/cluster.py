@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -39,6 +41,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         os.environ.setdefault(name, value)
     variables = {name: os.environ[name] for name in _ENVIRONMENT if name.startswith("MLFLOW")}
     package = Path(maskray.__file__).parent
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     address = config.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
@@ -65,6 +68,9 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             found=f"{address or 'embedded'} ({error})",
             fix="check the address and the token (RAY_AUTH_TOKEN_PATH), or unset it for an embedded cluster",
         ) from error
+    # Ray puts a handler of its own in place, which aborts the process: nothing would be closed.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from maskray.errors import CheckpointError, MaskrayError, NonFiniteError, Traini
 from maskray.evaluation.judgement import Judgement
 from maskray.launch import Prepared
 from maskray.on_ray import cluster, evaluate, stream, worker
+from maskray.on_ray.board import Board
 from maskray.tracking.console import ProgressLine
 from maskray.training import checkpoint
 
@@ -112,21 +113,6 @@ def _trainer(prepared: Prepared, run_id: str, board: Any) -> TorchTrainer:
 
 
 # ------------------------------------------------------------------------------------------------------------ progress
-
-
-class Board:
-    """A Ray actor that holds the newest line for the driver's terminal."""
-
-    def __init__(self) -> None:
-        self._step, self._metrics = 0, dict[str, float]()
-
-    def post(self, step: int, metrics: Mapping[str, float]) -> None:
-        """From the first worker."""
-        self._step, self._metrics = step, dict(metrics)
-
-    def read(self) -> tuple[int, dict[str, float]]:
-        """From the driver."""
-        return self._step, self._metrics
 
 
 @contextmanager
