@@ -68,9 +68,9 @@ def tiny(digits: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     return build
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One embedded cluster for all tests that only need some Ray; those that kill start their own."""
+    """An embedded cluster for the tests of a file; those that kill, or launch as a user does, start their own."""
     import ray
 
     # Short, and not pytest's own: Ray puts sockets there, whose paths may have 107 characters.

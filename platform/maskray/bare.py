@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from maskray.config.schema import RunConfig
 from maskray.data.shards import decoded_bytes
-from maskray.errors import CheckpointError, ConfigError, StorageError
+from maskray.errors import CheckpointError, ClusterError, ConfigError, StorageError
 from maskray.evaluation.judgement import Judgement, judge
-from maskray.launch import Prepared, Summary, launch
+from maskray.launch import Prepared, Summary, launch, unstored_metrics
 from maskray.pretrain import pretrain
 from maskray.tracking.base import Fanout, Observer, Tracker
 from maskray.tracking.console import ProgressLine
@@ -30,6 +30,8 @@ class BareLauncher:
         world_size: processes in all.
     """
 
+    name = "torch"
+
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         self._rank, self._world_size = rank, world_size
 
@@ -38,6 +40,13 @@ class BareLauncher:
         if not prepared.root.is_local:
             raise StorageError(
                 "bare torch writes its checkpoints to a local folder", key="storage.path", found=prepared.root.uri
+            )
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) != self._world_size:
+            raise ClusterError(
+                "bare torch runs on one machine: each process reads checkpoints from its own disk",
+                key="--launcher",
+                found=f"torch, on {self._world_size} processes of several machines",
+                allowed="ray",
             )
         if prepared.config.cluster.workers != self._world_size:
             raise ConfigError(
@@ -53,11 +62,14 @@ class BareLauncher:
         stored = MlflowTracker(
             prepared.store.uri, run_id, system_metrics_seconds=prepared.config.tracking.system_metrics_seconds
         )
-        with (
-            closing(ProgressLine(prepared.plan.total_steps)) as line,
-            closing(Fanout(stored, Observer(line.update))) as all_of_them,
-        ):
-            self._pretrain(prepared, all_of_them)
+        with closing(ProgressLine(prepared.plan.total_steps)) as line:
+            tracker = Fanout(stored, Observer(line.update))
+            try:
+                self._pretrain(prepared, tracker)
+            finally:
+                all_stored = tracker.close()
+        if not all_stored:
+            raise unstored_metrics()
 
     def follow(self, prepared: Prepared) -> None:
         """What the processes behind the first do."""
@@ -101,10 +113,14 @@ class BareLauncher:
 
 def run(prepared: Prepared) -> Summary | None:
     """Launch without Ray; under torchrun, all but the first process return None."""
+    on_gpu = prepared.config.cluster.gpus_per_worker > 0
+    if on_gpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic kernels want it
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return launch(prepared, BareLauncher())
-    dist.init_process_group("nccl" if prepared.config.cluster.gpus_per_worker else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         launcher = BareLauncher(dist.get_rank(), world_size)
         if dist.get_rank() == 0:

@@ -68,6 +68,8 @@ _ENVIRONMENT = {  # read by MLflow when it is imported
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # The tracker tries again by itself, and a run that is being stopped has no two minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
 _KINDS = {
     "ConfigError": "Config",
@@ -204,7 +206,8 @@ def _show(summary: Summary, config: RunConfig) -> None:
     console.print(facts)
     if summary.judgement is not None:
         console.print(_accuracies(summary.judgement))
-        if summary.judgement.pixels.few_labels.mean > summary.judgement.after.few_labels.mean:
+        pixels = summary.judgement.pixels
+        if pixels is not None and pixels.few_labels.mean > summary.judgement.after.few_labels.mean:
             console.print(
                 "Raw pixels win here: on images this small and clean a linear model needs no encoder. "
                 "What pretraining brought is the step from before to after."
@@ -213,12 +216,14 @@ def _show(summary: Summary, config: RunConfig) -> None:
 
 def _accuracies(judged: Judgement) -> Table:
     table = Table(title=f"Accuracy of a linear probe on {judged.num_test} held-out images", title_justify="left")
-    for heading in ("labels", "before pretraining", "after", "raw pixels"):
-        table.add_column(heading, justify="left" if heading == "labels" else "right")
-    columns = (judged.before, judged.after, judged.pixels)
-    few = [f"{100 * s.few_labels.mean:.1f} ± {100 * s.few_labels.std:.1f} %" for s in columns]
+    columns = {"before pretraining": judged.before, "after": judged.after, "raw pixels": judged.pixels}
+    shown = {heading: scores for heading, scores in columns.items() if scores is not None}
+    table.add_column("labels")
+    for heading in shown:
+        table.add_column(heading, justify="right")
+    few = [f"{100 * s.few_labels.mean:.1f} ± {100 * s.few_labels.std:.1f} %" for s in shown.values()]
     table.add_row(f"{judged.labels_per_class} a class, mean ± std of the draws", *few)
-    table.add_row(f"all {judged.num_train:,}", *(f"{100 * s.all_labels:.1f} %" for s in columns))
+    table.add_row(f"all {judged.num_train:,}", *(f"{100 * s.all_labels:.1f} %" for s in shown.values()))
     return table
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from maskray.config.schema import RunConfig
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec
-from maskray.errors import MaskrayError
+from maskray.errors import CheckpointError, ConfigError, MaskrayError, TrackingError
 from maskray.evaluation.judgement import Judgement, Scores
 from maskray.evaluation.linear_probe import Accuracy
 from maskray.models.build import build_normalize, initial_model
@@ -31,13 +32,14 @@ from maskray.publish import export, registry
 from maskray.publish.registry import ModelCard
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
-from maskray.tracking.mlflow_store import Store, open_store
+from maskray.tracking.mlflow_store import Store, open_store, shown
 from maskray.tracking.mlflow_tracker import MlflowTracker
 from maskray.training import lease
 
 log = logging.getLogger(__name__)
 
-FINISHED = "finished.json"
+FINISHED, LAUNCHER = "finished.json", "launcher"
+HOST_TAG = "maskray.host"
 _CHECKED_BYTES = 2**30
 
 
@@ -58,6 +60,9 @@ class Prepared:
 
 class Launcher(Protocol):
     """Who trains."""
+
+    name: str
+    """Kept in the run's folder: the checkpoints of one launcher are not on the other's record."""
 
     def preflight(self, prepared: Prepared) -> None:
         """Refuse what cannot work here."""
@@ -102,7 +107,7 @@ class Summary:
         raw = json.loads(content)
         judged = raw["judgement"]
         if judged is not None:
-            for name in ("before", "after", "pixels"):
+            for name in (n for n in ("before", "after", "pixels") if judged[n] is not None):
                 few, every = judged[name]["few_labels"], judged[name]["all_labels"]
                 judged[name] = Scores(Accuracy(*few), every)
             raw["judgement"] = Judgement(**judged)
@@ -128,6 +133,9 @@ def prepare(config: RunConfig) -> Prepared:
     root = Storage(config.storage.path)
     root.check_writable()
     store = open_store(config.tracking, root.uri)
+    if config.tracking.uri is not None:  # the store keeps the password; what is written down does not
+        tracking = config.tracking.model_copy(update={"uri": shown(config.tracking.uri)})
+        config = config.model_copy(update={"tracking": tracking})
     return Prepared(config, plan, dataset, root, root.child(plan.run_name), store)
 
 
@@ -144,16 +152,44 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
         TrainingError: the run itself went wrong.
     """
     launcher.preflight(prepared)
-    with lease.hold(prepared.run, prepared.plan.run_name), _tracked(prepared) as run_id:
-        start = time.monotonic()
-        launcher.train(prepared, run_id)
-        seconds = time.monotonic() - start
-        judgement = launcher.judge(prepared) if prepared.config.probe.enabled else None
-        if judgement is not None:
-            _log_start(prepared, run_id, judgement)
-        summary = _release(prepared, launcher, run_id, judgement, seconds)
+    with lease.hold(prepared.run, prepared.plan.run_name):
+        _keep_to(launcher, prepared)
+        with _tracked(prepared) as run_id:
+            start = time.monotonic()
+            launcher.train(prepared, run_id)
+            seconds = time.monotonic() - start
+            judgement = launcher.judge(prepared) if prepared.config.probe.enabled else None
+            if judgement is not None:
+                _log_start(prepared, run_id, judgement)
+            summary = _release(prepared, launcher, run_id, judgement, seconds)
+        # Last of all: a launch that is killed before it does what is left again, and all of that can be done twice.
         prepared.run.write_bytes(FINISHED, summary.dump())
         return summary
+
+
+def _keep_to(launcher: Launcher, prepared: Prepared) -> None:
+    try:
+        before = prepared.run.read_bytes(LAUNCHER).decode()
+    except FileNotFoundError:
+        prepared.run.write_bytes(LAUNCHER, launcher.name.encode())
+        return
+    if before != launcher.name:
+        raise CheckpointError(
+            "the run was begun by the other launcher, whose checkpoints this one has no record of",
+            key="--launcher",
+            found=launcher.name,
+            allowed=before,
+            fix=f"go on with --launcher {before}, or start a run of another name with init_from",
+        )
+
+
+def unstored_metrics() -> TrackingError:
+    """For a run that is trained, whose last metrics MLflow has not taken: they are in its last checkpoint."""
+    return TrackingError(
+        "MLflow has not taken the run's last metrics; they are kept in its checkpoint",
+        key="tracking.uri",
+        fix="see to MLflow, and run the same command again: it stores them and goes on",
+    )
 
 
 @contextmanager
@@ -164,11 +200,14 @@ def _tracked(prepared: Prepared) -> Iterator[str]:
     run_id = mlflow_runs.ensure_run(store, _card(prepared))
     try:
         yield run_id
-    except Exception as error:
-        mlflow_runs.close_run(store, run_id, "FAILED", str(error))
-        raise
-    except BaseException:
-        mlflow_runs.close_run(store, run_id, "KILLED", "interrupted")
+    except BaseException as error:
+        try:
+            if isinstance(error, Exception):
+                mlflow_runs.close_run(store, run_id, "FAILED", str(error))
+            else:
+                mlflow_runs.close_run(store, run_id, "KILLED", "interrupted")
+        except TrackingError as away:  # what ended the run is what the user must hear of
+            log.warning("%s", away)
         raise
     mlflow_runs.close_run(store, run_id, "FINISHED")
 
@@ -185,6 +224,7 @@ def _card(prepared: Prepared) -> RunCard:
             **{f"setting.{k}": v for k, v in settings.items() if k not in params and v != "null"},
             **mlflow_runs.provenance(Path(__file__).parent),
             "maskray.storage": prepared.run.uri,
+            HOST_TAG: socket.gethostname(),
         },
         config_yaml=dump(config),
         dataset=DatasetCard(Path(place).name, place, manifest.fingerprint, prepared.dataset.num_rows()),
@@ -197,8 +237,12 @@ def _is_abandoned(tags: Mapping[str, str], own_fingerprint: str) -> bool:
     if tags.get("maskray.fingerprint") == own_fingerprint or "maskray.storage" not in tags:
         return False
     try:
-        holder = lease.holder_of(Storage(tags["maskray.storage"]))
-    except MaskrayError:  # a place that cannot be read from here says nothing
+        run = Storage(tags["maskray.storage"])
+        # A local folder of another machine, or one that is gone, says nothing.
+        if (run.is_local and tags.get(HOST_TAG) != socket.gethostname()) or not run.exists():
+            return False
+        holder = lease.holder_of(run)
+    except MaskrayError:
         return False
     return holder is None or not holder.is_alive()
 
@@ -219,7 +263,7 @@ def _release(
     return Summary(
         run_name=plan.run_name,
         run_id=run_id,
-        tracking_uri=prepared.store.uri,
+        tracking_uri=shown(prepared.store.uri),
         steps=plan.total_steps,
         seconds=seconds,
         first_loss=first,
@@ -247,7 +291,8 @@ def _scores(scores: Scores) -> dict[str, float]:
 
 def _log_start(prepared: Prepared, run_id: str, judgement: Judgement) -> None:
     """The first points of the probe's curves; the last ones are logged with the model."""
-    pixels = {f"{name}_raw_pixels": value for name, value in _scores(judgement.pixels).items()}
+    of_pixels = _scores(judgement.pixels) if judgement.pixels is not None else {}
+    pixels = {f"{name}_raw_pixels": value for name, value in of_pixels.items()}
     with closing(MlflowTracker(prepared.store.uri, run_id)) as tracker:
         tracker.log(_scores(judgement.before) | pixels, 0)
 
@@ -255,6 +300,10 @@ def _log_start(prepared: Prepared, run_id: str, judgement: Judgement) -> None:
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     def moved(section: Any, key: str) -> Any:
         value = getattr(section, key)
+        if value is not None and "secret_key=" in value:
+            raise ConfigError(
+                "credentials do not belong into a config", key=key, fix="set AWS_SECRET_ACCESS_KEY instead"
+            )
         return section if value is None else section.model_copy(update={key: Storage(value).uri})
 
     config = moved(config, "init_from")

@@ -19,9 +19,9 @@ from maskray.on_ray import stream
 pytestmark = pytest.mark.ray
 
 
-def delivered(spec: StreamSpec, run: Storage, workers: int, start_step: int, monkeypatch) -> list[list[Unit]]:
+def delivered(spec: StreamSpec, run: Storage, data, workers: int, start_step: int, monkeypatch) -> list[list[Unit]]:
     """What each of `workers` readers of the splitter that Train uses gets."""
-    (open_dataset,) = stream.datasets(spec, run, workers, 2).values()
+    (open_dataset,) = stream.datasets(spec, run, workers, data).values()
     monkeypatch.setattr(stream, "registered_step", lambda _: start_step)
     dataset = open_dataset()
     dataset.context.execution_options.preserve_order = True
@@ -54,7 +54,7 @@ def test_ray_data_and_the_in_process_walk_are_equal_to_the_bit(
     config = tiny(optim={"steps": 6, "global_batch": 128}, data={"views_per_image": 2})
     dataset = Dataset.open(config.data.path)
     spec = StreamSpec.of(config, resolve(config, dataset.facts()), dataset)
-    got = delivered(spec, Storage(tmp_path), workers, start_step, monkeypatch)
+    got = delivered(spec, Storage(tmp_path), config.data, workers, start_step, monkeypatch)
     for rank in range(workers):
         with LocalStream(spec, dataset, rank=rank, world_size=workers, start_step=start_step) as local:
             wanted = list(local)

@@ -24,6 +24,13 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 240
 
 
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline()[:1])
+    except psutil.Error:  # gone in the meantime
+        return False
+
+
 @dataclass
 class Launches:
     """All launches of one run: the command, again and again, in one storage folder."""
@@ -32,6 +39,7 @@ class Launches:
     config: Path
     environment: dict[str, str]
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    killed: set[int] = field(default_factory=set)
 
     def start(self) -> subprocess.Popen[bytes]:
         """The command that a user would type."""
@@ -71,18 +79,27 @@ class Launches:
     def wait_for_step(self, process: subprocess.Popen[bytes], step: int) -> None:
         self._wait(process, lambda: self.last_step() >= step)
 
-    def wait_for_upload(self, process: subprocess.Popen[bytes], after_step: int) -> None:
-        """Until a checkpoint is on its way: its folder is there and not whole yet, or Train does not know of it yet."""
+    def wait_for_upload(self, process: subprocess.Popen[bytes], after_step: int) -> str:
+        """Until a checkpoint is on its way: its folder is there, and Train has not got it on record."""
         self.wait_for_step(process, after_step)
         known = {f.name for f in self.run.glob("step_*")}
         self._wait(process, lambda: any(f.name not in known for f in self.run.glob("step_*")))
+        return next(f.name for f in self.run.glob("step_*") if f.name not in known)
+
+    def is_registered(self, folder: str) -> bool:
+        """Whether Train has the checkpoint on record."""
+        return f'"{folder}"' in (self.run / "checkpoint_manager_snapshot.json").read_text()
+
+    def wait_for_workers(self, process: subprocess.Popen[bytes]) -> None:
+        """Until there are workers that were not killed before, and they have trained a step."""
+        self._wait(process, lambda: {p.pid for p in self.workers(process)} - self.killed != set())
+        trained = len(self.lines())
+        self._wait(process, lambda: len(self.lines()) > trained)
 
     def workers(self, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """Train workers of this launch."""
         return [
-            p
-            for p in psutil.Process(process.pid).children(recursive=True)
-            if "RayTrainWorker" in " ".join(p.cmdline()[:1])
+            p for p in psutil.Process(process.pid).children(recursive=True) if p.pid not in self.killed and is_worker(p)
         ]
 
     def final_weights(self) -> str:

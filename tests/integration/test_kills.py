@@ -37,13 +37,17 @@ def check_against(run, wanted: tuple) -> None:
 
 
 def kill_a_worker(run, process, moment: int | str) -> None:
+    """SIGKILL of the last worker, or, during an upload, of all: which of them uploads cannot be seen from outside."""
     if moment == UPLOAD:
-        run.wait_for_upload(process, 9)
+        run.wait_for_workers(process)
+        folder = run.wait_for_upload(process, 9)
     else:
         run.wait_for_step(process, int(moment))
-    # Uploads are the first worker's, and which process that is cannot be seen from outside: then all of them go.
+        run.wait_for_workers(process)
     for victim in run.workers(process)[0 if moment == UPLOAD else -1 :]:
         os.kill(victim.pid, signal.SIGKILL)
+        run.killed.add(victim.pid)
+    assert moment != UPLOAD or not run.is_registered(folder), "the upload had ended before the kill"
 
 
 def kill_the_driver(run, process, step: int) -> None:

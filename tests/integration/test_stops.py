@@ -1,6 +1,7 @@
 """What is left when a run is stopped, and what a second launch of a finished run does. Without Ray: the same launch."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,8 +14,12 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from maskray import cli
+from maskray import cli, launch
+from maskray.bare import BareLauncher
+from maskray.config.load import dump, load
 from maskray.config.schema import RunConfig
+from maskray.data.storage import Storage
+from maskray.training import lease
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "maskray.cli", "pretrain", "--launcher", "torch", "--config"]
@@ -73,6 +78,67 @@ def test_a_finished_run_says_so_and_its_model_loads(
     features = encoder.predict(np.zeros((3, 8, 8, 1), np.uint8))
     assert features.shape == (3, 16)
     assert features.dtype == np.float32
+
+
+def test_a_launch_that_dies_before_its_last_word_is_finished_by_the_next(
+    tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed after the model is registered, before the run is closed: nothing is done twice, and all is closed."""
+    path = written(tiny(), tmp_path)
+    arguments = ["pretrain", "--launcher", "torch", "--config", str(path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.mlflow_runs, "close_run", lambda *_: (_ for _ in ()).throw(SystemExit(9)))
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+    assert the_run(tmp_path)[1].info.status == "RUNNING"
+    assert cli.main(arguments) == 0
+    client, run = the_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    assert len(client.search_model_versions("name = 'tiny'")) == 1
+
+
+def test_the_other_launcher_does_not_take_a_run_over(
+    tiny: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = Path(launch.prepare(tiny()).run.uri)
+    run.mkdir(parents=True)
+    (run / launch.LAUNCHER).write_text("ray")
+    assert cli.main(["pretrain", "--launcher", "torch", "--config", str(written(tiny(), tmp_path))]) == cli.USER_MISTAKE
+    assert "--launcher ray" in " ".join(capsys.readouterr().err.split())
+
+
+def test_only_runs_that_nobody_can_be_running_are_closed(tiny: Callable[..., RunConfig], tmp_path: Path):
+    here, gone = {launch.HOST_TAG: socket.gethostname()}, {"maskray.storage": str(tmp_path / "gone")}
+    (tmp_path / "idle").mkdir()
+    idle = {"maskray.storage": str(tmp_path / "idle")}
+    assert launch._is_abandoned(here | idle, "mine")
+    assert not launch._is_abandoned(here | gone, "mine")
+    assert not launch._is_abandoned({launch.HOST_TAG: "elsewhere"} | idle, "mine")
+    assert not launch._is_abandoned(here | idle | {"maskray.fingerprint": "mine"}, "mine")
+    with lease.hold(Storage(tmp_path / "idle"), "idle"):
+        assert not launch._is_abandoned(here | idle, "mine")
+
+
+def test_a_password_in_the_tracking_uri_is_written_nowhere(
+    tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch, "open_store", lambda config, _: launch.Store(config.uri, "1", "maskray"))
+    prepared = launch.prepare(tiny(tracking={"uri": "http://me:hidden@host:5000"}))
+    assert prepared.store.uri == "http://me:hidden@host:5000"
+    assert "hidden" not in dump(prepared.config)
+    assert "hidden" not in repr(launch._card(prepared))
+
+
+def test_pretraining_helps(digits: Path, tmp_path: Path):
+    """The demo's config, shorter: the probe on 5 labels a class gains, on rows that were never trained on."""
+    config = load(
+        ROOT / "configs" / "pretrain" / "digits.yaml",
+        [f"data.path={digits}", f"storage.path={tmp_path / 'runs'}", "optim.steps=400", "data.stream=local"],
+    )
+    summary = launch.launch(launch.prepare(config), BareLauncher())
+    assert summary.last_loss < 0.6 * summary.first_loss
+    assert summary.judgement is not None
+    assert summary.judgement.after.few_labels.mean > summary.judgement.before.few_labels.mean + 0.08
 
 
 def test_a_run_starts_from_the_weights_of_another(tiny: Callable[..., RunConfig], tmp_path: Path):

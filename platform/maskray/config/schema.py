@@ -107,6 +107,8 @@ class DataConfig(Section):
     """Row groups that one Ray Data task reads: a task should last about a second."""
     prefetch_groups: PositiveInt = operational(8)
     """Row groups that a worker holds ready."""
+    stall_seconds: PositiveInt = operational(600)
+    """Ray Data's progress timeout: an error is raised where no row group moves for so long."""
     decode_threads: PositiveInt = operational(2)
     """Threads a worker decodes with under `stream: local`."""
 
@@ -307,7 +309,7 @@ class TrackingConfig(Section):
     uri: str | None = operational(None)
     """MLflow's tracking URI; None keeps an SQLite store in `storage.path`."""
     experiment: str = operational("maskray")
-    register_as: str | None = operational(None)
+    register_as: Annotated[str, Field(pattern=r"^[^/:]+$")] | None = operational(None)
     """Name in the model registry; None takes the run's `name`."""
     system_metrics_seconds: Annotated[float, Field(gt=0)] | None = operational(10.0)
     """Seconds between two readings of the first worker's CPU, memory and GPU; None: no readings."""
@@ -320,8 +322,8 @@ class RunConfig(Section):
     """First part of the run's name; the second is the fingerprint of its identity."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init_from: str | None = operational(None)
-    """Weights to start from: a checkpoint's folder, or a `.safetensors` or `.pth` file with the MAE authors' parameter
-    names. The digest of the weights, not their place, is identity."""
+    """Weights to start from, on a path that all workers see: a checkpoint's folder, or a `.safetensors` or `.pth` file
+    with the MAE authors' parameter names. The digest of the weights, not their place, is identity."""
     data: DataConfig
     mask: Mask = RandomMask()
     model: Model = VitConfig()

@@ -25,6 +25,8 @@ from maskray.models.foreign import load_weights
 
 log = logging.getLogger(__name__)
 
+MAX_PIXEL_VALUES = 4096
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -40,7 +42,8 @@ class Judgement:
 
     before: Scores
     after: Scores
-    pixels: Scores
+    pixels: Scores | None
+    """None for images of more than `MAX_PIXEL_VALUES` values: a regression on them would cost more than the run."""
     labels_per_class: int
     num_train: int
     num_test: int
@@ -75,7 +78,7 @@ def judge(config: RunConfig, weights: Path, device: torch.device) -> Judgement |
         before = scores(lambda images: pooled_features(model, normalize, images))
         load_weights(model, weights)
         after = scores(lambda images: pooled_features(model, normalize, images))
-        pixels = scores(pixel_features)
+        pixels = scores(pixel_features) if train[0][0].size <= MAX_PIXEL_VALUES else None
     except DataError as error:  # the run is done: it must not fail for want of labels
         log.warning("No probe: %s", error)
         return None

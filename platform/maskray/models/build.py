@@ -28,7 +28,7 @@ def initial_model(config: RunConfig) -> MaskedAutoencoderViT:
     Raises:
         CheckpointError: `init_from` cannot be read or does not fit.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # parameters are drawn on the CPU
         torch.manual_seed(config.seed)
         model = build_model(config.model, config.data.image_size, config.data.channels)
     if config.init_from is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import ray
 from ray._private.state import state as ray_state
+from ray.autoscaler.sdk import request_resources
 
 import maskray
 from maskray.config.schema import ClusterConfig, RunConfig
@@ -30,6 +32,12 @@ _ENVIRONMENT = {
 }
 
 
+# A runtime environment is shown in Ray's dashboard and logs: nodes must have secrets of their own.
+_SECRET = re.compile("PASSWORD|TOKEN|SECRET|KEY")
+# Where Ray unpacks the working directory of a submitted job: another folder after each change, gone with the session.
+_JOB_FOLDER = "/working_dir_files/"
+
+
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
     """A connection to the cluster that `cluster.address` or RAY_ADDRESS names, or to an embedded one that ends with it.
@@ -39,7 +47,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    variables = {name: os.environ[name] for name in _ENVIRONMENT if name.startswith("MLFLOW")}
+    variables = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_") and not _SECRET.search(k)}
     package = Path(maskray.__file__).parent
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = config.address or os.environ.get("RAY_ADDRESS")
@@ -84,25 +92,60 @@ def preflight(config: RunConfig, storage: Storage, tracking_uri: str, *, streams
         ClusterError: too few CPUs or GPUs even at the autoscaler's largest; still too few after
             `cluster.wait_seconds`; or a store on one node's disk for a cluster of several nodes.
     """
+    if _JOB_FOLDER in storage.uri:
+        raise ClusterError(
+            "a submitted job's own folder does not outlast it",
+            key="storage.path",
+            found=storage.uri,
+            allowed="an absolute path that all nodes see, or s3://bucket/prefix",
+        )
     _check_shared(storage, tracking_uri)
     needed = needs(config.cluster, streams_on_ray=streams_on_ray)
     largest = _largest()
     _refuse_if_short(needed, largest, config.cluster)
-    deadline = time.monotonic() + config.cluster.wait_seconds
+    bundles = [{"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}] * config.cluster.workers
+    if (
+        not ray_state.get_max_resources_from_cluster_config()
+    ):  # no autoscaler: the nodes there are, are all there will be
+        _refuse_if_scattered(bundles)
+    _wait_for(needed, bundles, config.cluster)
+
+
+def _wait_for(needed: Mapping[str, float], bundles: list[dict[str, float]], cluster: ClusterConfig) -> None:
+    """Wait until the resources are free, and ask an autoscaler for them."""
+    request_resources(bundles=bundles)
+    deadline = time.monotonic() + cluster.wait_seconds
     said = 0.0
-    while _shortage(needed, ray.available_resources()):
-        if time.monotonic() > deadline:
-            raise ClusterError(
-                f"the cluster's resources were not free within {config.cluster.wait_seconds:g} s",
-                key="cluster.wait_seconds",
-                found=_shown(ray.available_resources()) + " free",
-                allowed=_shown(needed),
-                fix="wait longer, free some, or ask for less",
-            )
-        if time.monotonic() - said > _SAY_EVERY_SECONDS:
-            said = time.monotonic()
-            log.warning("Waiting for %s; %s free", _shown(needed), _shown(ray.available_resources()))
-        time.sleep(0.5)
+    try:
+        while _shortage(needed, ray.available_resources()):
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the cluster's resources were not free within {cluster.wait_seconds:g} s",
+                    key="cluster.wait_seconds",
+                    found=_shown(ray.available_resources()) + " free",
+                    allowed=_shown(needed),
+                    fix="wait longer, free some, or ask for less",
+                )
+            if time.monotonic() - said > _SAY_EVERY_SECONDS:
+                said = time.monotonic()
+                log.warning("Waiting for %s; %s free", _shown(needed), _shown(ray.available_resources()))
+            time.sleep(0.5)
+    finally:
+        request_resources(bundles=[])  # a standing request would keep the nodes up for ever
+
+
+def _refuse_if_scattered(bundles: list[dict[str, float]]) -> None:
+    """Whether each worker fits on one node; the sums may be enough where no node is."""
+    bundle = bundles[0]
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    room = sum(min(int(n.get(k, 0.0) / amount + 1e-6) for k, amount in bundle.items() if amount) for n in nodes)
+    if room < len(bundles):
+        raise ClusterError(
+            f"the nodes have room for {room} of {len(bundles)} workers",
+            key="cluster.cpus_per_worker",
+            found=f"{_shown(bundle)} for each worker, which one node must have",
+            fix="ask for smaller workers, or for fewer",
+        )
 
 
 def needs(cluster: ClusterConfig, *, streams_on_ray: bool) -> dict[str, float]:

@@ -16,7 +16,10 @@ from maskray.training import checkpoint
 def judge(config: RunConfig, weights: Storage) -> Judgement | None:
     """The first judgement of the checkpoint at `weights`, with the resources of a worker."""
     cluster = config.cluster
-    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)(_judge)
+    # cuBLAS wants it where kernels are deterministic.
+    environment = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
+    resources = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
+    task = ray.remote(**resources, runtime_env=environment)(_judge)
     return ray.get(task.remote(config, weights))  # type: ignore[no-any-return]
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import ray.data
 import ray.train
 
+from maskray.config.schema import DataConfig
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec, Unit, load_unit
@@ -32,7 +33,6 @@ from maskray.training.checkpoint import step_of
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 _SEGMENT_TASKS = 8192
-_NO_PROGRESS_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,11 @@ class Segments:
 
 
 def datasets(
-    spec: StreamSpec, run: Storage, workers: int, groups_per_task: int
+    spec: StreamSpec, run: Storage, workers: int, data: DataConfig
 ) -> dict[str, Callable[[], ray.data.Dataset]]:
     """What Train is given: it calls each at every start of the workers, in the controller's process."""
-    segments = Segments.of(spec, workers, groups_per_task)
-    return {
-        name: partial(_open_segment, spec, run, workers, groups_per_task, i) for i, name in enumerate(segments.names)
-    }
+    segments = Segments.of(spec, workers, data.groups_per_task)
+    return {name: partial(_open_segment, spec, run, workers, data, i) for i, name in enumerate(segments.names)}
 
 
 def units(spec: StreamSpec, rank: int, workers: int, groups_per_task: int, prefetch: int, step: int) -> Iterator[Unit]:
@@ -104,17 +102,17 @@ def registered_checkpoint(run: Storage) -> str | None:
     return str(latest["checkpoint_dir_name"]) if latest else None
 
 
-def _open_segment(spec: StreamSpec, run: Storage, workers: int, groups_per_task: int, index: int) -> ray.data.Dataset:
+def _open_segment(spec: StreamSpec, run: Storage, workers: int, data: DataConfig, index: int) -> ray.data.Dataset:
     # The driver's DataContext does not arrive here.
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1
     context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = _NO_PROGRESS_SECONDS
-    segments = Segments.of(spec, workers, groups_per_task)
+    context.execution_no_progress_timeout_s = data.stall_seconds
+    segments = Segments.of(spec, workers, data.groups_per_task)
     start = registered_step(run) * spec.groups_per_step
     first, last = segments.bounds(index, start, workers)
     num_units = max(0, last - first) + 2 * workers
-    return ray.data.range(num_units, override_num_blocks=-(-num_units // groups_per_task)).map_batches(
+    return ray.data.range(num_units, override_num_blocks=-(-num_units // data.groups_per_task)).map_batches(
         partial(_load, spec, spec.open_dataset(), first), batch_size=None
     )
 

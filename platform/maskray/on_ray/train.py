@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec
 from maskray.errors import CheckpointError, MaskrayError, NonFiniteError, TrainingError
 from maskray.evaluation.judgement import Judgement
-from maskray.launch import Prepared
+from maskray.launch import Prepared, unstored_metrics
 from maskray.on_ray import cluster, evaluate, stream, worker
 from maskray.on_ray.board import Board
 from maskray.tracking.console import ProgressLine
@@ -32,6 +33,8 @@ _POLL_SECONDS = 0.5
 
 class RayLauncher:
     """Trains on the connected cluster."""
+
+    name = "ray"
 
     def preflight(self, prepared: Prepared) -> None:
         """Refuse what the cluster cannot hold, and wait for what it can."""
@@ -50,7 +53,7 @@ class RayLauncher:
         with _shown(board, prepared.plan.total_steps):
             for left in reversed(range(config.cluster.max_failures + 1)):
                 try:
-                    outcome = _trainer(prepared, run_id, board).fit().return_value
+                    outcome = _off_the_main_thread(_trainer(prepared, run_id, board).fit).return_value
                     break
                 except ray.exceptions.ActorDiedError as error:
                     if left == 0:
@@ -58,8 +61,10 @@ class RayLauncher:
                     log.warning("Ray Train's controller died; starting again from the latest checkpoint")
                 except ray.train.TrainingFailedError as error:
                     raise _explained(error, config.cluster.max_failures) from error
-        if outcome and "not_finite" in outcome:
+        if "not_finite" in outcome:
             raise NonFiniteError(outcome["not_finite"])
+        if not outcome["stored"]:
+            raise unstored_metrics()
 
     @contextmanager
     def newest_checkpoint(self, prepared: Prepared) -> Iterator[Path]:
@@ -68,8 +73,12 @@ class RayLauncher:
             yield folder
 
     def judge(self, prepared: Prepared) -> Judgement | None:
-        """As a task with the resources of a worker."""
-        return evaluate.judge(prepared.config, prepared.run.child(_registered(prepared)))
+        """As a task with the resources of a worker. The run is done: it does not fail for want of a judgement."""
+        try:
+            return evaluate.judge(prepared.config, prepared.run.child(_registered(prepared)))
+        except ray.exceptions.RayError as error:
+            log.warning("No probe: its task failed: %s", error)
+            return None
 
 
 def streams_on_ray(prepared: Prepared) -> bool:
@@ -108,7 +117,7 @@ def _trainer(prepared: Prepared, run_id: str, board: Any) -> TorchTrainer:
             worker_runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if on_gpu else None,
         ),
         dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
-        datasets=stream.datasets(spec, prepared.run, workers, config.data.groups_per_task) if on_ray else None,
+        datasets=stream.datasets(spec, prepared.run, workers, config.data) if on_ray else None,
     )
 
 
@@ -144,12 +153,26 @@ def _shown(board: Any, total_steps: int) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
+def _off_the_main_thread(function: Callable[[], Any]) -> Any:
+    """Call and wait. In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+            future.set_exception(error)
+
+    threading.Thread(target=call, name="maskray-fit", daemon=True).start()
+    return future.result()
+
+
 def _explained(error: BaseException, max_failures: int) -> Exception:
     """The user's mistake that a worker met, or what is known of how the workers were lost."""
     for cause in _causes(error, set()):
         if isinstance(cause, MaskrayError | TrainingError):
             return cause
-    return TrainingError(f"The workers were lost more than {max_failures} times (cluster.max_failures): {error}")
+    return TrainingError(f"The workers failed more than {max_failures} times (cluster.max_failures), at last: {error}")
 
 
 def _causes(error: BaseException, seen: set[int]) -> Iterator[BaseException]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import Any
 
 from maskray.config.schema import RunConfig
@@ -17,12 +16,16 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     """Pretrain; the return value is the driver's to read."""
     config = RunConfig.model_validate(settings["config"])
     context = RayContext(config.data, Storage(settings["run"]), on_ray=settings["on_ray"])
-    with closing(_tracker(settings, config) if context.rank == 0 else Observer()) as tracker:
-        try:
-            return {"steps": pretrain(config, context, tracker)}
-        except NonFiniteError as error:
-            # All workers see it, and it would come again: returned, not raised, so that Train does not try again.
-            return {"not_finite": str(error)}
+    tracker = _tracker(settings, config) if context.rank == 0 else Observer()
+    stored = False
+    try:
+        pretrain(config, context, tracker)
+    except NonFiniteError as error:
+        # All workers see it, and it would come again: returned, not raised, so that Train does not try again.
+        return {"not_finite": str(error)}
+    finally:
+        stored = tracker.close()
+    return {"stored": stored}
 
 
 def _tracker(settings: dict[str, Any], config: RunConfig) -> Tracker:

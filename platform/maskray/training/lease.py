@@ -85,9 +85,12 @@ def hold(run: Storage, name: str) -> Iterator[None]:
     finally:
         stop.set()
         beat.join()
-        found = holder_of(run)
-        if found is not None and found.token == me.token:
-            run.delete(LEASE)
+        try:
+            found = holder_of(run)
+            if found is not None and found.token == me.token:
+                run.delete(LEASE)
+        except StorageError:  # it grows old by itself; what ended the run is what the user must hear of
+            log.warning("The lease could not be given back", exc_info=True)
 
 
 def _take(run: Storage, name: str, me: Holder) -> None:

@@ -116,15 +116,18 @@ class TrainStep:
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Gradients of a batch; its part of the step's loss and of its weights, as a tensor of two."""
-        images_BCHW = self._normalize(batch.images_BCHW.to(self._device, non_blocking=True))
-        visible_BHW = batch.visible_BHW.to(self._device, non_blocking=True)
-        weights_B = batch.weights_B.to(self._device, non_blocking=True)
+        images_BCHW = self._normalize(self._moved(batch.images_BCHW))
+        visible_BHW, weights_B = self._moved(batch.visible_BHW), self._moved(batch.weights_B)
         with self._autocast:
             pred_BLP = self._model(images_BCHW, visible_BHW, batch.num_visible)
         loss_B = self._objective(images_BCHW, pred_BLP, visible_BHW)
         loss: torch.Tensor = (weights_B * loss_B).sum() / self._global_batch
         (loss * self._world).backward()  # DDP averages the gradients over the workers where their sum is wanted
         return torch.stack([loss.detach(), weights_B.sum()])
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the device. From pinned memory, or the host would wait for the copy."""
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
     def _alone(self, alone: bool) -> contextlib.AbstractContextManager[None]:
         if alone and isinstance(self._model, DistributedDataParallel):

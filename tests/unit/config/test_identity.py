@@ -23,6 +23,7 @@ OPERATIONAL: dict[str, set[str] | bool] = {
         "local_bytes",
         "groups_per_task",
         "prefetch_groups",
+        "stall_seconds",
         "decode_threads",
     },
     "training": {
