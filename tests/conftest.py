@@ -1,6 +1,8 @@
 """What tests share: a clean environment, a small real dataset, a tiny config."""
 
+import logging
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,3 +90,16 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    """What a command line sets for its whole process does not reach the next test."""
+    root, ours = logging.getLogger(), logging.getLogger("maskray")
+    handlers, level, on_sigterm = list(root.handlers), ours.level, signal.getsignal(signal.SIGTERM)
+    yield
+    root.handlers[:] = handlers
+    ours.setLevel(level)
+    signal.signal(signal.SIGTERM, on_sigterm)
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
