@@ -57,7 +57,10 @@ def test_sigterm_closes_the_mlflow_run_and_the_same_command_goes_on(tiny: Callab
 
 @pytest.mark.filterwarnings("ignore::Warning:mlflow")
 def test_a_finished_run_says_so_and_its_model_loads(
-    tiny: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Callable[..., RunConfig],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     path = written(tiny(), tmp_path)
     arguments = ["pretrain", "--launcher", "torch", "--config", str(path)]
@@ -73,7 +76,7 @@ def test_a_finished_run_says_so_and_its_model_loads(
     assert run.info.status == "FINISHED"
     assert run.data.params["mask.ratio"] == "0.75"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "probe/few_labels")] == [0, 12]
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs/mlflow.db")
     encoder = mlflow.pyfunc.load_model("models:/tiny/1")
     features = encoder.predict(np.zeros((3, 8, 8, 1), np.uint8))
     assert features.shape == (3, 16)
