@@ -11,7 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -184,11 +184,11 @@ def _keep_to(launcher: Launcher, prepared: Prepared) -> None:
 
 
 def unstored_metrics() -> TrackingError:
-    """For a run that is trained, whose last metrics MLflow has not taken: they are in its last checkpoint."""
+    """For a run that is trained, and some of whose metrics MLflow has not taken: the run stays open until it has."""
     return TrackingError(
-        "MLflow has not taken the run's last metrics; they are kept in its checkpoint",
+        "the run is trained, but MLflow has not taken all of its metrics",
         key="tracking.uri",
-        fix="see to MLflow, and run the same command again: it stores them and goes on",
+        fix="see to MLflow, and run the same command again: it stores what is missing and goes on",
     )
 
 
@@ -293,8 +293,10 @@ def _log_start(prepared: Prepared, run_id: str, judgement: Judgement) -> None:
     """The first points of the probe's curves; the last ones are logged with the model."""
     of_pixels = _scores(judgement.pixels) if judgement.pixels is not None else {}
     pixels = {f"{name}_raw_pixels": value for name, value in of_pixels.items()}
-    with closing(MlflowTracker(prepared.store.uri, run_id)) as tracker:
-        tracker.log(_scores(judgement.before) | pixels, 0)
+    tracker = MlflowTracker(prepared.store.uri, run_id)
+    tracker.log(_scores(judgement.before) | pixels, 0)
+    if not tracker.close():
+        raise unstored_metrics()
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

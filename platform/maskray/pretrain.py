@@ -57,7 +57,7 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         return checkpoint.Facts(done, plan.fingerprint, context.world_size, threads, packages, tracker.pending())
 
     def snapshot(done: int) -> Snapshot:
-        return Snapshot(done, checkpoint.HostCopy(model, optimizer, facts(done), dump(config)).write)
+        return checkpoint.HostCopy(model, optimizer, facts(done), dump(config)).write
 
     def probe(done: int) -> None:
         if context.rank == 0:

@@ -104,9 +104,7 @@ def preflight(config: RunConfig, storage: Storage, tracking_uri: str, *, streams
     largest = _largest()
     _refuse_if_short(needed, largest, config.cluster)
     bundles = [{"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}] * config.cluster.workers
-    if (
-        not ray_state.get_max_resources_from_cluster_config()
-    ):  # no autoscaler: the nodes there are, are all there will be
+    if not ray_state.get_max_resources_from_cluster_config():  # no autoscaler: there will be no other nodes
         _refuse_if_scattered(bundles)
     _wait_for(needed, bundles, config.cluster)
 

@@ -106,7 +106,7 @@ class RayContext:
         return waited
 
     def _upload(self, snapshot: Snapshot, local: Path, name: str) -> ray.train.Checkpoint:
-        snapshot.write(local)
+        snapshot(local)
         target = self._run.child(name)
         # The file that says that the others are whole goes last.
         for file in sorted(local.iterdir(), key=lambda f: f.name == checkpoint.STATE):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,13 +13,8 @@ import torch
 from maskray.data.stream import LocalStream, StreamSpec, Unit
 from maskray.training import checkpoint
 
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A checkpoint to be: `write` fills a folder, on any thread; it holds copies, so training goes on."""
-
-    step: int
-    write: Callable[[Path], None]
+Snapshot = Callable[[Path], None]
+"""A checkpoint to be: fills a folder, on any thread. It holds copies, so training goes on."""
 
 
 class RunContext(Protocol):
@@ -97,7 +91,7 @@ class LocalContext:
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            snapshot.write(partial)
+            snapshot(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
             for old in self._folders()[self._keep :]:

@@ -7,7 +7,7 @@ from maskray.data.shards import Dataset
 from maskray.data.stream import StreamSpec
 from maskray.training import checkpoint
 from maskray.training.checkpoint import STATE, WEIGHTS, Facts, HostCopy
-from maskray.training.context import LocalContext, Snapshot
+from maskray.training.context import LocalContext
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def snapshot(rig):
     r = rig()
 
     def at(step):
-        return Snapshot(step, HostCopy(r.model, r.optimizer, Facts(step, "0" * 16, 1, 1, {}, []), "").write)
+        return HostCopy(r.model, r.optimizer, Facts(step, "0" * 16, 1, 1, {}, []), "").write
 
     return at
 
@@ -60,12 +60,12 @@ def test_a_write_that_breaks_off_leaves_the_last_checkpoint(tmp_path, snapshot):
     context.report(4, snapshot(4))
 
     def breaks_off(folder):
-        snapshot(8).write(folder)
+        snapshot(8)(folder)
         (folder / STATE).unlink()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        context.report(8, Snapshot(8, breaks_off))
+        context.report(8, breaks_off)
     assert (newest(context), steps_in(context)) == (4, [4])
     context.report(8, snapshot(8))
     assert (newest(context), steps_in(context)) == (8, [8])
