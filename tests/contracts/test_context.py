@@ -65,7 +65,7 @@ class FragileContext(LocalContext):
         if step == self._before:
             folder = self.run_folder / f"step_{step:09d}-local.partial"
             folder.mkdir(parents=True)
-            snapshot.write(folder)
+            snapshot(folder)
             raise Killed
         waited = super().report(step, snapshot)
         if step == self._after:
