@@ -1,6 +1,7 @@
 """Where images come from: a folder, or the digits that scikit-learn ships.
 
-A source is a list of keys and a way to read one. To add one: a function that returns a `Source`, named in `_EMBEDDED`.
+A source is a list of entries and a way to read one. To add one: a function that returns a `Source`, named in
+`_EMBEDDED`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,24 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
+class Place(NamedTuple):
+    """Where an image's bytes lie in a source."""
+
+    file: str
+    """Relative to the source: the image's own file, or the archive or table that holds it."""
+    at: int = 0
+    """Where in it: the offset in bytes of a member of an archive, the row of a table."""
+    size: int = 0
+    """Bytes, where the listing says."""
+
+
 class Entry(NamedTuple):
     """One image of a source."""
 
     key: str
-    """Its name, the same wherever the source lies: it decides on the split and the order."""
+    """Its name, unique, the same wherever the source lies: it decides on the split and the order."""
     label: int | None
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -38,8 +51,9 @@ class Source:
     """Images to ingest."""
 
     entries: list[Entry]
-    read: Callable[[str], bytes]
-    """Encoded image of a key. Picklable and small: it travels to each task."""
+    """In the order in which they are best read."""
+    read: Callable[[Entry], bytes]
+    """Encoded image of an entry. Picklable and small: it travels to each task."""
     class_names: tuple[str, ...]
     """Names of the labels 0, 1, …; empty where there are none."""
     stamp: str
@@ -72,8 +86,8 @@ def open_source(text: str) -> Source:
 class _FolderReader:
     root: str
 
-    def __call__(self, key: str) -> bytes:
-        return Path(self.root, key).read_bytes()
+    def __call__(self, entry: Entry) -> bytes:
+        return Path(self.root, entry.place.file).read_bytes()
 
 
 def _folder(root: Path) -> Source:
@@ -93,7 +107,10 @@ def _folder(root: Path) -> Source:
     labelled = all("/" in key for key in keys)
     class_names = tuple(sorted({key.partition("/")[0] for key in keys})) if labelled else ()
     label_of = {name: label for label, name in enumerate(class_names)}
-    entries = [Entry(key, label_of.get(key.partition("/")[0]) if labelled else None) for key in keys]
+    entries = [
+        Entry(key, label_of.get(key.partition("/")[0]) if labelled else None, Place(key, 0, size))
+        for key, size, _ in found
+    ]
     return Source(entries, _FolderReader(str(root)), class_names, stamp.hexdigest())
 
 
@@ -122,14 +139,14 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
 def _digits() -> Source:
     """1,797 handwritten digits of 8 × 8 pixels (UCI, by way of scikit-learn): real images with no download."""
     _, labels = _digit_pixels()
-    entries = [Entry(f"digits/{i:04d}", int(label)) for i, label in enumerate(labels)]
+    entries = [Entry(f"digits/{i:04d}", int(label), Place("", i)) for i, label in enumerate(labels)]
     return Source(entries, _read_digit, tuple("0123456789"), "digits")
 
 
-def _read_digit(key: str) -> bytes:
+def _read_digit(entry: Entry) -> bytes:
     pixels_NHW, _ = _digit_pixels()
     buffer = io.BytesIO()
-    Image.fromarray(pixels_NHW[int(key.rpartition("/")[2])]).save(buffer, "PNG")
+    Image.fromarray(pixels_NHW[entry.place.at]).save(buffer, "PNG")
     return buffer.getvalue()
 
 
