@@ -381,5 +381,8 @@ class IngestConfig(Section):
     """Share of the images, by a hash of their keys, that pretraining never sees."""
     max_bad_fraction: Fraction = 0.01
     """Share of images that may be unreadable before ingest stops."""
+    max_pixels: PositiveInt = 178_956_970
+    """Height × width of a larger image are not believed, and it is set aside before it is decoded. Pillow's own limit:
+    a quarter of a gigabyte as RGB."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the order in which images are laid into shards."""

@@ -115,14 +115,25 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
     return image_CHW
 
 
-def measure(data: bytes) -> tuple[int, int, int]:
+def measure(data: bytes, max_pixels: int | None = None) -> tuple[int, int, int]:
     """Height, width and channels as stored, from the header alone: what `decode` would take, before it takes it.
 
     Channels count alpha; a palette is colour. EXIF may turn the image: then decoded height and width are swapped.
 
+    Args:
+        data: an encoded image.
+        max_pixels: height × width at most.
+
     Raises:
-        UndecodableError: not an image, or without a whole header.
+        UndecodableError: not an image, without a whole header, or larger.
     """
+    height, width, channels = _header(data)
+    if max_pixels is not None and height * width > max_pixels:
+        raise UndecodableError(f"{width} x {height} pixels are more than max_pixels {max_pixels}")
+    return height, width, channels
+
+
+def _header(data: bytes) -> tuple[int, int, int]:
     kind = _kind_of(data)
     try:
         if kind == "NPY":
@@ -132,7 +143,9 @@ def measure(data: bytes) -> tuple[int, int, int]:
             colours = 3 if page.colormap is not None else page.samplesperpixel
             return page.imagelength, page.imagewidth, colours
         if kind == "HEIC":
-            return _heic_size(data)
+            return _heic_header(data)
+        if kind == "WEBP":  # Pillow would take memory for the picture
+            return _webp_header(data)
         opened = _READERS[kind](io.BytesIO(data), "")
     except UndecodableError:
         raise
@@ -275,7 +288,27 @@ def _decode_npy(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.moveaxis(pixels_HWC, -1, 0).copy())
 
 
-def _heic_size(data: bytes) -> tuple[int, int, int]:
+def _webp_header(data: bytes) -> tuple[int, int, int]:
+    """RFC 9649, sections 2.5 to 2.7."""
+    if len(data) < 30:
+        raise UndecodableError("the header is cut short")
+    match data[12:16]:
+        case b"VP8X":
+            width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+            has_alpha = bool(data[20] & 0x10)
+        case b"VP8L":
+            bits = int.from_bytes(data[21:25], "little")
+            width, height = (1 + (bits >> shift & 0x3FFF) for shift in (0, 14))
+            has_alpha = bool(bits >> 28 & 1)
+        case b"VP8 ":
+            width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+            has_alpha = False
+        case _:
+            raise UndecodableError("its first chunk is no picture")
+    return height, width, 4 if has_alpha else 3
+
+
+def _heic_header(data: bytes) -> tuple[int, int, int]:
     """The largest of the sizes in its `ispe` boxes: tiles and thumbnails have their own."""
     sizes = [
         (

@@ -211,6 +211,7 @@ class _SurveyJob(NamedTuple):
     read: Callable[[Entry], bytes]
     entries: list[Entry]
     held_out_fraction: float
+    max_pixels: int
 
 
 class _SurveyPart(NamedTuple):
@@ -227,7 +228,7 @@ def split_of(key: str, held_out_fraction: float) -> SplitName:
 def _survey(source: Source, config: IngestConfig, mapper: Mapper, report: Progress) -> Survey:
     entries = sorted(source.entries)  # by key
     jobs = [
-        _SurveyJob(source.read, entries[at : at + _CHUNK_IMAGES], config.held_out_fraction)
+        _SurveyJob(source.read, entries[at : at + _CHUNK_IMAGES], config.held_out_fraction, config.max_pixels)
         for at in range(0, len(entries), _CHUNK_IMAGES)
     ]
     good: dict[SplitName, list[Seen]] = {name: [] for name in SPLITS}
@@ -274,6 +275,7 @@ def _survey_part(job: _SurveyJob) -> _SurveyPart:
     for entry in job.entries:
         try:
             data = job.read(entry)
+            decode.measure(data, job.max_pixels)
             image_CHW = decode.decode(data, 3)
         except (OSError, decode.UndecodableError) as error:
             reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)

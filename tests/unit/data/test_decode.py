@@ -218,6 +218,15 @@ def test_measure_agrees_with_decode(picture, encoded, kind, mode):
     assert channels == (3 if mode == "RGB" or always_colour else 1)
 
 
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": exif(1)}, {"lossless": True, "exif": exif(1)}])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_each_kind_of_webp_is_measured(picture, encoded, options, mode):
+    image = picture(12, 21, 34).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(100)
+    assert measure(encoded(image, "WEBP", **options)) == (21, 34, len(mode))
+
+
 def test_a_heic_is_as_large_as_its_largest_part():
     boxes = b"".join(
         b"\0\0\0\x14ispe" + struct.pack(">III", 0, w, h) for w, h in ((512, 512), (4032, 3024), (320, 240))

@@ -121,11 +121,11 @@ class LocalFiles:
                 name = prefix + os.fsencode(entry.name).decode("utf-8", "backslashreplace")
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if _leads_to(entry.is_dir):
                     if deep:
                         waiting.append((folder / entry.name, name + "/", above | {identity}))
                 elif wanted(name):
-                    out.append(_listed(name, entry.stat(follow_symlinks=entry.is_file())))
+                    out.append(_listed(name, entry.stat(follow_symlinks=_leads_to(entry.is_file))))
         return sorted(out)
 
     def look_at(self, name: str) -> Listed | None:
@@ -163,6 +163,13 @@ def _scan(folder: Path) -> tuple[_Identity, list[os.DirEntry[str]]]:
         raise DataError(
             "a folder cannot be listed", key="source", found=error, fix="let this user read it, or move it away"
         ) from error
+
+
+def _leads_to(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _too_many_ways(folder: Path) -> DataError:
