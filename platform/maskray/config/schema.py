@@ -89,8 +89,8 @@ class DataConfig(Section):
     """Folder or URI of an ingested dataset (`maskray ingest`). Its fingerprint, not its place, is identity."""
     image_size: SizeHW = (224, 224)
     """[height, width] in pixels that the model sees; one number for a square."""
-    channels: Literal[1, 3] = 3
-    """What images are converted to: 1 gray, 3 RGB."""
+    channels: Annotated[int, Field(ge=1, le=64)] = 3
+    """1 gray or 3 RGB: images are converted. Any other number: the bands that the dataset's images have."""
     crop: Crop = RandomResizedCrop()
     flip_probability: Fraction = 0.5
     """Chance of a horizontal flip, for each view."""

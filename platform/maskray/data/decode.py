@@ -71,6 +71,7 @@ _CODEC_MODES = {1: "GRAY", 3: "RGB"}
 _PILLOW_MODES = {1: "L", 3: "RGB"}
 _MAX_PILLOW_BANDS = 4
 
+_REASON = 200  # letters at most
 _MAX_JPEG_SCANS = 200  # progressive ones have about ten; each costs a pass over the whole picture
 # What libjpeg leaves where the data of a picture ended early: no coefficients, so 128 in each component, as gray, RGB
 # and (the other two) CMYK and YCCK come out of it.
@@ -150,7 +151,7 @@ def _header(data: bytes) -> tuple[int, int, int]:
     except UndecodableError:
         raise
     except Exception as error:  # as in decode
-        raise UndecodableError(_reason(error)) from error
+        raise UndecodableError(f"its {kind} header is damaged or cut short ({_reason(error)})"[:_REASON]) from error
     width, height = opened.size
     return height, width, 3 if opened.mode == "P" else len(opened.getbands())
 
@@ -325,4 +326,4 @@ def _heic_header(data: bytes) -> tuple[int, int, int]:
 def _reason(error: Exception) -> str:
     """The message without the place in torchcodec's source and without its advice."""
     text = re.sub(r"^.*?\.cpp:\d+, ", "", str(error).strip().partition("\n")[0])
-    return re.sub(r"<_?io\.BytesIO object at \w+>", "the file", text)[:200] or type(error).__name__
+    return re.sub(r"<_?io\.BytesIO object at \w+>", "the file", text)[:_REASON] or type(error).__name__

@@ -220,7 +220,7 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(sections, message):
         ({"data": {"image_size": "big"}}, "data.image_size: input should be a valid tuple (found 'big')."),
         ({"data": {"image_size": [8]}}, "data.image_size.1: this value is required."),
         ({"data": {"image_size": [8, 0]}}, "data.image_size.1: input should be greater than or equal to 1 (found 0)."),
-        ({"data": {"channels": 2}}, "data.channels: input should be 1 or 3 (found 2)."),
+        ({"data": {"channels": 65}}, "data.channels: input should be less than or equal to 64 (found 65)."),
         (
             {"data": {"flip_probability": float("nan")}},
             "data.flip_probability: input should be a finite number (found nan).",
