@@ -113,6 +113,32 @@ def test_one_object_that_is_missing_is_its_own_matter(folder, bucket):
         source.read(gone)
 
 
+def test_an_image_takes_one_request_and_an_empty_one_is_empty(folder, bucket, monkeypatch):
+    bucket.client.put_object(Bucket=bucket.name, Key="data/cats/empty.png", Body=b"")
+    source = open_source(bucket(folder))
+    asked, call = [], s3fs.S3FileSystem._call_s3
+
+    async def counted(self, method, *args, **kwargs):
+        asked.append(method)
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    data = {entry.key: source.read(entry) for entry in source.entries}
+    assert data["cats/empty.png"] == b""
+    assert asked == ["get_object"] * len(source.entries)
+
+
+def test_objects_that_are_too_large_are_not_fetched(folder, bucket, monkeypatch):
+    source = open_source(bucket(folder))
+    for module in ("base", "files"):
+        monkeypatch.setattr(f"maskray.data.sources.{module}.MAX_IMAGE_BYTES", 10)
+    with pytest.raises(OSError, match="larger than 10 bytes"):
+        source.read(source.entries[0])
+    unknown = source.entries[0]._replace(place=source.entries[0].place._replace(size=0))  # as in a table
+    with pytest.raises(OSError, match="larger than 10 bytes"):
+        source.read(unknown)
+
+
 def test_hidden_objects_and_marks_of_folders_are_left_out(folder, bucket):
     address = bucket(folder)
     for key in ("data/", "data/cats/", "data/.cache/1.png", "data/.2.png", "datas/3.png"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -109,6 +110,12 @@ def stamp_of(parts: Iterable[object]) -> str:
     for part in parts:
         digest.update(repr(part).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
+
+
+def refuse_too_large(size: int) -> None:
+    """Raises OSError for what is longer than an image may be."""
+    if size > MAX_IMAGE_BYTES:
+        raise OSError(errno.EFBIG, f"it is larger than {MAX_IMAGE_BYTES} bytes")
 
 
 def is_hidden(name: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
-from maskray.data.sources.base import MAX_IMAGE_BYTES, is_hidden
+from maskray.data.sources.base import MAX_IMAGE_BYTES, is_hidden, refuse_too_large
 from maskray.errors import DataError, StorageError
 
 S3 = "s3://"
@@ -142,8 +142,7 @@ class LocalFiles:
             if not stat.S_ISREG(info.st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file")
             length = info.st_size if size is None else size
-            if length > MAX_IMAGE_BYTES:
-                raise OSError(errno.EFBIG, f"it is larger than {MAX_IMAGE_BYTES} bytes")
+            refuse_too_large(length)
             data = os.pread(handle, length, at)
             return _exactly(data, length) if exact else data
         finally:
@@ -229,13 +228,19 @@ class BucketFiles:
 
     def read(self, name: str, at: int = 0, size: int | None = None, *, exact: bool = True) -> bytes:
         """One request. An object that is missing or forbidden is its own matter, and no failure of the storage."""
-        if (size or 0) > MAX_IMAGE_BYTES:
-            raise OSError(errno.EFBIG, f"it is larger than {MAX_IMAGE_BYTES} bytes")
+        refuse_too_large(size or 0)
         if size == 0:  # an empty range cannot be asked for
             return b""
+        # Always a range: for a whole object s3fs would ask for its size first, in a request of its own.
+        end = at + (MAX_IMAGE_BYTES + 1 if size is None else size)
         with self._explained(FileNotFoundError, PermissionError):
-            end = None if size is None else at + size
-            data = self._s3().cat_file(self._path(name), start=at or None, end=end)
+            try:
+                data = self._s3().cat_file(self._path(name), start=at, end=end)
+            except OSError as error:
+                if not _is_past_the_end(error):
+                    raise
+                data = b""
+        refuse_too_large(len(data))
         return data if size is None or not exact else _exactly(data, size)
 
     @contextlib.contextmanager
@@ -268,6 +273,11 @@ class BucketFiles:
                 found=str(error) or type(error).__name__,
                 fix="check the bucket's name, the endpoint, the region, and the credentials in the environment (AWS_*)",
             ) from error
+
+
+def _is_past_the_end(error: OSError) -> bool:
+    response = getattr(error.__cause__, "response", None) or {}
+    return response.get("Error", {}).get("Code") in ("InvalidRange", "416")
 
 
 def _listed_object(name: str, info: dict[str, Any]) -> Listed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from maskray.data.sources.base import Entry, Found, Place, Source, make_source, stamp_of
+from maskray.data.sources.base import Entry, Found, Place, Source, make_source, refuse_too_large, stamp_of
 from maskray.data.sources.files import Files, Listed
 
 
@@ -14,6 +14,7 @@ class _Reader:
     files: Files
 
     def __call__(self, entry: Entry) -> bytes:
+        refuse_too_large(entry.place.size)  # before the whole of it is on its way
         return self.files.read(entry.place.file)
 
 
