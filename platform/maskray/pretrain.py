@@ -11,7 +11,8 @@ from maskray import masking
 from maskray.config.load import dump
 from maskray.config.resolve import resolve
 from maskray.config.schema import RunConfig
-from maskray.data.shards import Dataset, SplitName
+from maskray.data.manifest import SplitName
+from maskray.data.shards import Dataset
 from maskray.data.stream import Batch, StreamSpec, walk
 from maskray.evaluation.features import Images
 from maskray.evaluation.reconstruction import reconstruct

@@ -380,5 +380,14 @@ class IngestConfig(Section):
     """Share of the images, by a hash of their keys, that pretraining never sees."""
     max_bad_fraction: Fraction = 0.01
     """Share of images that may be unreadable before ingest stops."""
+    resize_short: PositiveInt | None = None
+    """Pixels of the short side that larger pictures are resized to and re-encoded with, once; smaller ones keep their
+    bytes. None: all do."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 92
+    """Of the JPEGs that `resize_short` makes."""
+    deduplicate: bool = False
+    """Set aside pictures whose bytes are those of another one, all but the first by key."""
+    add: bool = False
+    """Add the images to the dataset that is there, as a new version of it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the order in which images are laid into shards."""

@@ -26,8 +26,9 @@ from maskray import masking
 from maskray.config.resolve import RunPlan
 from maskray.config.schema import Crop, Mask, RunConfig
 from maskray.data import crop, decode
+from maskray.data.manifest import SplitName
 from maskray.data.plan import Plan, share, shared_rounds
-from maskray.data.shards import Dataset, Group, SplitName
+from maskray.data.shards import Dataset, Group
 from maskray.errors import DataError, StreamError
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from maskray.config.schema import RunConfig
-from maskray.data.shards import Dataset, SplitName
+from maskray.data.manifest import SplitName
+from maskray.data.shards import Dataset
 from maskray.data.stream import walk
 from maskray.errors import DataError
 from maskray.evaluation.features import Features, Images, pixel_features, pooled_features
