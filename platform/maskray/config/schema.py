@@ -87,6 +87,8 @@ class DataConfig(Section):
 
     path: str = operational()
     """Folder or URI of an ingested dataset (`maskray ingest`). Its fingerprint, not its place, is identity."""
+    version: str | None = operational(None)
+    """Fingerprint of the version to train on, where images were added to the dataset; None takes the newest."""
     image_size: SizeHW = (224, 224)
     """[height, width] in pixels that the model sees; one number for a square."""
     channels: Literal[1, 3] = 3

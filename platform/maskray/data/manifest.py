@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from maskray.config.load import fingerprint
-from maskray.data.storage import Storage
+from maskray.data.storage import TEMPORARY, Storage
 from maskray.errors import DataError
 
 SCHEMA_VERSION = 2
@@ -257,13 +257,16 @@ def newest(storage: Storage) -> Manifest | None:
         return None
 
 
+def kept_versions(storage: Storage) -> list[str]:
+    """Fingerprints of the versions that are kept, without a look at them."""
+    names = [name for name in storage.list_names(VERSIONS) if not name.startswith(TEMPORARY)]
+    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
+
+
 def versions(storage: Storage) -> dict[str, Manifest]:
     """All versions by their fingerprints, oldest first."""
-    found = [
-        Manifest.load(storage.read_bytes(f"{VERSIONS}/{name}"), storage.join(VERSIONS, name))
-        for name in storage.list_names(VERSIONS)
-        if name.endswith(".json")
-    ]
+    places = [f"{VERSIONS}/{kept}.json" for kept in kept_versions(storage)]
+    found = [Manifest.load(storage.read_bytes(place), storage.join(place)) for place in places]
     last = newest(storage)
     every = {manifest.fingerprint: manifest for manifest in [*found, *([last] if last else [])]}
     return dict(sorted(every.items(), key=lambda item: len(item[1].origins)))

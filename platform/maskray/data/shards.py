@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maskray.config.resolve import DatasetFacts
-from maskray.data.manifest import MANIFEST, SPLITS, VERSIONS, Ints, Manifest, Shard, SplitName, newest
+from maskray.data.manifest import MANIFEST, SPLITS, VERSIONS, Ints, Manifest, Shard, SplitName, kept_versions, newest
 from maskray.data.storage import Storage
 from maskray.errors import DataError
 
@@ -274,12 +274,12 @@ def _older(storage: Storage, version: str, last: Manifest) -> Manifest:
     try:
         return Manifest.load(storage.read_bytes(f"{VERSIONS}/{version}.json"), storage.join(VERSIONS, version))
     except FileNotFoundError:
-        others = [name.removesuffix(".json") for name in storage.list_names(VERSIONS)]
+        others = [kept for kept in kept_versions(storage) if kept != last.fingerprint]
         raise DataError(
             f"{storage.uri} has no such version",
             key="data.version",
             found=version,
-            allowed=", ".join([last.fingerprint, *(v for v in others if v != last.fingerprint)]),
+            allowed=", ".join([last.fingerprint, *others]),
             fix="take one of these, or null for the newest",
         ) from None
 
