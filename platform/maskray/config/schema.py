@@ -371,7 +371,8 @@ class IngestConfig(Section):
     """How pictures become a dataset of shards."""
 
     source: str
-    """A folder of images (class subfolders give labels), or `digits`."""
+    """A folder of images (class subfolders give labels); a `.tar` or `.zip`, or a folder of those; a `.csv`, `.tsv` or
+    `.parquet` of paths; a `.parquet` with images, or a folder of those; local or `s3://bucket/prefix`; or `digits`."""
     destination: str
     """Folder or URI that the dataset is written to."""
     group_rows: Annotated[int, Field(ge=1, le=4096)] = 64

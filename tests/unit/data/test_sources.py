@@ -62,7 +62,36 @@ def test_links_are_followed_but_not_in_circles(tmp_path, picture, encoded):
     (tmp_path / "in/a/up").symlink_to(tmp_path / "in")
     (tmp_path / "in/b").symlink_to(tmp_path / "out")
     (tmp_path / "in/a/broken.png").symlink_to(tmp_path / "nothing")
-    assert [e.key for e in open_source(str(tmp_path / "in")).entries] == ["a/1.png", "b/2.png"]
+    source = open_source(str(tmp_path / "in"))
+    assert [e.key for e in source.entries] == ["a/1.png", "a/broken.png", "b/2.png"]
+    with pytest.raises(FileNotFoundError):  # so it is set aside and listed, not left out unseen
+        source.read(source.entries[1])
+
+
+def test_folders_that_all_link_to_each_other_are_refused(tmp_path):
+    names = "abcdefgh"
+    for name in names:
+        (tmp_path / name).mkdir()
+    for name in names:
+        for other in names:
+            (tmp_path / name / other).symlink_to(tmp_path / other)
+    with pytest.raises(DataError, match=r"by too many ways.*remove links that lead in circles"):
+        open_source(str(tmp_path))
+
+
+def test_a_pipe_named_like_an_image_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "1.jpg")
+    source = open_source(str(tmp_path))
+    with pytest.raises(OSError, match="no regular file"):
+        source.read(source.entries[0])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads anything")
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path):
+    (tmp_path / "in/closed").mkdir(parents=True)
+    (tmp_path / "in/closed").chmod(0)
+    with pytest.raises(DataError, match=r"a folder cannot be listed.*closed"):
+        open_source(str(tmp_path / "in"))
 
 
 def test_a_name_that_is_not_utf8_is_listed_under_an_escaped_key(tmp_path, picture, encoded):
@@ -94,8 +123,23 @@ def test_digits_are_lossless():
 
 
 def test_what_is_no_source_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"source: there is no such folder. Found: /no/where. Allowed: .*digits"):
+    with pytest.raises(
+        DataError, match=r"source: there is no such folder or file. Found: /no/where. Allowed: .*digits"
+    ):
         open_source("/no/where")
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(DataError, match=r"no images in the folder.*\.jpg"):
+    for wrong in ("notes.txt", "*.tar", "no*.txt"):
+        with pytest.raises(DataError, match=r"there are no images in it"):
+            open_source(str(tmp_path / wrong))
+    with pytest.raises(DataError, match=r"there are no images in it.*\.jpg"):
         open_source(str(tmp_path))
+    (tmp_path / "1.png").write_bytes(b"")
+    (tmp_path / "more.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"it holds images and tars: which are meant\?"):
+        open_source(str(tmp_path))
+
+
+def test_a_pattern_takes_files_of_one_folder(folder):
+    assert {e.key for e in open_source(f"{folder}/dogs/*.jpg").entries} == {
+        p.name for p in (folder / "dogs").glob("*.jpg")
+    }
