@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ TILE = 160
 MIN_COLUMN = 136
 """Room for the longest name of a column, in pixels."""
 GAP, MARGIN, HEAD, COLUMN_HEAD, FOOT = 8, 12, 34, 24, 26
+SHEET_COLUMNS, SHEET_LINE, SHEET_LETTERS = 6, 14, 28
 HIDDEN_COLOR = (128, 134, 150)
 """Gray with a breath of blue: told apart from the gray of a gray image."""
 INK, SOFT_INK = "#1f2430", "#5b6375"
@@ -64,6 +66,45 @@ def reconstructions(
             " * Each predicted cell was given the mean and std of the ORIGINAL cell: only its pattern is the model's."
         )
     return _grid(columns, title=title, note=note, row_names=[f"loss {loss:.3f}" for loss in losses])
+
+
+def contact_sheet(images_HWC: Sequence[Bytes], captions: Sequence[Sequence[str]], *, title: str) -> bytes:
+    """PNG of pictures of any sizes in rows, with lines of text under each.
+
+    Args:
+        images_HWC: uint8 RGB, at most `TILE` pixels wide and high; small ones are enlarged a whole number of times.
+        captions: lines under each picture; long ones lose their beginning.
+        title: stands above all.
+    """
+    num_columns = min(SHEET_COLUMNS, len(images_HWC))
+    num_rows = -(-len(images_HWC) // num_columns)
+    foot = SHEET_LINE * max(map(len, captions))
+    width = 2 * MARGIN + num_columns * (TILE + GAP) - GAP
+    height = HEAD + num_rows * (TILE + foot + GAP) + MARGIN
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    figure.text(MARGIN / width, 1 - (HEAD / 2) / height, title, fontsize=11, color=INK, va="center", weight="bold")
+    for number, (image, lines) in enumerate(zip(images_HWC, captions, strict=True)):
+        x = MARGIN + number % num_columns * (TILE + GAP)
+        y = HEAD + number // num_columns * (TILE + foot + GAP)
+        scale = max(1, TILE // max(image.shape[:2]))
+        tile_h, tile_w = image.shape[0] * scale, image.shape[1] * scale
+        bottom = y + TILE  # pictures stand on their captions
+        place = ((x + (TILE - tile_w) // 2) / width, 1 - bottom / height, tile_w / width, tile_h / height)
+        axes = figure.add_axes(place)
+        axes.imshow(image, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        for line, words in enumerate(lines):
+            shown = words if len(words) <= SHEET_LETTERS else "…" + words[1 - SHEET_LETTERS :]
+            where = ((x + TILE / 2) / width, 1 - (bottom + SHEET_LINE * (line + 0.5)) / height)
+            color = SOFT_INK if line else INK
+            # A key is no formula, and may have letters that the font lacks.
+            figure.text(*where, shown, fontsize=7, color=color, va="center", ha="center", parse_math=False)
+    png = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        canvas.print_png(png)
+    return png.getvalue()
 
 
 def _grid(columns: Sequence[tuple[str, Bytes]], *, title: str, note: str, row_names: Sequence[str]) -> bytes:

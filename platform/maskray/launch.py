@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from maskray.config.load import dump
 from maskray.config.resolve import RunPlan, padding_waste, resolve
 from maskray.config.schema import RunConfig
+from maskray.data.manifest import kept_versions
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec
@@ -38,7 +39,7 @@ from maskray.training import lease
 
 log = logging.getLogger(__name__)
 
-FINISHED, LAUNCHER = "finished.json", "launcher"
+FINISHED, LAUNCHER, DATASET = "finished.json", "launcher", "dataset"
 HOST_TAG = "maskray.host"
 _CHECKED_BYTES = 2**30
 
@@ -121,8 +122,11 @@ def prepare(config: RunConfig) -> Prepared:
         MaskrayError: of the kind that is wrong: config, dataset, weights to start from, storage or MLflow.
     """
     config = _with_absolute_paths(config)
-    dataset = Dataset.open(config.data.path)
+    dataset = Dataset.open(config.data.path, config.data.version)
     dataset.check(_CHECKED_BYTES)
+    # Named from here on: images may be added while the run goes on.
+    data = config.data.model_copy(update={"version": dataset.manifest.fingerprint})
+    config = config.model_copy(update={"data": data})
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
     log.info("%d of %d cells visible", spec.num_visible, spec.grid_HW[0] * spec.grid_HW[1])
@@ -132,6 +136,7 @@ def prepare(config: RunConfig) -> Prepared:
     _say_what_is_left_out(config, plan, dataset)
     root = Storage(config.storage.path)
     root.check_writable()
+    _say_what_was_begun_on_other_data(root, plan, config)
     store = open_store(config.tracking, root.uri)
     if config.tracking.uri is not None:  # the store keeps the password; what is written down does not
         tracking = config.tracking.model_copy(update={"uri": shown(config.tracking.uri)})
@@ -154,6 +159,7 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
     launcher.preflight(prepared)
     with lease.hold(prepared.run, prepared.plan.run_name):
         _keep_to(launcher, prepared)
+        prepared.run.write_bytes(DATASET, prepared.dataset.manifest.fingerprint.encode())
         with _tracked(prepared) as run_id:
             start = time.monotonic()
             launcher.train(prepared, run_id)
@@ -316,6 +322,25 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
             "training": moved(config.training, "ledger"),
         }
     )
+
+
+def datasets_of_runs(root: Storage, prefix: str = "") -> dict[str, str]:
+    """The dataset's fingerprint of each run that is kept below a place, by the run's name."""
+    found = {}
+    for name in root.list_names():
+        if name.startswith(prefix) and root.exists(f"{name}/{DATASET}"):
+            found[name] = root.read_bytes(f"{name}/{DATASET}").decode()
+    return found
+
+
+def _say_what_was_begun_on_other_data(root: Storage, plan: RunPlan, config: RunConfig) -> None:
+    """Images that were added make another run of the same config: it is easily taken for the one that was begun."""
+    others = set(kept_versions(Storage(config.data.path))) - {config.data.version}
+    for name, version in datasets_of_runs(root, f"{config.name}-").items():
+        if version in others and name != plan.run_name and not root.exists(f"{name}/{FINISHED}"):
+            log.warning(
+                "%s was begun on another version of the dataset; to go on with it: --set data.version=%s", name, version
+            )
 
 
 def _say_what_is_left_out(config: RunConfig, plan: RunPlan, dataset: Dataset) -> None:

@@ -11,7 +11,8 @@ from maskray import masking
 from maskray.config.load import dump
 from maskray.config.resolve import resolve
 from maskray.config.schema import RunConfig
-from maskray.data.shards import Dataset, SplitName
+from maskray.data.manifest import SplitName
+from maskray.data.shards import Dataset
 from maskray.data.stream import Batch, StreamSpec, walk
 from maskray.evaluation.features import Images
 from maskray.evaluation.reconstruction import reconstruct
@@ -37,7 +38,7 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         TrainingError: the run itself went wrong.
     """
     threads = settle(config)
-    dataset = Dataset.open(config.data.path)
+    dataset = Dataset.open(config.data.path, config.data.version)
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
 

@@ -38,7 +38,7 @@ def test_a_mistake_in_a_task_is_the_users_not_rays(tmp_path):
     config = IngestConfig(source=str(tmp_path), destination=str(tmp_path / "out"), group_rows=4)
 
     def change(done, total, phase):
-        if phase == "check":
+        if done and phase == "check":
             Image.new("RGB", (8, 8)).save(tmp_path / "05.png")
 
     with pytest.raises(DataError, match=r"the source changed while it was read: 05.png") as caught:

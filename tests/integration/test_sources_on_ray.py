@@ -60,7 +60,7 @@ def address(places, monkeypatch):
 def test_the_dataset_is_the_same_whatever_it_is_made_from_and_wherever_that_lies(places, address, tmp_path):
     def made(source, mapper, name):
         config = IngestConfig(source=source, destination=str(tmp_path / name), group_rows=8)
-        return ingest(config, mapper).content
+        return ingest(config, mapper).splits
 
     expected = made(str(places / "folder"), thread_mapper(2), "threads")
     assert made(str(places / "packed.tar"), ray_mapper(), "here") == expected

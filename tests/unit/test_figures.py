@@ -91,3 +91,21 @@ def test_no_pyplot_state_is_left():
 
     figures.reconstructions(*arrays(1, (8, 8), (4, 4)), title="t")
     assert "matplotlib.pyplot" not in sys.modules or sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+def test_a_contact_sheet_shows_pictures_of_any_size_whole():
+    images = [RNG.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((8, 8), (160, 100), (90, 160), (33, 5))] * 3
+    captions = [(f"folder/图像_$x_{i}$" + "long " * 20, "a class") for i in range(12)]
+    image = pixels(figures.contact_sheet(images, captions, title="twelve"))
+    assert image.shape[1] < 1100
+    scale = figures.TILE // 8
+    left, bottom = figures.MARGIN, figures.HEAD + figures.TILE
+    tile = image[bottom - figures.TILE : bottom, left : left + figures.TILE]
+    np.testing.assert_array_equal(tile, images[0].repeat(scale, 0).repeat(scale, 1))
+    left += figures.TILE + figures.GAP + (figures.TILE - 100) // 2
+    np.testing.assert_array_equal(image[bottom - 160 : bottom, left : left + 100], images[1])
+
+
+def test_a_contact_sheet_of_one_picture():
+    sheet = figures.contact_sheet([np.zeros((8, 8, 3), dtype=np.uint8)], [("key", "")], title="one")
+    assert pixels(sheet).shape[0] > 160

@@ -87,6 +87,8 @@ class DataConfig(Section):
 
     path: str = operational()
     """Folder or URI of an ingested dataset (`maskray ingest`). Its fingerprint, not its place, is identity."""
+    version: str | None = operational(None)
+    """Fingerprint of the version to train on, where images were added to the dataset; None takes the newest."""
     image_size: SizeHW = (224, 224)
     """[height, width] in pixels that the model sees; one number for a square."""
     channels: Annotated[int, Field(ge=1, le=64)] = 3
@@ -384,5 +386,14 @@ class IngestConfig(Section):
     max_pixels: PositiveInt = 178_956_970
     """Height × width of a larger image are not believed, and it is set aside before it is decoded. Pillow's own limit:
     a quarter of a gigabyte as RGB."""
+    resize_short: PositiveInt | None = None
+    """Pixels of the short side that larger pictures are resized to and re-encoded with, once; smaller ones keep their
+    bytes. None: all do."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 92
+    """Of the JPEGs that `resize_short` makes."""
+    deduplicate: bool = False
+    """Set aside pictures whose bytes are those of another one, all but the first by key."""
+    add: bool = False
+    """Add the images to the dataset that is there, as a new version of it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the order in which images are laid into shards."""

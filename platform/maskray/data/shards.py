@@ -1,9 +1,10 @@
 """A dataset on disk: Parquet shards and the manifest that is written last.
 
     manifest.json          what there is: shards with sizes and checksums, statistics, class names, fingerprint
-    train/00000.parquet    rows in row groups of exactly G (the split's last may be short); the images as they came
+    versions/              the manifest of each version under its fingerprint, so that an older one can be opened
+    train/00000.parquet    rows in row groups of exactly G (the split's last may be short)
     held_out/00000.parquet rows that pretraining never sees
-    quarantine.parquet     key and reason of each image that was set aside
+    quarantine.parquet     each image that was set aside: key, reason, where it lies, whether it is bad or a duplicate
 
 A folder without a manifest does not exist: a killed writer leaves nothing that could be read by mistake.
 """
@@ -11,33 +12,24 @@ A folder without a manifest does not exist: a killed writer leaves nothing that 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import product
-from math import sqrt
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maskray.config.load import fingerprint
 from maskray.config.resolve import DatasetFacts
+from maskray.data.manifest import MANIFEST, SPLITS, VERSIONS, Ints, Manifest, Shard, SplitName, kept_versions, newest
 from maskray.data.storage import Storage
 from maskray.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-QUARANTINE = "quarantine.parquet"
-SplitName = Literal["train", "held_out"]
-SPLITS: tuple[SplitName, ...] = ("train", "held_out")
 SHARD_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -45,186 +37,13 @@ SHARD_SCHEMA = pa.schema(
         pa.field("label", pa.int32()),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
+        pa.field("channels", pa.int16(), nullable=False),
+        pa.field("sha256", pa.binary(32), nullable=False),
     ]
 )
-Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 _FOOTERS_KEPT = 64
 _CHUNK_BYTES = 8 * 2**20
-# Where a dataset lies and when its files were touched says nothing about what is in it; nor do the sizes and checksums
-# of shards, in whose footers pyarrow writes its version: `content` is over the images themselves.
-_NOT_IDENTITY = ("fingerprint", "source", "stamp")
-_NOT_IDENTITY_OF_A_SHARD = ("size", "sha256")
-
-
-# ------------------------------------------------------------------------------------------------------------ manifest
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One Parquet file."""
-
-    name: str
-    """Relative to the dataset."""
-    rows: int
-    size: int
-    """Bytes."""
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """The shards of one split, in order."""
-
-    shards: tuple[Shard, ...]
-    pixels: int
-    """Sum of width × height over its images."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of all shards."""
-        return sum(s.rows for s in self.shards)
-
-
-@dataclass(frozen=True)
-class PixelSums:
-    """Exact sums over pixels: what mean, std and grayness follow from, whatever the order of adding."""
-
-    pixels: int = 0
-    values: tuple[int, ...] = (0,) * 3
-    """Σ x over the pixels, for each of red, green and blue."""
-    products: tuple[int, ...] = (0,) * 9
-    """Σ x·y for each pair of channels, row by row."""
-
-    def __add__(self, other: PixelSums) -> PixelSums:
-        return PixelSums(
-            self.pixels + other.pixels,
-            tuple(a + b for a, b in zip(self.values, other.values, strict=True)),
-            tuple(a + b for a, b in zip(self.products, other.products, strict=True)),
-        )
-
-    @property
-    def is_gray(self) -> bool:
-        """Whether red, green and blue are equal in every pixel: Σ (x - y)² = 0."""
-        p = self.products
-        return p[0] - 2 * p[1] + p[4] == 0 and p[4] - 2 * p[5] + p[8] == 0
-
-    def mean_std(self, weights: tuple[int, int, int]) -> tuple[float, float]:
-        """Mean and std in 0..1 units of the weighted mean of the channels. All exact up to the last division."""
-        n, unit = self.pixels, 255 * sum(weights)
-        total = sum(w * v for w, v in zip(weights, self.values, strict=True))
-        squares = sum(weights[i] * weights[j] * self.products[3 * i + j] for i in range(3) for j in range(3))
-        return total / (n * unit), sqrt((n * squares - total * total) / (n * n)) / unit
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a dataset is."""
-
-    group_rows: int
-    layout: dict[str, Any]
-    """What else decided on which row lies where: shard length, seed, held-out fraction."""
-    splits: dict[str, Split]
-    channels: int
-    """1 if all images of the training split are gray, else 3."""
-    mean_rgb: tuple[float, ...]
-    """Of the training split, in 0..1 units."""
-    std_rgb: tuple[float, ...]
-    mean_gray: float
-    std_gray: float
-    class_names: tuple[str, ...]
-    num_quarantined: int
-    content: str
-    """SHA-256 over keys, labels and the images' own SHA-256, in the order of keys."""
-    source: str
-    stamp: str
-    """The source's stamp when it was read."""
-    schema_version: int = SCHEMA_VERSION
-    fingerprint: str = field(default="")
-
-    def __post_init__(self) -> None:
-        if not self.fingerprint:
-            object.__setattr__(self, "fingerprint", self.expected_fingerprint())
-
-    def expected_fingerprint(self) -> str:
-        """Digest over all but where and when."""
-        plain = json.loads(json.dumps(asdict(self)))
-        for split in plain["splits"].values():
-            for shard, key in product(split["shards"], _NOT_IDENTITY_OF_A_SHARD):
-                del shard[key]
-        return fingerprint({k: v for k, v in plain.items() if k not in _NOT_IDENTITY})
-
-    def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std of each channel in 0..1 units, for images converted to `channels`. No std is below 1/255.
-
-        Raises:
-            DataError: the images cannot be converted to so many.
-        """
-        if channels not in (1, 3):
-            raise DataError(
-                "gray and colour images are not converted to so many channels",
-                key="data.channels",
-                found=channels,
-                allowed="1 or 3",
-            )
-        mean, std = (self.mean_rgb, self.std_rgb) if channels == 3 else ((self.mean_gray,), (self.std_gray,))
-        return mean, tuple(max(s, 1 / 255) for s in std)
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of each of the dataset's own channels."""
-        return self.statistics(self.channels)[0]
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Std of each of the dataset's own channels."""
-        return self.statistics(self.channels)[1]
-
-    def dump(self) -> bytes:
-        """As JSON."""
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
-
-    @staticmethod
-    def load(content: bytes, place: str) -> Manifest:
-        """From JSON.
-
-        Raises:
-            DataError: of another schema version, or not as it was written.
-        """
-        again = f"delete {place} and ingest again"
-        try:
-            raw = json.loads(content)
-            version = raw["schema_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"the manifest of {place} cannot be read", found=str(error), fix=again) from error
-        if version != SCHEMA_VERSION:
-            raise DataError(
-                f"{place} was written with another schema version",
-                found=version,
-                allowed=f"{SCHEMA_VERSION} (this version of maskray)",
-                fix="ingest again, or use the version of maskray that wrote it",
-            )
-        try:
-            manifest = _manifest_from(raw)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"the manifest of {place} is incomplete", found=repr(error), fix=again) from error
-        expected = manifest.expected_fingerprint()
-        if manifest.fingerprint != expected:
-            raise DataError(
-                f"the manifest of {place} was changed after it was written",
-                found=f"fingerprint {manifest.fingerprint}, content {expected}",
-                fix=again,
-            )
-        return manifest
-
-
-def _manifest_from(raw: dict[str, Any]) -> Manifest:
-    splits = {
-        name: Split(tuple(Shard(**s) for s in split["shards"]), split["pixels"])
-        for name, split in raw["splits"].items()
-    }
-    lists = {k: tuple(raw[k]) for k in ("mean_rgb", "std_rgb", "class_names")}
-    return Manifest(**(raw | lists | {"splits": splits}))
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -238,6 +57,10 @@ class Row(NamedTuple):
     label: int | None
     width: int
     height: int
+    channels: int
+    """Of the picture as it came."""
+    sha256: bytes
+    """Of the picture as it came: its bytes may have been re-encoded since."""
 
 
 def write_shard(storage: Storage, name: str, rows: Iterable[Row], group_rows: int) -> Shard:
@@ -335,20 +158,25 @@ class Dataset:
         return Dataset, (self.storage, self.manifest)
 
     @staticmethod
-    def open(path: str) -> Dataset:
+    def open(path: str, version: str | None = None) -> Dataset:
         """The dataset at a folder or URI, after a look at each shard's size.
 
+        Args:
+            path: where it lies.
+            version: its fingerprint; None takes the newest.
+
         Raises:
-            DataError: no such folder; no manifest; another schema version; a manifest that was changed; a shard that is
-                missing or of another size.
+            DataError: no such folder; no manifest; no such version; another schema version; a manifest that was
+                changed; a shard that is missing or of another size.
             StorageError: it cannot be read.
         """
         storage = Storage(path)
-        try:
-            content = storage.read_bytes(MANIFEST)
-        except FileNotFoundError:
-            raise _no_manifest(storage) from None
-        dataset = Dataset(storage, Manifest.load(content, storage.uri))
+        manifest = newest(storage)
+        if manifest is None:
+            raise no_manifest(storage)
+        if version is not None and version != manifest.fingerprint:
+            manifest = _older(storage, version, manifest)
+        dataset = Dataset(storage, manifest)
         dataset._check_sizes()
         return dataset
 
@@ -403,7 +231,7 @@ class Dataset:
             DataError: a shard is not as it was written.
         """
         done = 0
-        for shard in self._shards():
+        for shard in self.manifest.shards:
             if max_bytes is not None and done + shard.size > max_bytes:
                 break
             found = sha256_of(self.storage, shard.name)
@@ -427,13 +255,9 @@ class Dataset:
             # Threads are the caller's: one for each row group in flight.
             return file.read_row_group(group, columns=["key", "image", "label"], use_threads=False)
 
-    def _shards(self) -> Iterator[Shard]:
-        for split in self.manifest.splits.values():
-            yield from split.shards
-
     def _check_sizes(self) -> None:
         sizes = {f"{split}/{n}": s for split in SPLITS for n, s in self.storage.list_sizes(split).items()}
-        for shard in self._shards():
+        for shard in self.manifest.shards:
             size = sizes.get(shard.name)
             if size is None:
                 raise self._damaged(shard, f"{shard.name} is missing")
@@ -446,7 +270,22 @@ class Dataset:
         return DataError(f"{self.storage.uri}: {problem}", found=found, fix=fix)
 
 
-def _no_manifest(storage: Storage) -> DataError:
+def _older(storage: Storage, version: str, last: Manifest) -> Manifest:
+    try:
+        return Manifest.load(storage.read_bytes(f"{VERSIONS}/{version}.json"), storage.join(VERSIONS, version))
+    except FileNotFoundError:
+        others = [kept for kept in kept_versions(storage) if kept != last.fingerprint]
+        raise DataError(
+            f"{storage.uri} has no such version",
+            key="data.version",
+            found=version,
+            allowed=", ".join([last.fingerprint, *others]),
+            fix="take one of these, or null for the newest",
+        ) from None
+
+
+def no_manifest(storage: Storage) -> DataError:
+    """What is wrong with a place that holds no dataset."""
     if not storage.exists():
         return DataError(
             "there is no such dataset",
@@ -462,3 +301,26 @@ def _no_manifest(storage: Storage) -> DataError:
 def decoded_bytes(dataset: Dataset, channels: int, split: SplitName = "train") -> int:
     """Bytes that a split takes in memory as decoded whole images: for `stream: auto`."""
     return dataset.manifest.splits[split].pixels * channels
+
+
+class ColumnsJob(NamedTuple):
+    """Some columns of a shard."""
+
+    storage: Storage
+    shard: Shard
+    names: tuple[str, ...]
+
+
+def read_columns(job: ColumnsJob) -> Any:
+    """Columns of a shard's rows as a table, without a look at the images.
+
+    Raises:
+        DataError: the shard is missing or damaged.
+    """
+    try:
+        source = job.storage.open_input_file(job.shard.name)
+        with source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+            return file.read(columns=list(job.names), use_threads=False).slice(0, job.shard.rows)
+    except (OSError, pa.ArrowException) as error:
+        place = job.storage.join(job.shard.name)
+        raise DataError(f"{place} cannot be read", found=str(error), fix="restore it from a copy") from error

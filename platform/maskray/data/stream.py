@@ -26,8 +26,9 @@ from maskray import masking
 from maskray.config.resolve import RunPlan
 from maskray.config.schema import Crop, Mask, RunConfig
 from maskray.data import crop, decode
+from maskray.data.manifest import SplitName
 from maskray.data.plan import Plan, share, shared_rounds
-from maskray.data.shards import Dataset, Group, SplitName
+from maskray.data.shards import Dataset, Group
 from maskray.errors import DataError, StreamError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class StreamSpec:
     """All that a stream is a function of. Picklable."""
 
     path: str
+    version: str
+    """The dataset's fingerprint: images may be added to it while a run goes on."""
     seed: int
     image_size: tuple[int, int]
     channels: int
@@ -61,6 +64,7 @@ class StreamSpec:
         height, width = config.data.image_size
         return cls(
             path=dataset.storage.uri,
+            version=dataset.manifest.fingerprint,
             seed=config.seed,
             image_size=config.data.image_size,
             channels=config.data.channels,
@@ -96,7 +100,7 @@ class StreamSpec:
         Raises:
             DataError: it is missing or damaged, or another one than the spec was made for.
         """
-        dataset = Dataset.open(self.path)
+        dataset = Dataset.open(self.path, self.version)
         found = (dataset.num_row_groups(), dataset.manifest.group_rows)
         if found != (self.num_row_groups, self.group_rows):
             raise DataError(

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from maskray.config.schema import RunConfig
-from maskray.data.shards import Dataset, SplitName
+from maskray.data.manifest import SplitName
+from maskray.data.shards import Dataset
 from maskray.data.stream import walk
 from maskray.errors import DataError
 from maskray.evaluation.features import Features, Images, pixel_features, pooled_features
@@ -57,7 +58,7 @@ def judge(config: RunConfig, weights: Path, device: torch.device) -> Judgement |
         weights: folder of the checkpoint.
         device: where features are computed.
     """
-    dataset = Dataset.open(config.data.path)
+    dataset = Dataset.open(config.data.path, config.data.version)
     if not config.probe.enabled:
         return None
     if not dataset.manifest.class_names or not dataset.num_rows("held_out"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from maskray.config.schema import Model, RunConfig
-from maskray.data.shards import Manifest
+from maskray.data.manifest import Manifest
 from maskray.models.foreign import load_weights
 from maskray.models.normalize import Normalize
 from maskray.models.vit import MaskedAutoencoderViT

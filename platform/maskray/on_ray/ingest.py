@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import ray
 
-from maskray.data.ingest import Mapper
+from maskray.data.mapper import Mapper
 from maskray.errors import MaskrayError
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ def ray_mapper(max_in_flight: int | None = None) -> Mapper:
         max_in_flight: tasks given to Ray at a time; None takes two for each CPU of the cluster.
     """
 
-    def run(function: Callable[[T], R], items: Sequence[T], /) -> Iterator[R]:
+    def run(function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
         task = ray.remote(num_cpus=1)(function)
         limit = max_in_flight or max(2, _TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
         pending: deque[Any] = deque()

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,8 @@ from maskray.tracking.mlflow_store import reason, shown
 log = logging.getLogger(__name__)
 
 FINGERPRINT_TAG = "maskray.fingerprint"
+DATASET_PARAM = "dataset"
+"""Param of runs, and tag of models' versions: the fingerprint of the dataset that they came from."""
 STATUS_TAG = "maskray.ended"
 NOTE_TAG = "mlflow.note.content"
 FIGURES = "figures"
@@ -163,6 +166,23 @@ def first_and_last(store: Store, run_id: str, key: str) -> tuple[float, float]:
     return float(ordered[0].value), float(ordered[-1].value)
 
 
+def datasets_in_use(store: Store) -> set[str]:
+    """Fingerprints of the datasets that runs of any experiment, or versions of any registered model, came from.
+
+    Raises:
+        TrackingError: MLflow is away.
+    """
+    client = store.client()
+    try:
+        experiments = [e.experiment_id for e in _pages(client.search_experiments)]
+        runs = _pages(partial(client.search_runs, experiments, f"params.`{DATASET_PARAM}` != ''"))
+        models = _pages(client.search_model_versions)
+        found = [run.data.params[DATASET_PARAM] for run in runs]
+        return {*found, *(model.tags[DATASET_PARAM] for model in models if DATASET_PARAM in model.tags)}
+    except MlflowException as error:
+        raise TrackingError("MLflow cannot be searched", found=f"{shown(store.uri)} ({reason(error)})") from error
+
+
 def provenance(repository: Path | None = None) -> dict[str, str]:
     """Tags that say which code ran: git commit of a folder (this one by default), versions of Python and packages."""
     tags = {"python": sys.version.split()[0]}
@@ -209,15 +229,20 @@ def _runs_of(store: Store, fingerprint: str) -> list[Any]:
     return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
+def _pages(search: Callable[..., Any]) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
 def _search(store: Store, query: str) -> list[Any]:
-    client, out, token = store.client(), [], None
+    search = partial(store.client().search_runs, [store.experiment_id], query, ViewType.ACTIVE_ONLY)
     try:
-        while True:
-            page = client.search_runs([store.experiment_id], query, ViewType.ACTIVE_ONLY, page_token=token)
-            out += page
-            token = page.token
-            if not token:
-                return out
+        return list(_pages(search))
     except MlflowException as error:
         raise TrackingError("MLflow cannot be searched", found=f"{shown(store.uri)} ({reason(error)})") from error
 

@@ -75,6 +75,11 @@ def open_store(config: TrackingConfig, storage_path: str) -> Store:
     )
 
 
+def has_embedded_store(storage_path: str) -> bool:
+    """Whether there is an embedded store beside the runs; none is made."""
+    return "://" not in storage_path and (Path(storage_path).expanduser() / DATABASE).exists()
+
+
 def shown(uri: str) -> str:
     """A URI without its password."""
     return re.sub(r"//[^/@]*@", "//***@", uri)

@@ -19,6 +19,7 @@ OPERATIONAL: dict[str, set[str] | bool] = {
     "": {"init_from"},  # its digest is identity
     "data": {
         "path",  # the dataset's fingerprint is identity
+        "version",  # which is that fingerprint
         "stream",
         "local_bytes",
         "groups_per_task",

@@ -1,20 +1,16 @@
 """Ingest: the same dataset however it is run, bad images set aside, a kill leaves nothing that could be read."""
 
 import logging
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from maskray.config.schema import IngestConfig
-from maskray.data.ingest import ingest, split_of, thread_mapper
+from maskray.data.ingest import ingest, thread_mapper
 from maskray.data.shards import Dataset
+from maskray.data.survey import split_of
 from maskray.errors import DataError, StorageError
-
-REPOSITORY = Path(__file__).parents[3]
 
 
 def keys_of(path, split="train"):
@@ -105,9 +101,10 @@ def test_nothing_left_to_train_on_is_an_error(tmp_path, ingest_here):
 def test_progress_is_told(folder, tmp_path, ingest_here):
     told = []
     ingest_here(folder, tmp_path / "shards", progress=lambda *args: told.append(args))
-    assert told[0] == (50, 50, "check")
-    assert [t[2] for t in told[1:]] == ["write"] * (len(told) - 1)
-    assert told[-1][0] == told[-1][1] == len(told) - 1
+    assert told[:3] == [(0, 50, "check"), (50, 50, "check"), (0, 50, "write")]
+    assert {t[1:] for t in told[2:]} == {(50, "write")}
+    assert [t[0] for t in told[2:]] == sorted(t[0] for t in told[2:])
+    assert told[-1][0] == 50
 
 
 # ------------------------------------------------------------------------------------------- what is there already
@@ -162,44 +159,11 @@ def test_a_destination_that_cannot_be_written_is_refused(folder, tmp_path, inges
 
 def test_a_source_that_changes_meanwhile_is_an_error(folder, tmp_path, ingest_here):
     def change(done, total, phase):
-        if phase == "check":
+        if (done, phase) == (50, "check"):
             (folder / "dogs/000.jpg").write_bytes((folder / "dogs/003.png").read_bytes())
 
     with pytest.raises(DataError, match=r"the source changed while it was read: dogs/000.jpg"):
         ingest_here(folder, tmp_path / "shards", progress=change)
-
-
-@pytest.mark.parametrize("moment", ["check", "second shard"])
-def test_a_killed_ingest_leaves_no_dataset_and_can_be_run_again(folder, tmp_path, ingest_here, moment):
-    script = f"""
-import os, signal, sys
-sys.path.insert(0, {str(REPOSITORY / "platform")!r})
-from maskray.config.schema import IngestConfig
-from maskray.data import ingest as room
-
-def stop(done, total, phase):
-    if phase == {moment!r}:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-rows = room._rows
-def rows_until_killed(job):
-    for number, row in enumerate(rows(job)):
-        if {moment!r} == "second shard" and job.name.endswith("1.parquet") and number == 9:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield row
-room._rows = rows_until_killed
-
-config = dict(source={str(folder)!r}, destination={str(tmp_path / "shards")!r}, held_out_fraction=0.2)
-room.ingest(IngestConfig(**config, group_rows=8, groups_per_shard=2), room.thread_mapper(1), stop)
-"""
-    done = subprocess.run([sys.executable, "-c", script], check=False, timeout=120)
-    assert done.returncode == -signal.SIGKILL
-    with pytest.raises(DataError, match=r"has no manifest\.json"):
-        Dataset.open(str(tmp_path / "shards"))
-    expected = ingest_here(folder, tmp_path / "elsewhere")
-    assert ingest_here(folder, tmp_path / "shards") == expected
-    files = {p.name for p in (tmp_path / "shards").rglob("*") if p.is_file()}
-    assert files == {p.name for p in (tmp_path / "elsewhere").rglob("*") if p.is_file()}
 
 
 def test_keys_and_images_stay_together(folder, tmp_path, ingest_here):

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from maskray.data.decode import decode
-from maskray.data.shards import MANIFEST, Dataset, Manifest, PixelSums, Row, decoded_bytes, write_shard
+from maskray.data.manifest import MANIFEST, Manifest, PixelSums
+from maskray.data.shards import Dataset, Row, decoded_bytes, write_shard
 from maskray.data.storage import Storage
 from maskray.errors import DataError
 
@@ -51,7 +52,7 @@ def test_row_groups_have_exactly_g_rows_and_no_compression(dataset):
         assert sizes[:-1] == [8] * (len(sizes) - 1)
         assert sizes[-1] == 8 or last
         assert metadata.row_group(0).column(1).compression == "UNCOMPRESSED"
-        assert metadata.schema.names == ["key", "image", "label", "width", "height"]
+        assert metadata.schema.names == ["key", "image", "label", "width", "height", "channels", "sha256"]
 
 
 def test_facts_are_those_of_the_training_split(dataset):
@@ -79,7 +80,7 @@ def test_a_dataset_without_labels_has_none(folder, tmp_path, ingest_here):
 
 def test_a_shard_that_fails_half_way_leaves_nothing(tmp_path):
     def rows():
-        yield from (Row(str(i), b"x" * 1000, None, 1, 1) for i in range(100))
+        yield from (Row(str(i), b"x" * 1000, None, 1, 1, 3, bytes(32)) for i in range(100))
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
@@ -102,13 +103,13 @@ def test_a_missing_folder_and_a_half_written_one_are_told_apart(tmp_path):
 def test_another_schema_version_is_refused(dataset):
     raw = json.loads(dataset.storage.read_bytes(MANIFEST))
     dataset.storage.write_bytes(MANIFEST, json.dumps(raw | {"schema_version": 99}).encode())
-    with pytest.raises(DataError, match=r"another schema version. Found: 99. Allowed: 1"):
+    with pytest.raises(DataError, match=r"another schema version. Found: 99. Allowed: 2"):
         Dataset.open(dataset.storage.uri)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"mean_gray": 0.5}, {"class_names": ["a", "b"]}, {"group_rows": 4}, {"fingerprint": "0" * 16}],
+    [{"num_duplicates": 1}, {"class_names": ["a", "b"]}, {"group_rows": 4}, {"fingerprint": "0" * 16}],
 )
 def test_a_manifest_that_was_changed_is_refused(dataset, change):
     raw = json.loads(dataset.storage.read_bytes(MANIFEST))
@@ -117,7 +118,7 @@ def test_a_manifest_that_was_changed_is_refused(dataset, change):
         Dataset.open(dataset.storage.uri)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 1}', b'{"schema_version": 1, "x": 2}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 2}', b'{"schema_version": 2, "x": 2}'])
 def test_a_manifest_that_is_none_is_refused(dataset, content):
     dataset.storage.write_bytes(MANIFEST, content)
     with pytest.raises(DataError, match=r"manifest of .*ingest again"):
@@ -174,44 +175,60 @@ def test_check_stops_at_its_limit(dataset):
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-def test_sums_are_exact_and_do_not_depend_on_order():
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_sums_are_exact_and_do_not_depend_on_order(channels):
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (3, rng.integers(5, 900))) for _ in range(20)]
-    parts = [PixelSums(x.shape[1], tuple(x.sum(1).tolist()), tuple((x @ x.T).flatten().tolist())) for x in images]
-    forward, backward = sum(parts, PixelSums()), sum(reversed(parts), PixelSums())
-    assert forward == backward
-    pixels = np.concatenate(images, axis=1) / 255
-    for weights in ((1, 0, 0), (0, 0, 1), (299, 587, 114)):
-        mean, std = forward.mean_std(weights)
-        channel = np.array(weights) @ pixels / sum(weights)
-        assert mean == pytest.approx(channel.mean(), rel=1e-12)
-        assert std == pytest.approx(channel.std(), rel=1e-9)
-    assert not forward.is_gray
+    images = [rng.integers(0, 256, (channels, rng.integers(5, 64), 40), dtype=np.uint8) for _ in range(20)]
+    each = [PixelSums.of(image) for image in images]
+    columns = [np.array(column) for column in zip(*((s.pixels, s.values, s.squares) for s in each), strict=True)]
+    total = PixelSums.total(*columns)
+    assert total == PixelSums.total(*(column[::-1] for column in columns))
+    assert total == PixelSums.total(*(c[:7] for c in columns)) + PixelSums.total(*(c[7:] for c in columns))
+    pixels_CP = np.concatenate([image.reshape(channels, -1) for image in images], axis=1) / 255
+    for channel, values in enumerate(pixels_CP):
+        assert total.mean_std(channel, 255) == pytest.approx((values.mean(), values.std()), rel=1e-9)
+    if channels == 3:
+        gray = np.array((0.299, 0.587, 0.114)) @ pixels_CP
+        assert total.mean_std(3, 255_000) == pytest.approx((gray.mean(), gray.std()), rel=1e-9)
 
 
-def test_gray_is_seen_from_the_sums():
-    x = np.tile(np.arange(50), (3, 1))
-    gray = PixelSums(50, tuple(x.sum(1).tolist()), tuple((x @ x.T).flatten().tolist()))
-    assert gray.is_gray
-    x[2, 7] += 1
-    assert not PixelSums(50, tuple(x.sum(1).tolist()), tuple((x @ x.T).flatten().tolist())).is_gray
+def test_large_images_are_summed_over_a_grid():
+    image = np.random.default_rng(1).integers(0, 256, (3, 130, 300), dtype=np.uint8)
+    assert PixelSums.of(image) == PixelSums.of(image[:, ::2, ::4])
+    assert PixelSums.of(image).pixels == 65 * 75
+    assert PixelSums.of(image[:, :127, :64]).pixels == 127 * 64
+
+
+def test_sums_of_a_billion_images_do_not_overflow():
+    white = PixelSums.of(np.full((3, 127, 127), 255, dtype=np.uint8))
+    many = PixelSums.total(*(np.array([column] * 1000) for column in (white.pixels, white.values, white.squares)))
+    assert many.squares[3] == 1000 * 127 * 127 * 255_000**2
+    assert many.mean_std(3, 255_000) == (1.0, 0.0)
 
 
 def test_the_fingerprint_says_what_is_there_and_not_where(dataset):
     manifest = dataset.manifest
-    moved = replace(manifest, source="/elsewhere", stamp="x", fingerprint="")
-    other = replace(manifest, content="0", fingerprint="")
+    (origin,) = manifest.origins
+    moved = replace(manifest, origins=(replace(origin, source="/elsewhere", stamp="x"),), fingerprint="")
+    other = replace(manifest, origins=(replace(origin, content="0"),), fingerprint="")
     assert moved.fingerprint == manifest.fingerprint
     assert other.fingerprint != manifest.fingerprint
     assert Manifest.load(manifest.dump(), "here") == manifest
 
 
 def test_no_std_is_zero(dataset):
-    flat = replace(dataset.manifest, std_gray=0.0, std_rgb=(0.0, 0.1, 0.2), fingerprint="")
+    black = PixelSums(10, (0, 20, 30, 40), (0, 40, 90, 160))
+    flat = replace(dataset.manifest, sums=black, fingerprint="")
     assert flat.statistics(1)[1] == (1 / 255,)
-    assert flat.statistics(3)[1] == (1 / 255, 0.1, 0.2)
+    assert flat.statistics(3)[1] == (1 / 255,) * 3
 
 
-def test_gray_and_colour_have_no_statistics_of_other_channels(dataset):
-    with pytest.raises(DataError, match=r"data\.channels: gray and colour images.*Found: 5. Allowed: 1 or 3"):
+def test_images_of_other_channels_have_only_their_own_statistics(dataset):
+    sums = PixelSums(2, (2, 4, 6, 8, 10), (4, 16, 36, 64, 100))
+    spectral = replace(dataset.manifest, channels=5, sums=sums, fingerprint="")
+    assert spectral.mean == tuple(v / 2 / 255 for v in sums.values)
+    assert spectral.std == spectral.mean
+    with pytest.raises(DataError, match=r"data.channels: .*Found: 3. Allowed: 5"):
+        spectral.statistics(3)
+    with pytest.raises(DataError, match=r"data\.channels: .*Found: 5\. Allowed: 1 or 3"):
         dataset.manifest.statistics(5)

@@ -94,7 +94,7 @@ def test_the_endpoint_may_stand_in_the_address(folder, bucket, server, monkeypat
 
 def test_a_folder_in_a_bucket_is_ingested_as_a_local_one(folder, tmp_path, bucket, ingest_here):
     remote = ingest_here(bucket(folder), tmp_path / "remote")
-    assert remote.content == ingest_here(folder, tmp_path / "local").content
+    assert remote.splits == ingest_here(folder, tmp_path / "local").splits
     assert ingest_here(f"s3://{bucket.name}/data", tmp_path / "remote") == remote
 
 

@@ -13,6 +13,7 @@ from maskray.tracking.mlflow_runs import (
     DatasetCard,
     RunCard,
     close_run,
+    datasets_in_use,
     ensure_run,
     find_run,
     first_and_last,
@@ -190,3 +191,18 @@ def test_flatten() -> None:
         "f": "null",
         "g": "{}",
     }
+
+
+def test_datasets_in_use_are_those_of_all_runs_and_models(store: Store) -> None:
+    assert datasets_in_use(store) == set()
+    ensure_run(store, replace(CARD, params={"dataset": "a" * 16}))
+    client = store.client()
+    other = client.create_run(client.create_experiment("another")).info.run_id
+    client.log_param(other, "dataset", "b" * 16)
+    client.create_registered_model("digits")
+    client.create_model_version("digits", store.uri, tags={"dataset": "c" * 16})
+    client.create_model_version("digits", store.uri)
+    deleted = client.create_run(store.experiment_id).info.run_id
+    client.log_param(deleted, "dataset", "d" * 16)
+    client.delete_run(deleted)
+    assert datasets_in_use(store) == {"a" * 16, "b" * 16, "c" * 16}

@@ -1,0 +1,67 @@
+"""What no version of a dataset that is in use needs any more."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+from maskray.data.manifest import SPLITS, VERSIONS, newest, versions
+from maskray.data.parts import FOLDER
+from maskray.data.shards import no_manifest
+from maskray.data.storage import Storage
+from maskray.errors import DataError
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Files of a dataset that can go."""
+
+    versions: list[str]
+    """Fingerprints of those that nothing uses."""
+    kept: list[str]
+    """Fingerprints of the others."""
+    files: dict[str, int]
+    """Bytes by name; manifests come first, since they name the others."""
+
+
+def find_garbage(storage: Storage, in_use: Set[str]) -> Garbage:
+    """The versions that are neither the newest nor in use, the shards that only they need, and what a kill left.
+
+    Args:
+        storage: of the dataset.
+        in_use: fingerprints of the datasets that somebody needs.
+
+    Raises:
+        DataError: there is no dataset, or an ingest is under way.
+    """
+    last = newest(storage)
+    if last is None:
+        raise no_manifest(storage)
+    if storage.exists(FOLDER):
+        raise DataError(
+            f"an ingest into {storage.uri} is under way, or was killed",
+            found=storage.join(FOLDER),
+            fix="let it end (the same command goes on), or delete that folder",
+        )
+    every = versions(storage)
+    kept = {name: manifest for name, manifest in every.items() if name in in_use or name == last.fingerprint}
+    needed = {f"{VERSIONS}/{name}.json" for name in kept}
+    needed |= {shard.name for manifest in kept.values() for shard in manifest.shards}
+    files = {
+        f"{folder}/{name}": size for folder in (VERSIONS, *SPLITS) for name, size in storage.list_sizes(folder).items()
+    }
+    unneeded = {name: size for name, size in files.items() if name not in needed}
+    return Garbage([name for name in every if name not in kept], list(kept), unneeded)
+
+
+def delete_garbage(storage: Storage, garbage: Garbage) -> None:
+    """Delete it.
+
+    Raises:
+        DataError: an ingest was started meanwhile.
+        StorageError: a file cannot be deleted.
+    """
+    if find_garbage(storage, set(garbage.kept)) != garbage:
+        raise DataError(f"{storage.uri} has changed since it was looked through", fix="run the same command again")
+    for name in garbage.files:
+        storage.delete(name)
