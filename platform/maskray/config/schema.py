@@ -105,6 +105,12 @@ class DataConfig(Section):
     """Largest decoded dataset that `stream: auto` walks in the workers."""
     groups_per_task: PositiveInt = operational(16)
     """Row groups that one Ray Data task reads: a task should last about a second."""
+    tasks_per_execution: PositiveInt = operational(8192)
+    """Tasks in one execution of Ray Data, which keeps a record for each; the next is opened before one ends."""
+    actors: PositiveInt | None = operational(None)
+    """Actors that decode under `stream: ray`; None: tasks, on any free CPU, those of nodes without GPUs too."""
+    object_store_bytes: PositiveInt | None = operational(None)
+    """What the stream may hold in Ray's object store; None: Ray Data's own limit, half of the store."""
     prefetch_groups: PositiveInt = operational(8)
     """Row groups that a worker holds ready."""
     stall_seconds: PositiveInt = operational(600)

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import ray.train
@@ -47,8 +47,8 @@ class RayContext:
         """This worker's share of the plan."""
         data = self._data
         if self._on_ray:
-            per_task, ready = data.groups_per_task, data.prefetch_groups
-            yield stream.units(spec, self.rank, self.world_size, per_task, ready, start_step)
+            with closing(stream.units(spec, self.rank, self.world_size, data, start_step)) as units:
+                yield units
             return
         dataset = spec.open_dataset()
         with LocalStream(

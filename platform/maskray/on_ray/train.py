@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from maskray.data.stream import StreamSpec
 from maskray.errors import CheckpointError, MaskrayError, NonFiniteError, TrainingError
 from maskray.evaluation.judgement import Judgement
 from maskray.launch import Prepared, unstored_metrics
-from maskray.on_ray import cluster, evaluate, stream, worker
+from maskray.on_ray import background, cluster, evaluate, stream, worker
 from maskray.on_ray.board import Board
 from maskray.tracking.console import ProgressLine
 from maskray.training import checkpoint
@@ -53,7 +52,9 @@ class RayLauncher:
         with _shown(board, prepared.plan.total_steps):
             for left in reversed(range(config.cluster.max_failures + 1)):
                 try:
-                    outcome = _off_the_main_thread(_trainer(prepared, run_id, board).fit).return_value
+                    # In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0.
+                    fitting = background.call("maskray-fit", _trainer(prepared, run_id, board).fit)
+                    outcome = fitting.result().return_value
                     break
                 except ray.exceptions.ActorDiedError as error:
                     if left == 0:
@@ -116,7 +117,7 @@ def _trainer(prepared: Prepared, run_id: str, board: Any) -> TorchTrainer:
             # cuBLAS reads it before its first product; without it, deterministic kernels are refused.
             worker_runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if on_gpu else None,
         ),
-        dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
+        dataset_config=ray.train.DataConfig(execution_options=stream.execution_options(config.data)),
         datasets=stream.datasets(spec, prepared.run, workers, config.data) if on_ray else None,
     )
 
@@ -151,20 +152,6 @@ def _shown(board: Any, total_steps: int) -> Iterator[None]:
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
-
-
-def _off_the_main_thread(function: Callable[[], Any]) -> Any:
-    """Call and wait. In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0."""
-    future: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
-            future.set_exception(error)
-
-    threading.Thread(target=call, name="maskray-fit", daemon=True).start()
-    return future.result()
 
 
 def _explained(error: BaseException, max_failures: int) -> Exception:
