@@ -311,7 +311,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     config = moved(config, "init_from")
     return config.model_copy(
         update={
-            "data": moved(config.data, "path"),
+            "data": moved(moved(config.data, "path"), "cache_folder"),
             "storage": moved(config.storage, "path"),
             "training": moved(config.training, "ledger"),
         }

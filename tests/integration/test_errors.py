@@ -114,7 +114,7 @@ def changed_state(tiny: Callable[..., RunConfig]) -> Callable[..., None]:
     def change(**changes: object) -> None:
         prepared = prepare(tiny())
         run = Path(prepared.run.uri)
-        pretrain(prepared.config, LocalContext(run), MemoryTracker())
+        pretrain(prepared.config, LocalContext(run, prepared.config.data), MemoryTracker())
         for state in run.glob("step_*/state.json"):
             state.write_text(json.dumps(json.loads(state.read_text()) | changes))
 

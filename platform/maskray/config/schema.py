@@ -102,7 +102,14 @@ class DataConfig(Section):
     """Who decodes: Ray Data over the cluster, or each worker in its own threads. `auto` takes local where the decoded
     images fit into `local_bytes`. The order, crops and masks are the same to the bit."""
     local_bytes: PositiveInt = operational(2 * 2**30)
-    """Largest decoded dataset that `stream: auto` walks in the workers."""
+    """Largest decoded dataset that `stream: auto` walks in the workers, and `cache: auto` keeps decoded."""
+    cache: Literal["auto", "none", "host", "device"] = operational("auto")
+    """Where the workers' own walk keeps decoded images: nowhere, in a file that all processes of a machine share, or on
+    the accelerator, where they are then also cropped and masked. `auto` takes host where they fit into `local_bytes`.
+    Order, crops and masks are the same to the bit, pixels too but for `device`: there to within 1/255."""
+    cache_folder: str | None = operational(None)
+    """Local folder for the files of `cache`; None: one below the system's temporary folder. Its content may be deleted
+    at any time."""
     groups_per_task: PositiveInt = operational(16)
     """Row groups that one Ray Data task reads: a task should last about a second."""
     tasks_per_execution: PositiveInt = operational(8192)
@@ -117,6 +124,29 @@ class DataConfig(Section):
     """Ray Data's progress timeout: an error is raised where no row group moves for so long."""
     decode_threads: PositiveInt = operational(2)
     """Threads a worker decodes with under `stream: local`."""
+
+    @model_validator(mode="after")
+    def _ray_data_keeps_nothing(self) -> Self:
+        if self.stream == "ray" and self.cache in ("host", "device"):
+            raise ConfigError(
+                "only a worker that decodes for itself can keep what it decoded",
+                key="data.cache",
+                found=f"{self.cache}, with data.stream ray",
+                allowed="auto or none",
+                fix="set data.stream: local, if the decoded images fit on each worker's machine",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_cache_is_mapped(self) -> Self:
+        if self.cache_folder is not None and "://" in self.cache_folder.removeprefix("file://"):
+            raise ConfigError(
+                "files there cannot be mapped into memory",
+                key="data.cache_folder",
+                found=self.cache_folder,
+                allowed="a folder on a disk of the workers' machines",
+            )
+        return self
 
 
 # ---------------------------------------------------------------------------------------------- mask, model, objective

@@ -15,9 +15,9 @@ import ray.train
 from ray.train.torch import get_device
 
 from maskray.config.schema import DataConfig
-from maskray.data.shards import decoded_bytes
+from maskray.data import local
 from maskray.data.storage import Storage
-from maskray.data.stream import LocalStream, StreamSpec, Unit
+from maskray.data.stream import StreamSpec, Unit
 from maskray.on_ray import stream
 from maskray.training import checkpoint
 from maskray.training.context import Snapshot
@@ -50,17 +50,8 @@ class RayContext:
             with closing(stream.units(spec, self.rank, self.world_size, data, start_step)) as units:
                 yield units
             return
-        dataset = spec.open_dataset()
-        with LocalStream(
-            spec,
-            dataset,
-            rank=self.rank,
-            world_size=self.world_size,
-            start_step=start_step,
-            threads=data.decode_threads,
-            prefetch_groups=data.prefetch_groups,
-            cache=decoded_bytes(dataset, spec.channels) <= data.local_bytes,
-        ) as units:
+        place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
+        with local.open_units(spec, data, self.device, **place) as units:
             yield units
 
     @contextmanager

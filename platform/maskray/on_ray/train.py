@@ -14,7 +14,7 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from maskray.data.shards import decoded_bytes
+from maskray.data.local import is_walked_locally
 from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec
 from maskray.errors import CheckpointError, MaskrayError, NonFiniteError, TrainingError
@@ -83,11 +83,8 @@ class RayLauncher:
 
 
 def streams_on_ray(prepared: Prepared) -> bool:
-    """Whether Ray Data decodes: as the config says, or, under `auto`, where the decoded images do not fit."""
-    data = prepared.config.data
-    if data.stream == "auto":
-        return decoded_bytes(prepared.dataset, data.channels) > data.local_bytes
-    return data.stream == "ray"
+    """Whether Ray Data decodes, and not the workers."""
+    return not is_walked_locally(prepared.config.data, prepared.dataset)
 
 
 def _trainer(prepared: Prepared, run_id: str, board: Any) -> TorchTrainer:

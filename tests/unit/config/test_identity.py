@@ -21,6 +21,8 @@ OPERATIONAL: dict[str, set[str] | bool] = {
         "path",  # the dataset's fingerprint is identity
         "stream",
         "local_bytes",
+        "cache",
+        "cache_folder",
         "groups_per_task",
         "prefetch_groups",
         "stall_seconds",
