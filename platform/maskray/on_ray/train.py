@@ -15,12 +15,11 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from maskray.data.shards import decoded_bytes
-from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec
 from maskray.errors import CheckpointError, MaskrayError, NonFiniteError, TrainingError
 from maskray.evaluation.judgement import Judgement
 from maskray.launch import Prepared, unstored_metrics
-from maskray.on_ray import background, cluster, evaluate, stream, worker
+from maskray.on_ray import background, cluster, evaluate, record, stream, worker
 from maskray.on_ray.board import Board
 from maskray.tracking.console import ProgressLine
 from maskray.training import checkpoint
@@ -46,11 +45,11 @@ class RayLauncher:
             MaskrayError: a mistake that only the workers could see (a damaged shard, a checkpoint that does not fit).
             TrainingError: a step was not finite, or the workers were lost too often.
         """
-        _remove_unlisted(prepared.run)
         config = prepared.config
         board = ray.remote(num_cpus=0)(Board).remote()
         with _shown(board, prepared.plan.total_steps):
             for left in reversed(range(config.cluster.max_failures + 1)):
+                record.settle(prepared.run)  # each time: a controller that died may have torn it
                 try:
                     # In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0.
                     fitting = background.call("maskray-fit", _trainer(prepared, run_id, board).fit)
@@ -182,15 +181,3 @@ def _registered(prepared: Prepared) -> str:
     if name is None:
         raise CheckpointError("the run has no checkpoint", found=prepared.run.uri)
     return name
-
-
-def _remove_unlisted(run: Storage) -> None:
-    """Delete checkpoint folders that Train has no record of: what a killed upload left."""
-    try:
-        content = run.read_bytes(stream.SNAPSHOT).decode()
-    except FileNotFoundError:
-        content = ""
-    for name in run.list_names():
-        if name.startswith(checkpoint.FOLDER_PREFIX) and f'"{name}"' not in content:
-            log.info("Removing %s, which was not finished", name)
-            run.delete(name)
