@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,7 +204,8 @@ def _show(summary: Summary, config: RunConfig) -> None:
     facts.add_row("MLflow run", f"{summary.run_id} (experiment {config.tracking.experiment})")
     facts.add_row("model", f'models:/{summary.model_name}/{summary.model_version} for mlflow.pyfunc.load_model("…")')
     embedded = config.tracking.uri is None
-    facts.add_row("look at it", f"maskray ui --storage {config.storage.path}" if embedded else summary.tracking_uri)
+    interface = f"{_program()} ui --storage {shlex.quote(config.storage.path)}"
+    facts.add_row("look at it", interface if embedded else summary.tracking_uri)
     console.print(facts)
     if summary.judgement is not None:
         console.print(_accuracies(summary.judgement))
@@ -212,6 +215,14 @@ def _show(summary: Summary, config: RunConfig) -> None:
                 "Raw pixels win here: on images this small and clean a linear model needs no encoder. "
                 "What pretraining brought is the step from before to after."
             )
+
+
+def _program() -> str:
+    """What to type for this program: its name where the shell finds it, else the path that it was started by."""
+    if shutil.which("maskray"):
+        return "maskray"
+    started_by = sys.argv[0]
+    return started_by if Path(started_by).name == "maskray" else f"{sys.executable} -m maskray.cli"
 
 
 def _accuracies(judged: Judgement) -> Table:
