@@ -159,7 +159,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.set)
-    from maskray.launch import finished, launch, prepare
+    from maskray.launch import finished, launch, prepare, refuse_if_running
 
     prepared = prepare(config)  # what is wrong is said before a cluster is started
     summary = finished(prepared)
@@ -171,6 +171,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         from maskray.on_ray.cluster import connected
         from maskray.on_ray.train import RayLauncher
 
+        refuse_if_running(prepared)
         with connected(config.cluster):
             summary = launch(prepared, RayLauncher())
     if summary is not None:

@@ -144,6 +144,15 @@ def finished(prepared: Prepared) -> Summary | None:
     return Summary.load(prepared.run.read_bytes(FINISHED)) if prepared.run.exists(FINISHED) else None
 
 
+def refuse_if_running(prepared: Prepared) -> None:
+    """A look before a cluster is started; `launch` makes sure of it.
+
+    Raises:
+        RunConflictError: another launch has the run.
+    """
+    lease.refuse_if_held(prepared.run, prepared.plan.run_name)
+
+
 def launch(prepared: Prepared, launcher: Launcher) -> Summary:
     """Run to the end: train (or go on), judge, register.
 
@@ -151,8 +160,12 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
         MaskrayError: a check failed, before anything was started.
         TrainingError: the run itself went wrong.
     """
-    launcher.preflight(prepared)
+    # The lease comes first: what the launcher waits for may be what the run itself holds.
     with lease.hold(prepared.run, prepared.plan.run_name):
+        done = finished(prepared)  # by the launch that had the lease until now
+        if done is not None:
+            return done
+        launcher.preflight(prepared)
         _keep_to(launcher, prepared)
         with _tracked(prepared) as run_id:
             start = time.monotonic()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 
 from maskray import cli
@@ -135,7 +136,11 @@ def test_a_checkpoint_of_another_schema_version(refuse: Say, changed_state: Call
     assert "99" in said
 
 
-def test_the_same_run_launched_twice(refuse: Say, tiny: Callable[..., RunConfig]):
+@pytest.mark.parametrize("launcher", ["torch", "ray"])
+def test_the_same_run_launched_twice(
+    refuse: Say, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, launcher: str
+):
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("a cluster is started for nothing"))
     prepared = prepare(tiny())
     held = "import sys, time; from maskray.data.storage import Storage; from maskray.training import lease\n"
     held += "with lease.hold(Storage(sys.argv[1]), 'x'):\n    print('held', flush=True)\n    time.sleep(60)"
@@ -144,7 +149,7 @@ def test_the_same_run_launched_twice(refuse: Say, tiny: Callable[..., RunConfig]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root / "platform") as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        said = refuse()
+        said = refuse(launcher=launcher)
         other.kill()
     assert "running already" in said.lower()
     assert f"process {other.pid}" in said
