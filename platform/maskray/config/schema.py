@@ -289,8 +289,8 @@ class ClusterConfig(Section):
     workers: PositiveInt = operational(1)
     cpus_per_worker: Annotated[float, Field(gt=0)] = operational(1)
     gpus_per_worker: Annotated[float, Field(ge=0)] = operational(0)
-    data_cpus: Annotated[float, Field(gt=0)] = operational(1)
-    """CPUs that must stay free for Ray Data beside the workers."""
+    data_cpus: PositiveInt = operational(1)
+    """CPUs that must stay free for Ray Data beside the workers: a task of it takes a whole one, on one node."""
     address: str | None = operational(None)
     """`auto` or `ray://…` joins a running cluster; None starts an embedded one on this machine."""
     embedded_cpus: PositiveInt | None = operational(None)
