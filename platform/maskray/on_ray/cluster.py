@@ -53,6 +53,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     package = Path(maskray.__file__).parent
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = config.address or os.environ.get("RAY_ADDRESS")
+    _refuse_ray_client(address)
     try:
         if address:
             # The package travels with the job: workers of a cluster need not have it installed.
@@ -62,20 +63,28 @@ def connected(config: ClusterConfig) -> Iterator[None]:
                 runtime_env={"py_modules": [str(package)], "env_vars": variables},
             )
         else:
-            ray.init(
+            context = ray.init(
                 # Without `local` Ray joins any cluster that it finds on this machine.
                 address="local",
                 num_cpus=config.embedded_cpus,
-                include_dashboard=False,
+                include_dashboard=config.dashboard,
                 logging_level="ERROR",
                 log_to_driver=False,
                 runtime_env={"env_vars": {**variables, "PYTHONPATH": str(package.parent)}},
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+            if config.dashboard:
+                log.warning("Ray's dashboard: http://%s", context.dashboard_url)
+    except (
+        ConnectionError,
+        RuntimeError,
+        ValueError,
+        ray.exceptions.RayError,
+    ) as error:  # the last: no or a wrong token
         raise ClusterError(
             "the Ray cluster cannot be reached or started",
             key="cluster.address",
-            found=f"{address or 'embedded'} ({error})",
+            found=f"{address or 'embedded'} ({' '.join(str(error).split())})",
+            allowed="auto or host:port of a running cluster, with its token; or null, to start one on this machine",
             fix="check the address and the token (RAY_AUTH_TOKEN_PATH), or unset it for an embedded cluster",
         ) from error
     # Ray puts a handler of its own in place, which aborts the process: nothing would be closed.
@@ -85,6 +94,17 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_ray_client(address: str | None) -> None:
+    if address and address.startswith("ray://"):
+        raise ClusterError(
+            "Ray Client cannot run Ray Train: the driver must be on a node of the cluster",
+            key="cluster.address",
+            found=f"{address} (from the config or RAY_ADDRESS)",
+            allowed="auto or host:port (of the head's GCS, 6379 by default) on a node of the cluster, or null",
+            fix="submit the job to the cluster: ray job submit --address http://HEAD:8265 -- python jobs/pretrain.py",
+        )
 
 
 def preflight(config: RunConfig, storage: Storage, tracking_uri: str, *, streams_on_ray: bool) -> None:

@@ -1,5 +1,10 @@
 """What fits on nodes, without any."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from ray._private.state import GlobalState
 
@@ -42,3 +47,34 @@ def test_a_cluster_that_can_grow_is_one_of_several_nodes(monkeypatch, tmp_path):
     monkeypatch.setattr(GlobalState, "get_max_resources_from_cluster_config", lambda _: {"CPU": 8})
     with pytest.raises(ClusterError, match=r"tracking.uri: .* one node that can grow to several"):
         cluster._check_shared(Storage(tmp_path), "sqlite:///x")
+
+
+@pytest.mark.parametrize("where", ["config", "environment"])
+def test_ray_client_is_refused_by_name(monkeypatch, where: str):
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("it must not be tried"))
+    if where == "environment":
+        monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    config = ClusterConfig(address="ray://head:10001" if where == "config" else None)
+    with pytest.raises(ClusterError, match=r"cluster.address: Ray Client .* ray://head:10001 .* ray job submit"):
+        cluster.connected(config).__enter__()
+
+
+JOIN = """
+from maskray.config.schema import ClusterConfig
+from maskray.errors import ClusterError
+from maskray.on_ray.cluster import connected
+try:
+    connected(ClusterConfig(address="127.0.0.1:6379")).__enter__()
+except ClusterError as error:
+    print(error)
+"""
+
+
+def test_a_missing_token_is_the_users_to_mend(tmp_path):
+    """In a process of its own: Ray reads its token once."""
+    package = str(Path(cluster.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": package, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    said = subprocess.run([sys.executable, "-c", JOIN], env=environment, capture_output=True, text=True, check=True)
+    assert "cluster.address" in said.stdout
+    assert "no authentication token was found" in said.stdout
+    assert "RAY_AUTH_TOKEN_PATH" in said.stdout
