@@ -122,7 +122,7 @@ def prepare(config: RunConfig) -> Prepared:
     """
     config = _with_absolute_paths(config)
     dataset = Dataset.open(config.data.path)
-    dataset.check(_CHECKED_BYTES)
+    log.info("%d bytes of the dataset's shards are as they were written", dataset.check(_CHECKED_BYTES))
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
     log.info("%d of %d cells visible", spec.num_visible, spec.grid_HW[0] * spec.grid_HW[1])

@@ -12,9 +12,10 @@ import pytest
 import ray
 import yaml
 
-from maskray import cli
+from maskray import cli, launch
 from maskray.config.schema import RunConfig
 from maskray.launch import prepare
+from maskray.on_ray import worker
 from maskray.pretrain import pretrain
 from maskray.tracking.base import MemoryTracker
 from maskray.training import lease
@@ -169,3 +170,33 @@ def test_the_same_run_launched_twice(
 )
 def test_more_than_the_cluster_has(refuse: Say, overrides: list[str], missing: str):
     assert missing in refuse(*overrides, launcher="ray")
+
+
+@pytest.mark.ray
+def test_a_shard_that_is_damaged_while_the_run_starts(
+    refuse: Say, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A task of Ray Data meets it: the same paragraph, and the workers are not started again for it."""
+    starts = tmp_path / "starts"
+
+    def prepare_and_damage(config: RunConfig) -> launch.Prepared:
+        prepared = prepare(config)
+        for shard in (copied / "train").glob("*.parquet"):
+            shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
+        return prepared
+
+    def counted(settings: dict) -> dict:
+        with starts.open("a") as file:
+            file.write("started\n")
+        from maskray.on_ray.worker import run
+
+        return run(settings)
+
+    monkeypatch.setattr(launch, "prepare", prepare_and_damage)
+    monkeypatch.setattr(worker, "run", counted)
+    cluster = ("cluster.embedded_cpus=2", "cluster.max_failures=2")
+    said = refuse(f"data.path={copied}", "data.stream=ray", *cluster, launcher="ray")
+    assert said.startswith("Dataset: ")
+    assert f"{copied}/train/00000.parquet" in said
+    assert "ingest again" in said
+    assert starts.read_text() == "started\n"

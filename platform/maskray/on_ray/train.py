@@ -16,10 +16,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from maskray.data.shards import decoded_bytes
 from maskray.data.stream import StreamSpec
-from maskray.errors import CheckpointError, MaskrayError, NonFiniteError, TrainingError
+from maskray.errors import CheckpointError, NonFiniteError, TrainingError
 from maskray.evaluation.judgement import Judgement
 from maskray.launch import Prepared, unstored_metrics
-from maskray.on_ray import background, cluster, evaluate, record, stream, worker
+from maskray.on_ray import background, cluster, evaluate, failures, record, stream, worker
 from maskray.on_ray.board import Board
 from maskray.tracking.console import ProgressLine
 from maskray.training import checkpoint
@@ -60,7 +60,7 @@ class RayLauncher:
                         raise TrainingError(f"Ray Train's controller died too often: {error}") from error
                     log.warning("Ray Train's controller died; starting again from the latest checkpoint")
                 except ray.train.TrainingFailedError as error:
-                    raise _explained(error, config.cluster.max_failures) from error
+                    raise failures.explained(error, config.cluster.max_failures) from error
         if "not_finite" in outcome:
             raise NonFiniteError(outcome["not_finite"])
         if not outcome["stored"]:
@@ -112,6 +112,7 @@ def _trainer(prepared: Prepared, run_id: str, board: Any) -> TorchTrainer:
             storage_path=prepared.root.uri,
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.storage.keep_checkpoints),
+            callbacks=[failures.StopAtMistakes()],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             # cuBLAS reads it before its first product; without it, deterministic kernels are refused.
             worker_runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if on_gpu else None,
@@ -148,29 +149,6 @@ def _shown(board: Any, total_steps: int) -> Iterator[None]:
         finally:
             stop.set()
             thread.join()
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
-def _explained(error: BaseException, max_failures: int) -> Exception:
-    """The user's mistake that a worker met, or what is known of how the workers were lost."""
-    for cause in _causes(error, set()):
-        if isinstance(cause, MaskrayError | TrainingError):
-            return cause
-    return TrainingError(f"The workers failed more than {max_failures} times (cluster.max_failures), at last: {error}")
-
-
-def _causes(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
-    if id(error) in seen:
-        return
-    seen.add(id(error))
-    yield error
-    below = [error.__cause__, error.__context__, getattr(error, "cause", None)]
-    below += list(getattr(error, "worker_failures", {}).values())
-    for cause in below:
-        if isinstance(cause, BaseException):
-            yield from _causes(cause, seen)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
