@@ -22,7 +22,7 @@ from maskray.config.schema import RunConfig
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec
-from maskray.errors import CheckpointError, ConfigError, MaskrayError, TrackingError
+from maskray.errors import CheckpointError, ConfigError, MaskrayError, StorageError, TrackingError
 from maskray.evaluation.judgement import Judgement, Scores
 from maskray.evaluation.linear_probe import Accuracy
 from maskray.models.build import build_normalize, initial_model
@@ -131,7 +131,7 @@ def prepare(config: RunConfig) -> Prepared:
         initial_model(config)
     _say_what_is_left_out(config, plan, dataset)
     root = Storage(config.storage.path)
-    root.check_writable()
+    _check_writable(root)
     store = open_store(config.tracking, root.uri)
     if config.tracking.uri is not None:  # the store keeps the password; what is written down does not
         tracking = config.tracking.model_copy(update={"uri": shown(config.tracking.uri)})
@@ -329,6 +329,21 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
             "training": moved(config.training, "ledger"),
         }
     )
+
+
+def _check_writable(root: Storage) -> None:
+    try:
+        root.check_writable()
+    except StorageError as error:  # what it tried to write is of no interest
+        cause = error.__cause__
+        reason = (isinstance(cause, OSError) and cause.strerror) or error.found
+        raise StorageError(
+            "runs cannot be kept there",
+            key="storage.path",
+            found=f"{root.uri} ({reason})",
+            allowed="a folder that this user may write to, or s3://bucket/prefix",
+            fix=error.fix,
+        ) from error
 
 
 def _say_what_is_left_out(config: RunConfig, plan: RunPlan, dataset: Dataset) -> None:

@@ -79,6 +79,7 @@ def refuse_if_held(run: Storage, name: str) -> None:
         age = max(0.0, time.time() - other.heartbeat)
         raise RunConflictError(
             f"the run {name} is running already",
+            key="name",
             found=f"process {other.pid} on {other.host}, last heard of {age:.0f} s ago",
             fix="wait for it, stop it, or give this run another name or seed",
         )
