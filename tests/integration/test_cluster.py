@@ -1,5 +1,6 @@
 """What a cluster of several nodes can hold, on real nodes of one machine."""
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from ray.cluster_utils import Cluster
 from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
-from maskray.on_ray import cluster
+from maskray.on_ray import cluster, train
+from maskray.on_ray.board import Board
 
 pytestmark = pytest.mark.ray
 
@@ -70,3 +72,19 @@ def test_what_fits_is_let_through(preflight):
 def test_more_than_there_is_on_any_node(preflight):
     with pytest.raises(ClusterError, match="can never hold this run: 1 CPU short"):
         preflight(workers=3, data_cpus=1)
+
+
+def test_what_workers_warn_of_reaches_the_driver_once_and_without_rays_noise(two_nodes, caplog):
+    board = ray.remote(num_cpus=0)(Board).remote()
+
+    def warn() -> None:
+        from maskray.on_ray.worker import tell_driver
+
+        tell_driver(board)
+        logging.getLogger("ray.data").warning("noise")
+        for _ in range(3):
+            logging.getLogger("maskray.training").warning("resumed with %d threads", 7)
+
+    with train._shown(board, total_steps=10):
+        ray.get([ray.remote(warn).remote() for _ in range(2)])
+    assert caplog.messages == ["resumed with 7 threads"]

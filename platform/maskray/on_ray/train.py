@@ -26,7 +26,7 @@ from maskray.training import checkpoint
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS, _READ_SECONDS = 0.5, 5.0
 
 
 class RayLauncher:
@@ -127,16 +127,20 @@ def _trainer(prepared: Prepared, run_id: str, board: Any) -> TorchTrainer:
 
 @contextmanager
 def _shown(board: Any, total_steps: int) -> Iterator[None]:
-    """The progress line, while the block runs."""
+    """The progress line and what workers warn of, while the block runs."""
     stop = threading.Event()
 
     def follow() -> None:
-        last = 0
-        while not stop.wait(_POLL_SECONDS):
+        last, seen, ending = 0, 0, False
+        while not ending:
+            ending = stop.wait(_POLL_SECONDS)  # and looks once more
             try:
-                step, metrics = ray.get(board.read.remote(), timeout=_POLL_SECONDS)
+                step, metrics, warnings = ray.get(board.read.remote(seen), timeout=_READ_SECONDS)
             except ray.exceptions.RayError:  # a line that cannot be read must not end a run
                 continue
+            for warning in warnings:
+                log.warning("%s", warning)
+            seen += len(warnings)
             if step != last:
                 last = step
                 line.update(step, metrics)
