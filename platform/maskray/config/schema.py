@@ -319,12 +319,15 @@ class ClusterConfig(Section):
     workers: PositiveInt = operational(1)
     cpus_per_worker: Annotated[float, Field(gt=0)] = operational(1)
     gpus_per_worker: Annotated[float, Field(ge=0)] = operational(0)
-    data_cpus: Annotated[float, Field(gt=0)] = operational(1)
-    """CPUs that must stay free for Ray Data beside the workers."""
+    data_cpus: PositiveInt = operational(1)
+    """CPUs that must stay free for Ray Data beside the workers: a task of it takes a whole one, on one node."""
     address: str | None = operational(None)
-    """`auto` or `ray://…` joins a running cluster; None starts an embedded one on this machine."""
+    """`auto` or `host:port` joins a running cluster from one of its nodes (from elsewhere: `ray job submit`); None
+    starts an embedded one on this machine."""
     embedded_cpus: PositiveInt | None = operational(None)
     """CPUs that an embedded cluster declares; None: those of the machine."""
+    dashboard: bool = operational(default=False)
+    """Ray's dashboard on an embedded cluster, on this machine alone; its address is said at the start."""
     wait_seconds: Annotated[float, Field(ge=0)] = operational(60.0)
     """How long to wait, visibly, for resources that the cluster can still get."""
     max_failures: Annotated[int, Field(ge=0)] = operational(3)

@@ -132,7 +132,7 @@ def _layout(config: IngestConfig) -> dict[str, Any]:
 def _existing(storage: Storage) -> Manifest | None:
     """The manifest of the destination; None where it is empty or holds a half-written dataset."""
     try:
-        return Manifest.load(storage.read_bytes(MANIFEST), storage.uri)
+        return Manifest.load(storage.read_bytes(MANIFEST), storage.uri, key="destination")
     except FileNotFoundError:
         ours = {*SPLITS, QUARANTINE}
         foreign = [name for name in storage.list_names() if name not in ours and not name.startswith(".")]
