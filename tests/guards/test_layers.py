@@ -30,6 +30,7 @@ OWNERS: dict[str, set[str]] = {
     "s3fs": {"data"},
     "torchcodec": {"data"},
     "PIL": {"data"},
+    "tifffile": {"data"},
     "timm": {"models", "training/optim"},
     "sklearn": {"data/sources", "evaluation"},
     "matplotlib": {"figures"},

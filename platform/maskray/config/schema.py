@@ -89,8 +89,8 @@ class DataConfig(Section):
     """Folder or URI of an ingested dataset (`maskray ingest`). Its fingerprint, not its place, is identity."""
     image_size: SizeHW = (224, 224)
     """[height, width] in pixels that the model sees; one number for a square."""
-    channels: Literal[1, 3] = 3
-    """What images are converted to: 1 gray, 3 RGB."""
+    channels: Annotated[int, Field(ge=1, le=64)] = 3
+    """1 gray or 3 RGB: images are converted. Any other number: the bands that the dataset's images have."""
     crop: Crop = RandomResizedCrop()
     flip_probability: Fraction = 0.5
     """Chance of a horizontal flip, for each view."""
@@ -408,7 +408,8 @@ class IngestConfig(Section):
     """How pictures become a dataset of shards."""
 
     source: str
-    """A folder of images (class subfolders give labels), or `digits`."""
+    """A folder of images (class subfolders give labels); a `.tar` or `.zip`, or a folder of those; a `.csv`, `.tsv` or
+    `.parquet` of paths; a `.parquet` with images, or a folder of those; local or `s3://bucket/prefix`; or `digits`."""
     destination: str
     """Folder or URI that the dataset is written to."""
     group_rows: Annotated[int, Field(ge=1, le=4096)] = 64
@@ -419,5 +420,8 @@ class IngestConfig(Section):
     """Share of the images, by a hash of their keys, that pretraining never sees."""
     max_bad_fraction: Fraction = 0.01
     """Share of images that may be unreadable before ingest stops."""
+    max_pixels: PositiveInt = 178_956_970
+    """Height × width of a larger image are not believed, and it is set aside before it is decoded. Pillow's own limit:
+    a quarter of a gigabyte as RGB."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the order in which images are laid into shards."""

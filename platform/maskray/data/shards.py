@@ -157,7 +157,18 @@ class Manifest:
         return fingerprint({k: v for k, v in plain.items() if k not in _NOT_IDENTITY})
 
     def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std of each channel in 0..1 units, for images converted to `channels`. No std is below 1/255."""
+        """Mean and std of each channel in 0..1 units, for images converted to `channels`. No std is below 1/255.
+
+        Raises:
+            DataError: the images cannot be converted to so many.
+        """
+        if channels not in (1, 3):
+            raise DataError(
+                "gray and colour images are not converted to so many channels",
+                key="data.channels",
+                found=channels,
+                allowed="1 or 3",
+            )
         mean, std = (self.mean_rgb, self.std_rgb) if channels == 3 else ((self.mean_gray,), (self.std_gray,))
         return mean, tuple(max(s, 1 / 255) for s in std)
 

@@ -224,7 +224,7 @@ def takes(key, found, allowed):
         ({"data": {"image_size": "big"}}, takes("data.image_size", "'big'", "a list")),
         ({"data": {"image_size": [8]}}, "data.image_size.1: this value is required."),
         ({"data": {"image_size": [8, 0]}}, takes("data.image_size.1", "0", "greater than or equal to 1")),
-        ({"data": {"channels": 2}}, takes("data.channels", "2", "1 or 3")),
+        ({"data": {"channels": 65}}, takes("data.channels", "65", "less than or equal to 64")),
         (
             {"data": {"flip_probability": float("nan")}},
             takes("data.flip_probability", "nan", "a finite number"),

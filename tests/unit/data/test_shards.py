@@ -210,3 +210,8 @@ def test_no_std_is_zero(dataset):
     flat = replace(dataset.manifest, std_gray=0.0, std_rgb=(0.0, 0.1, 0.2), fingerprint="")
     assert flat.statistics(1)[1] == (1 / 255,)
     assert flat.statistics(3)[1] == (1 / 255, 0.1, 0.2)
+
+
+def test_gray_and_colour_have_no_statistics_of_other_channels(dataset):
+    with pytest.raises(DataError, match=r"data\.channels: gray and colour images.*Found: 5. Allowed: 1 or 3"):
+        dataset.manifest.statistics(5)
