@@ -78,6 +78,7 @@ _KINDS = {
     "ClusterError": "Cluster",
     "TrackingError": "MLflow",
     "StorageError": "Storage",
+    "UnreachableError": "Storage",
     "RunConflictError": "Already running",
 }
 
