@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -28,8 +26,9 @@ import pyarrow.parquet as pq
 
 from maskray.config.load import fingerprint
 from maskray.config.resolve import DatasetFacts
+from maskray.data.row_groups import ParquetPlace, read_row_group
 from maskray.data.storage import Storage
-from maskray.errors import DataError
+from maskray.errors import DataError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,6 @@ SHARD_SCHEMA = pa.schema(
 )
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-_FOOTERS_KEPT = 64
 _CHUNK_BYTES = 8 * 2**20
 # Where a dataset lies and when its files were touched says nothing about what is in it; nor do the sizes and checksums
 # of shards, in whose footers pyarrow writes its version: `content` is over the images themselves.
@@ -317,8 +315,6 @@ class Dataset:
                 groups.append(groups[-1] - (-shard.rows // manifest.group_rows))
                 rows.append(rows[-1] + shard.rows)
             self._first_group[name], self._first_row[name] = groups, rows
-        self._footers: OrderedDict[str, Any] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dataset, (self.storage, self.manifest)
@@ -369,7 +365,7 @@ class Dataset:
         within = group - self._first_group[split][index]
         try:
             table = self._read(shard, within)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, UnreachableError) as error:
             raise self._damaged(shard, f"row group {within} of {shard.name} cannot be read", str(error)) from error
         first_row = self._first_row[split][index] + within * self.manifest.group_rows
         labels = table["label"].to_numpy() if self.manifest.class_names else None
@@ -402,19 +398,9 @@ class Dataset:
         return done
 
     def _read(self, shard: Shard, group: int) -> Any:
-        with self._lock:
-            footer = self._footers.get(shard.name)
-            if footer is not None:
-                self._footers.move_to_end(shard.name)
-        source = self.storage.open_input_file(shard.name)
-        with source, pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as file:
-            if footer is None:
-                with self._lock:
-                    self._footers[shard.name] = file.metadata
-                    while len(self._footers) > _FOOTERS_KEPT:
-                        self._footers.popitem(last=False)
-            # Threads are the caller's: one for each row group in flight.
-            return file.read_row_group(group, columns=["key", "image", "label"], use_threads=False)
+        chunks = len(SHARD_SCHEMA) * -(-shard.rows // self.manifest.group_rows)
+        file = ParquetPlace(self.storage, shard.name, shard.size, shard.sha256, chunks)
+        return read_row_group(file, group, ("key", "image", "label"))
 
     def _shards(self) -> Iterator[Shard]:
         for split in self.manifest.splits.values():
