@@ -65,6 +65,8 @@ class Footers:
         footer = load()
         with self._lock:
             self._drop(key)
+            if len(footer) > self._max_bytes:
+                return footer
             self._kept[key] = footer
             self.num_bytes += len(footer)
             while self.num_bytes > self._max_bytes:

@@ -34,20 +34,31 @@ _NOT_THERE = re.compile(r"AWS Error (NO_SUCH_KEY|RESOURCE_NOT_FOUND)\b")
 
 
 class ShortReadError(OSError):
-    """Fewer bytes came than were asked for."""
+    """A file has fewer bytes than its reader thinks."""
+
+
+def read_exactly(file: Any, offset: int, length: int) -> bytes:
+    """Part of an open pyarrow file.
+
+    Raises:
+        ShortReadError: the file ends before that.
+    """
+    # Its size first: beyond it, files on S3 raise something else.
+    content: bytes = file.read_at(length, offset) if offset + length <= file.size() else b""
+    if len(content) != length:
+        raise ShortReadError(f"it has {file.size()} bytes, {offset + length} were expected")
+    return content
 
 
 def is_passing(error: OSError) -> bool:
-    """Whether the same request may do better later: throttling, a lost connection, a time-out, a short read."""
-    if isinstance(error, ShortReadError):
-        return True
+    """Whether the same request may do better later: throttling, a lost or cut connection, a time-out."""
     text = str(error)
     return bool(_PASSING.search(text)) and not _BAD_CERTIFICATE.search(text)
 
 
 def is_not_there(error: OSError) -> bool:
-    """Whether there is no such object. A file that was open already says so in its own way."""
-    return isinstance(error, FileNotFoundError) or bool(_NOT_THERE.search(str(error)))
+    """Whether an object is gone that was open already: that is said in another way than at its opening."""
+    return bool(_NOT_THERE.search(str(error)))
 
 
 class Connection:
@@ -74,7 +85,7 @@ class Connection:
             handle = self._handles.pop(path, None)
         if handle is None:
             handle = self.once.open_input_file(path)
-        content: bytes = handle.read_at(length, offset)
+        content = read_exactly(handle, offset, length)
         with self._lock:  # not where it failed: what is there now may be another object
             self._handles[path] = handle
             while len(self._handles) > _HANDLES_KEPT:

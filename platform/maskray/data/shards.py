@@ -320,8 +320,12 @@ class Dataset:
         return Dataset, (self.storage, self.manifest)
 
     @staticmethod
-    def open(path: str) -> Dataset:
+    def open(path: str, *, unreadable: Literal["stop", "skip"] = "stop") -> Dataset:
         """The dataset at a folder or URI, after a look at each shard's size.
+
+        Args:
+            path: where it lies.
+            unreadable: "skip" only warns of a shard that is missing or of another size.
 
         Raises:
             DataError: no such folder; no manifest; another schema version; a manifest that was changed; a shard that is
@@ -334,7 +338,10 @@ class Dataset:
         except FileNotFoundError:
             raise _no_manifest(storage) from None
         dataset = Dataset(storage, Manifest.load(content, storage.uri))
-        dataset._check_sizes()
+        for problem in dataset._wrong_sizes():
+            if unreadable == "stop":
+                raise problem
+            logger.warning("%s", problem)
         return dataset
 
     def facts(self) -> DatasetFacts:
@@ -358,16 +365,18 @@ class Dataset:
         """One row group, by a read of its range alone; every page's checksum is verified.
 
         Raises:
-            DataError: the shard is missing or damaged.
+            DataError: the shard is missing, damaged, or in an object store that does not answer.
+            StorageError: the storage refuses to be read.
         """
-        index = bisect_right(self._first_group[split], group) - 1
-        shard = self.manifest.splits[split].shards[index]
-        within = group - self._first_group[split][index]
+        shard, within, first_row = self._locate(group, split)
+        problem = f"row group {within} of {shard.name} cannot be read"
         try:
             table = self._read(shard, within)
-        except (OSError, UnreachableError) as error:
-            raise self._damaged(shard, f"row group {within} of {shard.name} cannot be read", str(error)) from error
-        first_row = self._first_row[split][index] + within * self.manifest.group_rows
+        except UnreachableError as error:
+            again = "launch again when the object store answers: the run goes on where it stopped"
+            raise DataError(f"{self.storage.uri}: {problem}", found=error.found, fix=again) from error
+        except OSError as error:
+            raise self._damaged(shard, problem, str(error)) from error
         labels = table["label"].to_numpy() if self.manifest.class_names else None
         return Group(
             rows=np.arange(first_row, first_row + table.num_rows),
@@ -375,6 +384,20 @@ class Dataset:
             images=table["image"].to_pylist(),
             labels=None if labels is None else labels.astype(np.int64),
         )
+
+    def slots(self, group: int, split: SplitName = "train") -> tuple[Ints, list[str]]:
+        """Row numbers of a row group that cannot be read, and stand-ins for its keys, `shard#row`: always the same."""
+        shard, within, first_row = self._locate(group, split)
+        first = within * self.manifest.group_rows
+        num_rows = min(self.manifest.group_rows, shard.rows - first)
+        return np.arange(first_row, first_row + num_rows), [f"{shard.name}#{first + i}" for i in range(num_rows)]
+
+    def _locate(self, group: int, split: SplitName) -> tuple[Shard, int, int]:
+        """The shard that holds a row group, its number there, and the number of its first row in the split."""
+        index = bisect_right(self._first_group[split], group) - 1
+        within = group - self._first_group[split][index]
+        first_row = self._first_row[split][index] + within * self.manifest.group_rows
+        return self.manifest.splits[split].shards[index], within, first_row
 
     def iter_groups(self, split: SplitName = "train") -> Iterator[Group]:
         """All row groups in the order of rows, the short last one included."""
@@ -406,18 +429,21 @@ class Dataset:
         for split in self.manifest.splits.values():
             yield from split.shards
 
-    def _check_sizes(self) -> None:
+    def _wrong_sizes(self) -> Iterator[DataError]:
         sizes = {f"{split}/{n}": s for split in SPLITS for n, s in self.storage.list_sizes(split).items()}
         for shard in self._shards():
             size = sizes.get(shard.name)
             if size is None:
-                raise self._damaged(shard, f"{shard.name} is missing")
-            if size != shard.size:
-                raise self._damaged(shard, f"{shard.name} has another size", f"{size} bytes, {shard.size} expected")
+                yield self._damaged(shard, f"{shard.name} is missing")
+            elif size != shard.size:
+                yield self._damaged(shard, f"{shard.name} has another size", f"{size} bytes, {shard.size} expected")
 
     def _damaged(self, shard: Shard, problem: str, found: str | None = None) -> DataError:
         place = self.storage.join(shard.name)
-        fix = f"ingest again into {self.storage.uri} (it writes damaged shards anew), or restore {place} from a copy"
+        fix = (
+            f"ingest again into {self.storage.uri} (it writes damaged shards anew), restore {place} from a copy, "
+            "or train without its images (data.unreadable: skip)"
+        )
         return DataError(f"{self.storage.uri}: {problem}", found=found, fix=fix)
 
 

@@ -92,21 +92,22 @@ class Storage:
 
         def read() -> bytes:
             with self._fs.open_input_file(self._path(name)) as file:
-                size = file.size()
-                return _whole(file.read_at(size, 0), size)
+                return s3.read_exactly(file, 0, file.size())
 
         return self._persistently("read", name, read)
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
-        """Part of a file that does not change once it is written: on S3 one request. Raises as `read_bytes` does."""
+        """Part of a file that does not change once it is written: on S3 one request. Raises as `read_bytes` does.
+
+        Raises:
+            ShortReadError: the file ends before that.
+        """
 
         def read() -> bytes:
             if self._s3 is not None:
-                content = self._s3.read_range(self._path(name), offset, length)
-            else:
-                with self._fs.open_input_file(self._path(name)) as file:
-                    content = file.read_at(length, offset)
-            return _whole(content, length)
+                return self._s3.read_range(self._path(name), offset, length)
+            with self._fs.open_input_file(self._path(name)) as file:
+                return s3.read_exactly(file, offset, length)
 
         return self._persistently("read", name, read)
 
@@ -245,6 +246,8 @@ class Storage:
         try:
             yield
         except OSError as error:
+            if verb == "read" and isinstance(error, FileNotFoundError | s3.ShortReadError):
+                raise
             if verb == "read" and s3.is_not_there(error):
                 raise FileNotFoundError(errno.ENOENT, str(error)) from error
             unreachable = not self.is_local and s3.is_passing(error)
@@ -255,12 +258,6 @@ class Storage:
 
     def _place(self, name: str) -> str:
         return self.join(name) if name else self.uri
-
-
-def _whole(content: bytes, size: int) -> bytes:
-    if len(content) != size:
-        raise s3.ShortReadError(f"{len(content)} of {size} bytes came")
-    return content
 
 
 def _advice(error: OSError, is_local: bool, unreachable: bool) -> str:

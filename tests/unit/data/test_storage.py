@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from maskray.data.s3 import ShortReadError
 from maskray.data.storage import TEMPORARY, Storage
 from maskray.errors import StorageError
 
@@ -63,11 +64,12 @@ def test_reads_at_any_offset(place):
     assert storage.read_range("x", 0, 10) == b"0123456789"
 
 
-def test_a_range_beyond_the_end_is_no_shorter_one(tmp_path):
-    storage = Storage(tmp_path)
+@pytest.mark.parametrize("offset", [7, 10, 50])
+def test_a_range_beyond_the_end_is_no_shorter_one(place, offset):
+    storage = Storage(f"{place}/a")
     storage.write_bytes("x", b"0123456789")
-    with pytest.raises(StorageError, match=r"cannot read .*/x\. Found: 3 of 4 bytes came"):
-        storage.read_range("x", 7, 4)
+    with pytest.raises(ShortReadError, match=rf"it has 10 bytes, {offset + 4} were expected"):
+        storage.read_range("x", offset, 4)
 
 
 def test_what_is_deleted_is_missing_for_a_reader_that_had_it(place):
