@@ -80,6 +80,7 @@ _KINDS = {
     "ClusterError": "Cluster",
     "TrackingError": "MLflow",
     "StorageError": "Storage",
+    "UnreachableError": "Storage",
     "RunConflictError": "Already running",
 }
 

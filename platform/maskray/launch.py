@@ -121,8 +121,9 @@ def prepare(config: RunConfig) -> Prepared:
         MaskrayError: of the kind that is wrong: config, dataset, weights to start from, storage or MLflow.
     """
     config = _with_absolute_paths(config)
-    dataset = Dataset.open(config.data.path)
-    log.info("%d bytes of the dataset's shards are as they were written", dataset.check(_CHECKED_BYTES))
+    dataset = Dataset.open(config.data.path, unreadable=config.data.unreadable)
+    if config.data.unreadable == "stop":
+        log.info("%d bytes of the dataset's shards are as they were written", dataset.check(_CHECKED_BYTES))
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
     log.info("%d of %d cells visible", spec.num_visible, spec.grid_HW[0] * spec.grid_HW[1])

@@ -15,6 +15,7 @@ from PIL import Image
 from maskray import masking
 from maskray.config.resolve import resolve
 from maskray.config.schema import DataConfig, IngestConfig, RandomMask, RandomResizedCrop, RunConfig, WholeImage
+from maskray.data import row_groups
 from maskray.data.cache import open_cache
 from maskray.data.device import device_units
 from maskray.data.ingest import ingest, thread_mapper
@@ -308,14 +309,19 @@ def test_an_image_that_cannot_be_decoded_later_keeps_its_slot(spec, dataset, tmp
     assert key not in [k for group in walk(broken, "train", (8, 8), 3) for k in group.keys]
 
 
-def test_errors_come_in_order_and_leave_no_thread(spec, dataset, tmp_path):
-    copy, _ = with_broken_image(dataset, tmp_path)
-    shard = copy.manifest.splits["train"].shards[1]
-    path = Path(copy.storage.join(shard.name))
-    chunk = pq.read_metadata(path).row_group(2).column(1)
+def flip_a_bit(dataset, shard, group):
+    """Of an image of a row group of a shard."""
+    path = Path(dataset.storage.join(shard.name))
+    chunk = pq.read_metadata(path).row_group(group).column(1)
     content = bytearray(path.read_bytes())
     content[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 1
     path.write_bytes(content)
+
+
+def test_errors_come_in_order_and_leave_no_thread(spec, dataset, tmp_path):
+    copy, _ = with_broken_image(dataset, tmp_path)
+    shard = copy.manifest.splits["train"].shards[1]
+    flip_a_bit(copy, shard, 2)
     bad = next(p for p in range(spec.num_row_groups) if spec.plan.locate(p)[1] == 7)
     stream, seen = LocalStream(spec, copy, threads=4), []
     with pytest.raises(DataError, match=rf"row group 2 of {shard.name} cannot be read.*ingest again"):
@@ -323,6 +329,55 @@ def test_errors_come_in_order_and_leave_no_thread(spec, dataset, tmp_path):
     assert seen == list(range(bad))
     assert next(stream, None) is None
     assert not [t for t in threading.enumerate() if t.name.startswith("maskray-decode")]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("kind", ["none", "host"])
+def test_what_cannot_be_read_keeps_its_slots_if_told(spec, dataset, tmp_path, monkeypatch, caplog, damage, kind):
+    copy, _ = with_broken_image(dataset, tmp_path)
+    spec = replace(spec, path=copy.storage.uri)
+    shard, path = copy.manifest.splits["train"].shards[1], tmp_path / "train/00001.parquet"
+    sound, whole = local(spec, copy), path.read_bytes()
+    monkeypatch.setattr(row_groups, "FOOTERS", row_groups.Footers(2**20))  # as in a new process
+    if damage == "flipped":
+        flip_a_bit(copy, shard, 2)
+    elif damage == "cut":
+        path.write_bytes(whole[:-1])
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match=shard.name):
+        local(spec, spec.open_dataset())
+    lost = {5 + 2} if damage == "flipped" else set(range(5, 10))
+
+    spec = replace(spec, unreadable="skip")
+    again = cached(kind, spec, copy, tmp_path / "cache")
+    assert shard.name in caplog.text
+    assert not list((tmp_path / "cache").glob("*/*.bin"))  # a gap is not kept
+    assert [u.position for u in again] == [u.position for u in sound]
+    for unit, expected in zip(again, sound, strict=True):
+        number = spec.plan.locate(unit.position)[1]
+        np.testing.assert_array_equal(unit.visible_NHW, expected.visible_NHW)
+        if number not in lost:
+            assert_same([unit], [expected])
+            continue
+        assert not unit.weights_N.any()
+        assert not unit.images_NCHW.any()
+        first = (number - 5) * GROUP
+        assert unit.keys == [f"{shard.name}#{first + row}" for row in range(GROUP) for _ in range(2)]
+
+    stream = LocalStream(spec, copy, prefetch_groups=1, threads=1)
+    with stream:
+        passed = [next(stream) for _ in range(spec.num_row_groups)]
+        path.write_bytes(whole)  # it is restored while the run goes on
+        later = list(stream)
+    assert_same(later, sound[len(passed) :])
+
+
+def test_a_walk_stops_at_what_cannot_be_read(dataset, tmp_path):
+    with_broken_image(dataset, tmp_path)
+    (tmp_path / "train/00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"row group 0 of train/00001.parquet cannot be read"):
+        list(walk(Dataset.open(str(tmp_path), unreadable="skip"), "train", (8, 8), 3))
 
 
 def test_closing_early_leaves_no_thread_and_looking_ahead_is_bounded(spec, dataset):

@@ -124,6 +124,9 @@ class DataConfig(Section):
     """Ray Data's progress timeout: an error is raised where no row group moves for so long."""
     decode_threads: PositiveInt = operational(2)
     """Threads a worker decodes with under `stream: local`."""
+    unreadable: Literal["stop", "skip"] = operational("stop")
+    """A row group that stays missing, damaged or unreachable ends the run with its shard's name; `skip` trains on: its
+    images keep their slots with weight 0, counted in `throughput/views_without_image`. Evaluation always stops."""
 
     @model_validator(mode="after")
     def _ray_data_keeps_nothing(self) -> Self:

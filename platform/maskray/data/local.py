@@ -17,7 +17,7 @@ from maskray.data import device as on_device
 from maskray.data.cache import WholeImages, cache_folder, open_cache
 from maskray.data.shards import Dataset, decoded_bytes
 from maskray.data.stream import StreamSpec, Unit, augment, load_unit
-from maskray.errors import StorageError
+from maskray.errors import DataError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ def open_units(
     Raises:
         ConfigError: the decoded images do not fit on the device.
         StorageError: the cache cannot be written (under `cache: auto` a warning, and no cache).
-        DataError: the dataset is missing or damaged, or another one than the spec was made for.
+        DataError: the dataset is missing or damaged (under `unreadable: skip` and without `cache: device` a warning,
+            and no cache), or another one than the spec was made for.
     """
     dataset = spec.open_dataset()
     cache = chosen_cache(data, dataset)
@@ -70,8 +71,10 @@ def open_units(
 def _on_host(spec: StreamSpec, data: DataConfig, dataset: Dataset) -> WholeImages | None:
     try:
         return open_cache(dataset, spec.channels, cache_folder(data.cache_folder))
-    except StorageError as error:
-        if data.cache != "auto":
+    except (StorageError, DataError) as error:
+        # What cannot be read is never kept: it may be there again in the next pass.
+        may_do_without = spec.unreadable == "skip" if isinstance(error, DataError) else data.cache == "auto"
+        if not may_do_without:
             raise
         logger.warning("Images are decoded again in each pass: %s", error)
         return None

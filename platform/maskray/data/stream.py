@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ class StreamSpec:
     group_rows: int
     groups_per_step: int
     total_steps: int
+    unreadable: Literal["stop", "skip"] = "stop"
 
     @classmethod
     def of(cls, config: RunConfig, plan: RunPlan, dataset: Dataset) -> Self:
@@ -69,6 +70,7 @@ class StreamSpec:
             group_rows=plan.group_rows,
             groups_per_step=plan.groups_per_step,
             total_steps=plan.total_steps,
+            unreadable=config.data.unreadable,
         )
 
     @cached_property
@@ -97,7 +99,7 @@ class StreamSpec:
         Raises:
             DataError: it is missing or damaged, or another one than the spec was made for.
         """
-        dataset = Dataset.open(self.path)
+        dataset = Dataset.open(self.path, unreadable=self.unreadable)
         found = (dataset.num_row_groups(), dataset.manifest.group_rows)
         if found != (self.num_row_groups, self.group_rows):
             raise DataError(
@@ -117,7 +119,7 @@ class Unit(NamedTuple):
     visible_NHW: Array | torch.Tensor
     """bool, True = the encoder sees the cell."""
     weights_N: Array
-    """float32: 1, or 0 for an image that could not be decoded and is black."""
+    """float32: 1, or 0 for an image that could not be read or decoded and is black."""
     keys: list[str]
 
 
@@ -125,11 +127,27 @@ def load_unit(spec: StreamSpec, dataset: Dataset, position: int) -> Unit:
     """Read, decode, crop, flip and mask the row group at a position of the plan: a pure function.
 
     Raises:
-        DataError: the shard is missing or damaged.
+        DataError: the shard cannot be read, and `spec.unreadable` is "stop".
+        StorageError: the storage refuses to be read.
     """
-    pass_, group_number = spec.plan.locate(position)
-    group = dataset.read_group(group_number)
-    return augment(spec, position, pass_, group.rows, group.keys, decode_group(group, spec.channels))
+    pass_, number = spec.plan.locate(position)
+    return augment(spec, position, pass_, *read_images(spec, dataset, number))
+
+
+def read_images(spec: StreamSpec, dataset: Dataset, number: int) -> tuple[Array, list[str], Images]:
+    """Rows, keys and decoded images of a row group. One that cannot be read has none, if the spec lets it pass.
+
+    Raises as `load_unit` does.
+    """
+    try:
+        group = dataset.read_group(number)
+    except DataError as error:
+        if spec.unreadable == "stop":
+            raise
+        logger.warning("%s It counts for nothing", error)
+        rows, stand_ins = dataset.slots(number)
+        return rows, stand_ins, [None] * len(rows)
+    return group.rows, group.keys, decode_group(group, spec.channels)
 
 
 def decode_group(group: Group, channels: int) -> Images:

@@ -30,6 +30,7 @@ OPERATIONAL: dict[str, set[str] | bool] = {
         "prefetch_groups",
         "stall_seconds",
         "decode_threads",
+        "unreadable",
     },
     "training": {
         "micro_batch",
