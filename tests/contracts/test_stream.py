@@ -271,6 +271,15 @@ def test_boxes_are_resized_in_as_many_parts_as_memory_asks_for(spec, dataset, ca
         assert_same(cached("device", spec, dataset, cache_folder), reference)
 
 
+def test_products_of_less_than_float32_are_told(spec, dataset, cache_folder, caplog):
+    torch.set_float32_matmul_precision("high")
+    try:
+        cached("device", replace(spec, total_steps=1), dataset, cache_folder)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert "computed with less (high)" in caplog.text
+
+
 def test_steps_take_units_that_lie_on_a_device(spec, dataset, cache_folder, reference):
     units = cached("device", spec, dataset, cache_folder)
     for micro_batch in (None, 4, 16):
