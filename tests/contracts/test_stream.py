@@ -15,7 +15,7 @@ from PIL import Image
 from maskray import masking
 from maskray.config.resolve import resolve
 from maskray.config.schema import DataConfig, IngestConfig, RandomMask, RandomResizedCrop, RunConfig, WholeImage
-from maskray.data import row_groups
+from maskray.data import device, row_groups
 from maskray.data.cache import open_cache
 from maskray.data.device import device_units
 from maskray.data.ingest import ingest, thread_mapper
@@ -256,6 +256,28 @@ def test_the_device_is_left_the_room_it_needs(spec, dataset, tmp_path):
         pass
     assert "take data.cache: host" in str(caught.value)
     assert not (tmp_path / "cache").exists()
+
+
+def test_pixels_on_a_device_are_off_by_one_at_most_and_all_else_is_equal(spec, dataset, cache_folder):
+    spec = replace(spec, image_size=(3, 5), grid_HW=(3, 5), crop=RandomResizedCrop(scale=(0.8, 1.0)))
+    for unit, expected in zip(cached("device", spec, dataset, cache_folder), local(spec, dataset), strict=True):
+        assert np.abs(np.asarray(unit.images_NCHW).astype(int) - expected.images_NCHW).max() <= 1
+        assert_same([unit._replace(images_NCHW=expected.images_NCHW)], [expected])
+
+
+def test_boxes_are_resized_in_as_many_parts_as_memory_asks_for(spec, dataset, cache_folder, reference, monkeypatch):
+    for pixels in (1, 1500):
+        monkeypatch.setattr(device, "_SCRATCH_PIXELS", pixels)
+        assert_same(cached("device", spec, dataset, cache_folder), reference)
+
+
+def test_products_of_less_than_float32_are_told(spec, dataset, cache_folder, caplog):
+    torch.set_float32_matmul_precision("high")
+    try:
+        cached("device", replace(spec, total_steps=1), dataset, cache_folder)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert "computed with less (high)" in caplog.text
 
 
 def test_steps_take_units_that_lie_on_a_device(spec, dataset, cache_folder, reference):

@@ -51,7 +51,7 @@ def open_units(
     dataset = spec.open_dataset()
     cache = chosen_cache(data, dataset)
     if cache == "device":
-        on_device.check_room(dataset, data, device)
+        on_device.check(dataset, data, device)
         whole = open_cache(dataset, spec.channels, cache_folder(data.cache_folder)).to(device)
         yield on_device.device_units(spec, whole, spec.positions(rank, world_size, start_step))
         return
