@@ -142,10 +142,11 @@ def _ingest(arguments: argparse.Namespace) -> int:
         address = arguments.address or os.environ.get("RAY_ADDRESS")
         if address:
             from maskray.config.schema import ClusterConfig
-            from maskray.on_ray.cluster import connected
+            from maskray.on_ray.cluster import check_ingest, connected
             from maskray.on_ray.ingest import ray_mapper
 
             with connected(ClusterConfig(address=address)):
+                check_ingest(config)
                 manifest = ingest(config, ray_mapper(), show)
         else:
             manifest = ingest(config, thread_mapper(os.cpu_count() or 1), show)
