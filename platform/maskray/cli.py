@@ -162,7 +162,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.set)
     from maskray.launch import finished, launch, prepare, refuse_if_running
 
-    prepared = prepare(config)  # what is wrong is said before a cluster is started
+    prepared = prepare(config, os.environ.get("MASKRAY_COMMIT"))  # what is wrong is said before a cluster is started
     summary = finished(prepared)
     if summary is None and arguments.launcher == "torch":
         from maskray import bare
