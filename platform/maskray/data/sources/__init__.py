@@ -91,7 +91,7 @@ def _open_kind(files: Files, listed: Sequence[Listed], text: str) -> Source:
             f"it holds {' and '.join(kinds)}: which are meant?",
             key="source",
             found=text,
-            fix=f"name them ({text.rstrip('/')}/*.tar, say), or move the others away",
+            fix=f"name them (such as {text.rstrip('/')}/*{PurePosixPath(listed[0].name).suffix}), or move the others away",
         )
     match kinds[0]:
         case "images":

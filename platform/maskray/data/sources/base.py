@@ -59,6 +59,8 @@ class Source:
     """Names of the labels 0, 1, …; empty where there are none."""
     stamp: str
     """Equal as long as nothing was touched; cheap, so that a finished ingest is recognised without reading images."""
+    reads_at_random: bool = True
+    """Whether an image costs no more out of the order of `entries`."""
 
 
 class Found(NamedTuple):
