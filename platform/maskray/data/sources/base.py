@@ -136,7 +136,7 @@ def read_label(text: str) -> Label:
 def class_folders(names: Sequence[str]) -> list[Label]:
     """The folder that each image lies in, right below what is common to all; None where one of them lies in none."""
     parts = [name.split("/") for name in names]
-    while parts and all(len(p) > 2 and p[0] == parts[0][0] for p in parts):
+    while parts and all(len(p) > 1 and p[0] == parts[0][0] for p in parts):
         parts = [p[1:] for p in parts]
     return [p[0] for p in parts] if all(len(p) > 1 for p in parts) else [None] * len(parts)
 
