@@ -181,7 +181,7 @@ def _mapper(address: str | None) -> Iterator[Mapper]:
     if not address:
         from maskray.data.mapper import thread_mapper
 
-        yield thread_mapper(len(os.sched_getaffinity(0)))
+        yield thread_mapper(os.cpu_count() or 1)
         return
     from maskray.config.schema import ClusterConfig
     from maskray.on_ray.cluster import connected
