@@ -12,6 +12,7 @@ import torch
 
 from maskray.config.load import merge, parse
 from maskray.config.schema import IngestConfig, RunConfig
+from object_store import FaultyProxy, moto_server, new_bucket
 
 # Before Ray or MLflow is imported, and for every process that tests start.
 os.environ["RAY_AUTH_MODE"] = "disabled"  # no token in the home folder of whoever runs the tests
@@ -64,10 +65,38 @@ def tiny(digits: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """A config that trains in a second, with sections laid over it: `tiny(optim={"steps": 4})`."""
 
     def build(**sections: object) -> RunConfig:
-        places = {"data": {"path": str(digits)}, "storage": {"path": str(tmp_path / "runs")}}
+        data = {"path": str(digits), "cache_folder": str(tmp_path / "cache")}
+        places = {"data": data, "storage": {"path": str(tmp_path / "runs")}}
         return parse(RunConfig, merge(merge(TINY, places), sections))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[str]:
+    """The URL of a real S3 API over HTTP."""
+    with moto_server() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(object_store: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`s3://…` of an empty bucket, which the environment leads to."""
+    return new_bucket(object_store, monkeypatch.setenv)
+
+
+@pytest.fixture
+def proxy(object_store: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy before the object store, which the environment leads to; it lets everything through until told."""
+    with FaultyProxy(object_store, {}) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest) -> str:
+    """An empty place of each kind that `Storage` knows."""
+    return str(request.getfixturevalue("tmp_path") if request.param == "local" else request.getfixturevalue("bucket"))
 
 
 @pytest.fixture(scope="module")

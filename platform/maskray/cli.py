@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +88,7 @@ _KINDS = {
     "ClusterError": "Cluster",
     "TrackingError": "MLflow",
     "StorageError": "Storage",
+    "UnreachableError": "Storage",
     "RunConflictError": "Already running",
 }
 
@@ -160,7 +163,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
     given = {name: getattr(arguments, name) for name in IngestConfig.model_fields if hasattr(arguments, name)}
     config = parse(IngestConfig, given, origin="ingest")
-    with _mapper(arguments.address) as mapper, _Bar() as bar:
+    with _mapper(arguments.address, config) as mapper, _Bar() as bar:
         manifest = ingest(config, mapper, bar.update)
     rows = {name: split.rows for name, split in manifest.splits.items()}
     brought = manifest.origins[-1]
@@ -175,8 +178,8 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _mapper(address: str | None) -> Iterator[Mapper]:
-    """Who does the jobs: Ray where there is an address, else threads."""
+def _mapper(address: str | None, config: IngestConfig | None = None) -> Iterator[Mapper]:
+    """Who does the jobs: Ray where there is an address (and all nodes see an ingest's places), else threads."""
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
         from maskray.data.mapper import thread_mapper
@@ -184,10 +187,12 @@ def _mapper(address: str | None) -> Iterator[Mapper]:
         yield thread_mapper(os.cpu_count() or 1)
         return
     from maskray.config.schema import ClusterConfig
-    from maskray.on_ray.cluster import connected
+    from maskray.on_ray.cluster import check_ingest, connected
     from maskray.on_ray.ingest import ray_mapper
 
     with connected(ClusterConfig(address=address)):
+        if config is not None:
+            check_ingest(config)
         yield ray_mapper()
 
 
@@ -249,9 +254,9 @@ def _data_gc(arguments: argparse.Namespace) -> int:
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.set)
-    from maskray.launch import finished, launch, prepare
+    from maskray.launch import finished, launch, prepare, refuse_if_running
 
-    prepared = prepare(config)  # what is wrong is said before a cluster is started
+    prepared = prepare(config, os.environ.get("MASKRAY_COMMIT"))  # what is wrong is said before a cluster is started
     summary = finished(prepared)
     if summary is None and arguments.launcher == "torch":
         from maskray import bare
@@ -261,6 +266,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         from maskray.on_ray.cluster import connected
         from maskray.on_ray.train import RayLauncher
 
+        refuse_if_running(prepared)
         with connected(config.cluster):
             summary = launch(prepared, RayLauncher())
     if summary is not None:
@@ -369,7 +375,8 @@ def _show(summary: Summary, config: RunConfig) -> None:
     facts.add_row("MLflow run", f"{summary.run_id} (experiment {config.tracking.experiment})")
     facts.add_row("model", f'models:/{summary.model_name}/{summary.model_version} for mlflow.pyfunc.load_model("…")')
     embedded = config.tracking.uri is None
-    facts.add_row("look at it", f"maskray ui --storage {config.storage.path}" if embedded else summary.tracking_uri)
+    interface = f"{_program()} ui --storage {shlex.quote(config.storage.path)}"
+    facts.add_row("look at it", interface if embedded else summary.tracking_uri)
     console.print(facts)
     if summary.judgement is not None:
         console.print(_accuracies(summary.judgement))
@@ -379,6 +386,14 @@ def _show(summary: Summary, config: RunConfig) -> None:
                 "Raw pixels win here: on images this small and clean a linear model needs no encoder. "
                 "What pretraining brought is the step from before to after."
             )
+
+
+def _program() -> str:
+    """What to type for this program: its name where the shell finds it, else the path that it was started by."""
+    if shutil.which("maskray"):
+        return "maskray"
+    started_by = sys.argv[0]
+    return started_by if Path(started_by).name == "maskray" else f"{sys.executable} -m maskray.cli"
 
 
 def _accuracies(judged: Judgement) -> Table:

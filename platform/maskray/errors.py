@@ -7,6 +7,7 @@ MaskrayError (ValueError)     a mistake of the user's, or of what the run was gi
 ├── ClusterError              more than the cluster has, or a cluster that cannot be used this way
 ├── TrackingError             MLflow that cannot be reached or written
 ├── StorageError              a folder or bucket that cannot be read or written
+│   └── UnreachableError      an object store that does not answer, however often it is asked
 └── RunConflictError          the same run is already running somewhere else
 TrainingError (RuntimeError)  the run itself went wrong: not a mistake in what was asked
 ├── NonFiniteError            a loss or gradient norm that is not finite
@@ -74,6 +75,10 @@ class TrackingError(MaskrayError):
 
 class StorageError(MaskrayError):
     """A folder or bucket cannot be read or written."""
+
+
+class UnreachableError(StorageError):
+    """An object store does not answer, however often it is asked."""
 
 
 class RunConflictError(MaskrayError):

@@ -23,7 +23,7 @@ from maskray.data.manifest import kept_versions
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec
-from maskray.errors import CheckpointError, ConfigError, MaskrayError, TrackingError
+from maskray.errors import CheckpointError, ConfigError, MaskrayError, StorageError, TrackingError
 from maskray.evaluation.judgement import Judgement, Scores
 from maskray.evaluation.linear_probe import Accuracy
 from maskray.models.build import build_normalize, initial_model
@@ -57,6 +57,8 @@ class Prepared:
     """The run's folder, below `root`."""
     store: Store
     """MLflow."""
+    commit: str | None = None
+    """Git commit of the package, where it was told from outside."""
 
 
 class Launcher(Protocol):
@@ -115,15 +117,20 @@ class Summary:
         return Summary(**(raw | {"already_finished": True}))
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     """Check all that can be checked without a cluster.
+
+    Args:
+        config: of the run.
+        commit: git commit of the package, where it has left its repository.
 
     Raises:
         MaskrayError: of the kind that is wrong: config, dataset, weights to start from, storage or MLflow.
     """
     config = _with_absolute_paths(config)
-    dataset = Dataset.open(config.data.path, config.data.version)
-    dataset.check(_CHECKED_BYTES)
+    dataset = Dataset.open(config.data.path, config.data.version, unreadable=config.data.unreadable)
+    if config.data.unreadable == "stop":
+        log.info("%d bytes of the dataset's shards are as they were written", dataset.check(_CHECKED_BYTES))
     # Named from here on: images may be added while the run goes on.
     data = config.data.model_copy(update={"version": dataset.manifest.fingerprint})
     config = config.model_copy(update={"data": data})
@@ -135,18 +142,27 @@ def prepare(config: RunConfig) -> Prepared:
         initial_model(config)
     _say_what_is_left_out(config, plan, dataset)
     root = Storage(config.storage.path)
-    root.check_writable()
+    _check_writable(root)
     _say_what_was_begun_on_other_data(root, plan, config)
     store = open_store(config.tracking, root.uri)
     if config.tracking.uri is not None:  # the store keeps the password; what is written down does not
         tracking = config.tracking.model_copy(update={"uri": shown(config.tracking.uri)})
         config = config.model_copy(update={"tracking": tracking})
-    return Prepared(config, plan, dataset, root, root.child(plan.run_name), store)
+    return Prepared(config, plan, dataset, root, root.child(plan.run_name), store, commit)
 
 
 def finished(prepared: Prepared) -> Summary | None:
     """What a run that has ended said at its end; None where it has not."""
     return Summary.load(prepared.run.read_bytes(FINISHED)) if prepared.run.exists(FINISHED) else None
+
+
+def refuse_if_running(prepared: Prepared) -> None:
+    """A look before a cluster is started; `launch` makes sure of it.
+
+    Raises:
+        RunConflictError: another launch has the run.
+    """
+    lease.refuse_if_held(prepared.run, prepared.plan.run_name)
 
 
 def launch(prepared: Prepared, launcher: Launcher) -> Summary:
@@ -156,8 +172,12 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
         MaskrayError: a check failed, before anything was started.
         TrainingError: the run itself went wrong.
     """
-    launcher.preflight(prepared)
+    # The lease comes first: what the launcher waits for may be what the run itself holds.
     with lease.hold(prepared.run, prepared.plan.run_name):
+        done = finished(prepared)  # by the launch that had the lease until now
+        if done is not None:
+            return done
+        launcher.preflight(prepared)
         _keep_to(launcher, prepared)
         prepared.run.write_bytes(DATASET, prepared.dataset.manifest.fingerprint.encode())
         with _tracked(prepared) as run_id:
@@ -228,7 +248,7 @@ def _card(prepared: Prepared) -> RunCard:
         params=plan.identity,
         tags={
             **{f"setting.{k}": v for k, v in settings.items() if k not in params and v != "null"},
-            **mlflow_runs.provenance(Path(__file__).parent),
+            **mlflow_runs.provenance(Path(__file__).parent, prepared.commit),
             "maskray.storage": prepared.run.uri,
             HOST_TAG: socket.gethostname(),
         },
@@ -317,7 +337,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     config = moved(config, "init_from")
     return config.model_copy(
         update={
-            "data": moved(config.data, "path"),
+            "data": moved(moved(config.data, "path"), "cache_folder"),
             "storage": moved(config.storage, "path"),
             "training": moved(config.training, "ledger"),
         }
@@ -341,6 +361,21 @@ def _say_what_was_begun_on_other_data(root: Storage, plan: RunPlan, config: RunC
             log.warning(
                 "%s was begun on another version of the dataset; to go on with it: --set data.version=%s", name, version
             )
+
+
+def _check_writable(root: Storage) -> None:
+    try:
+        root.check_writable()
+    except StorageError as error:  # what it tried to write is of no interest
+        cause = error.__cause__
+        reason = (isinstance(cause, OSError) and cause.strerror) or error.found
+        raise StorageError(
+            "runs cannot be kept there",
+            key="storage.path",
+            found=f"{root.uri} ({reason})",
+            allowed="a folder that this user may write to, or s3://bucket/prefix",
+            fix=error.fix,
+        ) from error
 
 
 def _say_what_is_left_out(config: RunConfig, plan: RunPlan, dataset: Dataset) -> None:

@@ -38,7 +38,7 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         TrainingError: the run itself went wrong.
     """
     threads = settle(config)
-    dataset = Dataset.open(config.data.path, config.data.version)
+    dataset = Dataset.open(config.data.path, config.data.version, unreadable=config.data.unreadable)
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
 

@@ -28,6 +28,7 @@ OWNERS: dict[str, set[str]] = {
     "yaml": {"config"},
     "pyarrow": {"data"},
     "s3fs": {"data"},
+    "botocore": {"data/s3", "data/sources/files"},
     "torchcodec": {"data"},
     "PIL": {"data"},
     "tifffile": {"data"},

@@ -70,7 +70,7 @@ def ingest(config: IngestConfig, mapper: Mapper, progress: Progress | None = Non
     """
     report = progress or _no_progress
     storage = Storage(config.destination)
-    base = newest(storage)
+    base = newest(storage, "destination")
     source = open_source(config.source)
     if base is None:
         _refuse_other_things(storage)

@@ -213,22 +213,35 @@ def _write_rows(job: _ShardJob) -> Shard:
 
 
 def _row(parts: Parts, read: Callable[[Entry], bytes], image: _Image) -> Row:
-    if image.at < 0:
-        try:
-            data = read(image.entry)
-        except OSError as error:
-            raise _changed(image, str(error)) from error
-    else:
-        with parts.open_staged(image.chunk) as staged:
-            data = staged.read_at(image.size, image.at)
-    if hashlib.sha256(data).digest() != image.stored:
-        if image.at >= 0:
-            raise DataError(
-                f"a part of this ingest is damaged; it is in {parts.place}", fix="delete that, and ingest again"
-            )
-        raise _changed(image, "other bytes than a moment ago")
+    data = _read_staged(parts, image) if image.at >= 0 else _read_again(read, image)
     entry = image.entry
     return Row(entry.key, data, entry.label, image.width, image.height, image.channels, image.sha256)
+
+
+def _read_staged(parts: Parts, image: _Image) -> bytes:
+    try:
+        data = parts.read_staged(image.chunk, image.at, image.size)
+    except OSError as error:
+        raise _damaged(parts, str(error)) from error
+    if hashlib.sha256(data).digest() != image.stored:
+        raise _damaged(parts, f"other bytes than were staged of {image.entry.key}")
+    return data
+
+
+def _read_again(read: Callable[[Entry], bytes], image: _Image) -> bytes:
+    try:
+        data = read(image.entry)
+    except OSError as error:
+        raise _changed(image, str(error)) from error
+    if hashlib.sha256(data).digest() != image.stored:
+        raise _changed(image, "other bytes than a moment ago")
+    return data
+
+
+def _damaged(parts: Parts, found: str) -> DataError:
+    return DataError(
+        f"a part of this ingest in {parts.place} is damaged", found=found, fix="delete that folder, and ingest again"
+    )
 
 
 def _carried_rows(job: _ShardJob) -> Iterator[Row]:

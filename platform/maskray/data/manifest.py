@@ -19,6 +19,8 @@ from maskray.data.storage import TEMPORARY, Storage
 from maskray.errors import DataError
 
 SCHEMA_VERSION = 2
+KEY = "data.path"
+"""The key that errors name: who reads a dataset trains on it."""
 MANIFEST = "manifest.json"
 VERSIONS = "versions"
 """Folder of the manifests of all versions, each under its fingerprint; `manifest.json` is the newest."""
@@ -203,8 +205,13 @@ class Manifest:
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
     @staticmethod
-    def load(content: bytes, place: str) -> Manifest:
+    def load(content: bytes, place: str, key: str = KEY) -> Manifest:
         """From JSON.
+
+        Args:
+            content: of the file.
+            place: of the dataset.
+            key: that names the place.
 
         Raises:
             DataError: of another schema version, or not as it was written.
@@ -214,10 +221,11 @@ class Manifest:
             raw = json.loads(content)
             version = raw["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"the manifest of {place} cannot be read", found=str(error), fix=again) from error
+            raise DataError(f"the manifest of {place} cannot be read", key=key, found=str(error), fix=again) from error
         if version != SCHEMA_VERSION:
             raise DataError(
                 f"{place} was written with another schema version",
+                key=key,
                 found=version,
                 allowed=f"{SCHEMA_VERSION} (this version of maskray)",
                 fix="ingest again, or use the version of maskray that wrote it",
@@ -225,11 +233,12 @@ class Manifest:
         try:
             manifest = _manifest_from(raw)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"the manifest of {place} is incomplete", found=repr(error), fix=again) from error
+            raise DataError(f"the manifest of {place} is incomplete", key=key, found=repr(error), fix=again) from error
         expected = manifest.expected_fingerprint()
         if manifest.fingerprint != expected:
             raise DataError(
                 f"the manifest of {place} was changed after it was written",
+                key=key,
                 found=f"fingerprint {manifest.fingerprint}, content {expected}",
                 fix=again,
             )
@@ -250,10 +259,10 @@ def _manifest_from(raw: dict[str, Any]) -> Manifest:
 # ------------------------------------------------------------------------------------------------------------ versions
 
 
-def newest(storage: Storage) -> Manifest | None:
-    """The newest version of the dataset at a place; None where there is none."""
+def newest(storage: Storage, key: str = KEY) -> Manifest | None:
+    """The newest version of the dataset at a place, which `key` names; None where there is none."""
     try:
-        return Manifest.load(storage.read_bytes(MANIFEST), storage.uri)
+        return Manifest.load(storage.read_bytes(MANIFEST), storage.uri, key)
     except FileNotFoundError:
         return None
 

@@ -70,9 +70,9 @@ class Parts:
         with self.storage.open_output(self._name("survey", f"{number:05d}.parquet")) as stream:
             pq.write_table(table, stream)
 
-    def open_staged(self, number: int) -> Any:
-        """The kept images of a chunk, as a file for reads at any offset."""
-        return self.storage.open_input_file(self._name("staging", f"{number:05d}.bin"))
+    def read_staged(self, number: int, at: int, size: int) -> bytes:
+        """A kept image of a chunk."""
+        return self.storage.read_range(self._name("staging", f"{number:05d}.bin"), at, size)
 
     def save_shard(self, shard: Shard, content: str) -> None:
         """Note a shard that is whole, and what is in it."""

@@ -13,20 +13,30 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maskray.config.resolve import DatasetFacts
-from maskray.data.manifest import MANIFEST, SPLITS, VERSIONS, Ints, Manifest, Shard, SplitName, kept_versions, newest
+from maskray.data.manifest import (
+    KEY,
+    MANIFEST,
+    SPLITS,
+    VERSIONS,
+    Ints,
+    Manifest,
+    Shard,
+    SplitName,
+    kept_versions,
+    newest,
+)
+from maskray.data.row_groups import ParquetPlace, read_row_group
 from maskray.data.storage import Storage
-from maskray.errors import DataError
+from maskray.errors import DataError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +52,6 @@ SHARD_SCHEMA = pa.schema(
     ]
 )
 
-_FOOTERS_KEPT = 64
 _CHUNK_BYTES = 8 * 2**20
 
 
@@ -151,19 +160,18 @@ class Dataset:
                 groups.append(groups[-1] - (-shard.rows // manifest.group_rows))
                 rows.append(rows[-1] + shard.rows)
             self._first_group[name], self._first_row[name] = groups, rows
-        self._footers: OrderedDict[str, Any] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dataset, (self.storage, self.manifest)
 
     @staticmethod
-    def open(path: str, version: str | None = None) -> Dataset:
+    def open(path: str, version: str | None = None, *, unreadable: Literal["stop", "skip"] = "stop") -> Dataset:
         """The dataset at a folder or URI, after a look at each shard's size.
 
         Args:
             path: where it lies.
             version: its fingerprint; None takes the newest.
+            unreadable: "skip" only warns of a shard that is missing or of another size.
 
         Raises:
             DataError: no such folder; no manifest; no such version; another schema version; a manifest that was
@@ -177,7 +185,10 @@ class Dataset:
         if version is not None and version != manifest.fingerprint:
             manifest = _older(storage, version, manifest)
         dataset = Dataset(storage, manifest)
-        dataset._check_sizes()
+        for problem in dataset._wrong_sizes():
+            if unreadable == "stop":
+                raise problem
+            logger.warning("%s", problem)
         return dataset
 
     def facts(self) -> DatasetFacts:
@@ -201,16 +212,18 @@ class Dataset:
         """One row group, by a read of its range alone; every page's checksum is verified.
 
         Raises:
-            DataError: the shard is missing or damaged.
+            DataError: the shard is missing, damaged, or in an object store that does not answer.
+            StorageError: the storage refuses to be read.
         """
-        index = bisect_right(self._first_group[split], group) - 1
-        shard = self.manifest.splits[split].shards[index]
-        within = group - self._first_group[split][index]
+        shard, within, first_row = self._locate(group, split)
+        problem = f"row group {within} of {shard.name} cannot be read"
         try:
             table = self._read(shard, within)
-        except (OSError, pa.ArrowException) as error:
-            raise self._damaged(shard, f"row group {within} of {shard.name} cannot be read", str(error)) from error
-        first_row = self._first_row[split][index] + within * self.manifest.group_rows
+        except UnreachableError as error:
+            again = "launch again when the object store answers: the run goes on where it stopped"
+            raise DataError(f"{self.storage.uri}: {problem}", found=error.found, fix=again) from error
+        except OSError as error:
+            raise self._damaged(shard, problem, str(error)) from error
         labels = table["label"].to_numpy() if self.manifest.class_names else None
         return Group(
             rows=np.arange(first_row, first_row + table.num_rows),
@@ -219,20 +232,34 @@ class Dataset:
             labels=None if labels is None else labels.astype(np.int64),
         )
 
+    def slots(self, group: int, split: SplitName = "train") -> tuple[Ints, list[str]]:
+        """Row numbers of a row group that cannot be read, and stand-ins for its keys, `shard#row`: always the same."""
+        shard, within, first_row = self._locate(group, split)
+        first = within * self.manifest.group_rows
+        num_rows = min(self.manifest.group_rows, shard.rows - first)
+        return np.arange(first_row, first_row + num_rows), [f"{shard.name}#{first + i}" for i in range(num_rows)]
+
+    def _locate(self, group: int, split: SplitName) -> tuple[Shard, int, int]:
+        """The shard that holds a row group, its number there, and the number of its first row in the split."""
+        index = bisect_right(self._first_group[split], group) - 1
+        within = group - self._first_group[split][index]
+        first_row = self._first_row[split][index] + within * self.manifest.group_rows
+        return self.manifest.splits[split].shards[index], within, first_row
+
     def iter_groups(self, split: SplitName = "train") -> Iterator[Group]:
         """All row groups in the order of rows, the short last one included."""
         for group in range(self._first_group[split][-1]):
             yield self.read_group(group, split)
 
     def check(self, max_bytes: int | None = None) -> int:
-        """Compare the checksums of shards, up to `max_bytes` of them; the number of bytes compared.
+        """Compare checksums of the first shard, and of others up to `max_bytes` in all; the number of bytes compared.
 
         Raises:
             DataError: a shard is not as it was written.
         """
         done = 0
         for shard in self.manifest.shards:
-            if max_bytes is not None and done + shard.size > max_bytes:
+            if max_bytes is not None and done and done + shard.size > max_bytes:
                 break
             found = sha256_of(self.storage, shard.name)
             if found != shard.sha256:
@@ -241,33 +268,26 @@ class Dataset:
         return done
 
     def _read(self, shard: Shard, group: int) -> Any:
-        with self._lock:
-            footer = self._footers.get(shard.name)
-            if footer is not None:
-                self._footers.move_to_end(shard.name)
-        source = self.storage.open_input_file(shard.name)
-        with source, pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as file:
-            if footer is None:
-                with self._lock:
-                    self._footers[shard.name] = file.metadata
-                    while len(self._footers) > _FOOTERS_KEPT:
-                        self._footers.popitem(last=False)
-            # Threads are the caller's: one for each row group in flight.
-            return file.read_row_group(group, columns=["key", "image", "label"], use_threads=False)
+        chunks = len(SHARD_SCHEMA) * -(-shard.rows // self.manifest.group_rows)
+        file = ParquetPlace(self.storage, shard.name, shard.size, shard.sha256, chunks)
+        return read_row_group(file, group, ("key", "image", "label"))
 
-    def _check_sizes(self) -> None:
+    def _wrong_sizes(self) -> Iterator[DataError]:
         sizes = {f"{split}/{n}": s for split in SPLITS for n, s in self.storage.list_sizes(split).items()}
         for shard in self.manifest.shards:
             size = sizes.get(shard.name)
             if size is None:
-                raise self._damaged(shard, f"{shard.name} is missing")
-            if size != shard.size:
-                raise self._damaged(shard, f"{shard.name} has another size", f"{size} bytes, {shard.size} expected")
+                yield self._damaged(shard, f"{shard.name} is missing")
+            elif size != shard.size:
+                yield self._damaged(shard, f"{shard.name} has another size", f"{size} bytes, {shard.size} expected")
 
     def _damaged(self, shard: Shard, problem: str, found: str | None = None) -> DataError:
         place = self.storage.join(shard.name)
-        fix = f"ingest again into {self.storage.uri} (it writes damaged shards anew), or restore {place} from a copy"
-        return DataError(f"{self.storage.uri}: {problem}", found=found, fix=fix)
+        fix = (
+            f"ingest again into {self.storage.uri} (it writes damaged shards anew), restore {place} from a copy, "
+            "or train without its images (data.unreadable: skip)"
+        )
+        return DataError(f"{self.storage.uri}: {problem}", key=KEY, found=found or place, fix=fix)
 
 
 def _older(storage: Storage, version: str, last: Manifest) -> Manifest:
@@ -289,11 +309,14 @@ def no_manifest(storage: Storage) -> DataError:
     if not storage.exists():
         return DataError(
             "there is no such dataset",
+            key=KEY,
             found=storage.uri,
             fix=f"check the path, or make it: maskray ingest SOURCE {storage.uri}",
         )
     return DataError(
-        f"{storage.uri} has no {MANIFEST}: it is no dataset, or its ingest did not finish",
+        f"there is no {MANIFEST}: this is no dataset, or its ingest did not finish",
+        key=KEY,
+        found=storage.uri,
         fix=f"ingest again: maskray ingest SOURCE {storage.uri}",
     )
 

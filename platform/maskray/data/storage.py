@@ -5,17 +5,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from pyarrow import fs
 
-from maskray.errors import StorageError
+from maskray.data import s3
+from maskray.data.retry import Patience, persistently
+from maskray.errors import StorageError, UnreachableError
+
+T = TypeVar("T")
 
 TEMPORARY = ".tmp-"
 """Prefix of files that are still being written. A killed writer leaves one; nothing ever reads it."""
+PATIENCE = Patience()
+_SPOOLED_BYTES = 16 * 2**20
+_COPIED_BYTES = 8 * 2**20
 
 
 class Storage:
@@ -37,12 +47,18 @@ class Storage:
             # Ray's workers run in another folder: a relative path would name another place there.
             root = Path(text.removeprefix("file://")).expanduser().absolute()
             self.uri = self._root = str(root)
-            self._fs = fs.LocalFileSystem()
+            self._s3, self._fs = None, fs.LocalFileSystem()
+            self._streams = self._fs
             return
-        self.uri = text
+        self.uri, self._s3 = text, None
         with self._explained("open"):
             try:
-                self._fs, self._root = fs.FileSystem.from_uri(text)
+                if text.startswith(s3.SCHEME):
+                    self._s3, self._root = s3.connect(text)
+                    self._fs, self._streams = self._s3.once, self._s3.patient
+                else:
+                    self._fs, self._root = fs.FileSystem.from_uri(text)
+                    self._streams = self._fs
             except ValueError as error:
                 raise StorageError(
                     "this kind of storage is not known", found=text, allowed="a local path or s3://bucket/prefix"
@@ -70,20 +86,40 @@ class Storage:
 
         Raises:
             FileNotFoundError: there is no such file.
+            UnreachableError: the object store did not answer, however often it was asked.
             StorageError: it cannot be read.
         """
-        with self._explained("read", name), self._fs.open_input_stream(self._path(name)) as stream:
-            return bytes(stream.read())
+
+        def read() -> bytes:
+            with self._fs.open_input_file(self._path(name)) as file:
+                return s3.read_exactly(file, 0, file.size())
+
+        return self._persistently("read", name, read)
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Part of a file that does not change once it is written: on S3 one request. Raises as `read_bytes` does.
+
+        Raises:
+            ShortReadError: the file ends before that.
+        """
+
+        def read() -> bytes:
+            if self._s3 is not None:
+                return self._s3.read_range(self._path(name), offset, length)
+            with self._fs.open_input_file(self._path(name)) as file:
+                return s3.read_exactly(file, offset, length)
+
+        return self._persistently("read", name, read)
 
     def open_input_file(self, name: str) -> Any:
         """A pyarrow file for reads at any offset; close it. Raises as `read_bytes` does."""
         with self._explained("read", name):
-            return self._fs.open_input_file(self._path(name))
+            return self._streams.open_input_file(self._path(name))
 
     def exists(self, name: str = "") -> bool:
         """Whether there is a file or folder of this name."""
-        with self._explained("look for", name):
-            return bool(self._fs.get_file_info(self._path(name)).type != fs.FileType.NotFound)
+        info = self._persistently("look for", name, lambda: self._fs.get_file_info(self._path(name)))
+        return bool(info.type != fs.FileType.NotFound)
 
     def list_names(self, folder: str = "") -> list[str]:
         """Sorted names of the files and folders right below a folder; none where it does not exist."""
@@ -95,26 +131,29 @@ class Storage:
 
     def _infos(self, folder: str) -> list[Any]:
         selector = fs.FileSelector(self._path(folder), recursive=False, allow_not_found=True)
-        with self._explained("list", folder):
-            return list(self._fs.get_file_info(selector))
+        return self._persistently("list", folder, lambda: list(self._fs.get_file_info(selector)))
 
     # -------------------------------------------------------------------------------------------------------- writing
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file, over an old one if there is one."""
-        with self.open_output(name) as stream:
-            stream.write(content)
+        if self.is_local:
+            with self.open_output(name) as stream:
+                stream.write(content)
+        else:
+            self._upload(name, BytesIO(content))
 
     @contextlib.contextmanager
     def open_output(self, name: str) -> Iterator[Any]:
-        """A pyarrow stream whose content appears under `name` when the block ends well, and never otherwise.
+        """A binary stream whose content appears under `name` when the block ends well, and never otherwise.
 
-        On S3 a failed block can leave an object that is cut short where none was before: write the file that says that
-        the others are whole last.
+        What goes to an object store lies on this machine's disk until then: so a lost connection begins the upload
+        anew, and not the work that made the content.
         """
         if not self.is_local:
-            with self._explained("write", name), self._fs.open_output_stream(self._path(name)) as stream:
-                yield stream
+            with tempfile.SpooledTemporaryFile(max_size=_SPOOLED_BYTES, prefix="maskray-") as spool:
+                yield spool
+                self._upload(name, spool)
             return
         target = Path(self._path(name))
         partial = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{target.name}")
@@ -127,17 +166,24 @@ class Storage:
             finally:
                 partial.unlink(missing_ok=True)
 
+    def _upload(self, name: str, content: IO[bytes]) -> None:
+        def upload() -> None:
+            content.seek(0)
+            with self._streams.open_output_stream(self._path(name)) as stream:
+                shutil.copyfileobj(content, stream, _COPIED_BYTES)
+
+        self._persistently("write", name, upload)
+
     def create_exclusive(self, name: str, content: bytes) -> bool:
         """Create a file that must not exist yet; False where it does. For locks, so `content` should name its writer.
 
-        Exact on a local disk. S3 through pyarrow has no such request: there it writes and reads back, and the writer
-        whose content stayed has it.
+        Exact on a local disk and on S3. An object store without conditional writes is written and read back, and the
+        writer whose content stayed has it.
         """
         if self.exists(name):
             return False
         if not self.is_local:
-            self.write_bytes(name, content)
-            return self.read_bytes(name) == content
+            return self._create_object(name, content)
         target = Path(self._path(name))
         with self._explained("create", name):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,14 +198,29 @@ class Storage:
                 os.close(handle)
         return True
 
+    def _create_object(self, name: str, content: bytes) -> bool:
+        with self._explained("create", name):
+            created = self._s3.create_exclusive(self._path(name), content) if self._s3 is not None else None
+        if created:
+            return True
+        if created is None:
+            self.write_bytes(name, content)
+        try:  # it may be there because our first request came through and its answer did not
+            return self.read_bytes(name) == content
+        except FileNotFoundError:  # its holder has just given it back
+            return False
+
     def delete(self, name: str) -> None:
         """Delete a file or a folder with all that is in it; nothing happens where there is none."""
-        with self._explained("delete", name):
+
+        def delete() -> None:
             kind = self._fs.get_file_info(self._path(name)).type
             if kind == fs.FileType.Directory:
                 self._fs.delete_dir(self._path(name))
             elif kind != fs.FileType.NotFound:
                 self._fs.delete_file(self._path(name))
+
+        self._persistently("delete", name, delete)
 
     def check_writable(self) -> None:
         """Write a small file and delete it.
@@ -174,18 +235,34 @@ class Storage:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
+    def _persistently(self, verb: str, name: str, attempt: Callable[[], T]) -> T:
+        with self._explained(verb, name):
+            if self.is_local:
+                return attempt()
+            return persistently(f"{verb} {self._place(name)}", attempt, s3.is_passing, PATIENCE)
+
     @contextlib.contextmanager
     def _explained(self, verb: str, name: str = "") -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if verb == "read" and isinstance(error, FileNotFoundError):
+            if verb == "read" and isinstance(error, FileNotFoundError | s3.ShortReadError):
                 raise
-            place = self.join(name) if name else self.uri
-            raise StorageError(f"cannot {verb} {place}", found=str(error), fix=_advice(error, self.is_local)) from error
+            if verb == "read" and s3.is_not_there(error):
+                raise FileNotFoundError(errno.ENOENT, str(error)) from error
+            unreachable = not self.is_local and s3.is_passing(error)
+            kind = UnreachableError if unreachable else StorageError
+            raise kind(
+                f"cannot {verb} {self._place(name)}", found=str(error), fix=_advice(error, self.is_local, unreachable)
+            ) from error
+
+    def _place(self, name: str) -> str:
+        return self.join(name) if name else self.uri
 
 
-def _advice(error: OSError, is_local: bool) -> str:
+def _advice(error: OSError, is_local: bool, unreachable: bool) -> str:
+    if unreachable:
+        return "check that the object store answers (AWS_ENDPOINT_URL names another than Amazon's), and start again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "take a folder that this user may write to, or change its permissions"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

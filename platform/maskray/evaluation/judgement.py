@@ -58,7 +58,7 @@ def judge(config: RunConfig, weights: Path, device: torch.device) -> Judgement |
         weights: folder of the checkpoint.
         device: where features are computed.
     """
-    dataset = Dataset.open(config.data.path, config.data.version)
+    dataset = Dataset.open(config.data.path, config.data.version, unreadable=config.data.unreadable)
     if not config.probe.enabled:
         return None
     if not dataset.manifest.class_names or not dataset.num_rows("held_out"):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from maskray.config.schema import RunConfig
+from maskray.data.device import moved
 from maskray.data.stream import Batch
 from maskray.objective import Objective
 from maskray.training.optim import Schedule
@@ -67,19 +68,12 @@ class TrainStep:
         optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
 
     def warm_up(self, batch: Batch) -> None:
-        """One backward on zeros, discarded, before the state is loaded.
+        """One backward on a batch that does not count, discarded, before the state is loaded.
 
         DDP lays its buckets anew after the first backward, and the place in a bucket decides the order in which
         gradients are added: without this a resumed run of three workers and more differs in its last bits.
         """
-        zeros = Batch(
-            images_BCHW=torch.zeros_like(batch.images_BCHW),
-            visible_BHW=batch.visible_BHW,
-            num_visible=batch.num_visible,
-            weights_B=batch.weights_B,
-            keys=batch.keys,
-        )
-        self._backward(zeros)
+        self._backward(batch)
         self._optimizer.zero_grad()
 
     def __call__(self, number: int, batches: list[Batch]) -> None:
@@ -116,18 +110,14 @@ class TrainStep:
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Gradients of a batch; its part of the step's loss and of its weights, as a tensor of two."""
-        images_BCHW = self._normalize(self._moved(batch.images_BCHW))
-        visible_BHW, weights_B = self._moved(batch.visible_BHW), self._moved(batch.weights_B)
+        images_BCHW = self._normalize(moved(batch.images_BCHW, self._device))
+        visible_BHW, weights_B = moved(batch.visible_BHW, self._device), moved(batch.weights_B, self._device)
         with self._autocast:
             pred_BLP = self._model(images_BCHW, visible_BHW, batch.num_visible)
         loss_B = self._objective(images_BCHW, pred_BLP, visible_BHW)
         loss: torch.Tensor = (weights_B * loss_B).sum() / self._global_batch
         (loss * self._world).backward()  # DDP averages the gradients over the workers where their sum is wanted
         return torch.stack([loss.detach(), weights_B.sum()])
-
-    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On the device. From pinned memory, or the host would wait for the copy."""
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
     def _alone(self, alone: bool) -> contextlib.AbstractContextManager[None]:
         if alone and isinstance(self._model, DistributedDataParallel):

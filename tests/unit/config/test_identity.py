@@ -22,10 +22,16 @@ OPERATIONAL: dict[str, set[str] | bool] = {
         "version",  # which is that fingerprint
         "stream",
         "local_bytes",
+        "cache",
+        "cache_folder",
         "groups_per_task",
+        "tasks_per_execution",
+        "actors",
+        "object_store_bytes",
         "prefetch_groups",
         "stall_seconds",
         "decode_threads",
+        "unreadable",
     },
     "training": {
         "micro_batch",
