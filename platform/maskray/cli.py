@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     ingest = commands.add_parser("ingest", help="turn images into a dataset of shards")
-    ingest.add_argument("source", help="a folder of images (class subfolders give labels), or `digits`")
+    ingest.add_argument("source", help="images: a folder, tars, zips, a table or Parquet, here or s3://…; or `digits`")
     ingest.add_argument("destination", help="folder or URI of the dataset")
     for name, field in IngestConfig.model_fields.items():
         if not field.is_required():  # those that are not given take the defaults, or what the dataset was made with

@@ -1,7 +1,7 @@
 """What a killed ingest leaves to the next one: finished parts of both passes, in `.ingest/` at the destination.
 
     .ingest/DIGEST/survey/00000.parquet     what the first pass learned of a chunk of images
-    .ingest/DIGEST/staging/00000.bin        the chunk's re-encoded images, one after the other
+    .ingest/DIGEST/staging/00000.bin        the chunk's images that are kept, one after the other
     .ingest/DIGEST/shards/train-00000.json  a shard that is whole
 
 The digest is over all that the parts depend on, so those of another source or of other options are never taken.
@@ -64,14 +64,14 @@ class Parts:
             return None
 
     def save_survey(self, number: int, table: Any, staged: bytes) -> None:
-        """Keep what was learned of a chunk, and its re-encoded images; the survey last, since it speaks for both."""
+        """Keep what was learned of a chunk, and its kept images; the survey last, since it speaks for both."""
         if staged:
             self.storage.write_bytes(self._name("staging", f"{number:05d}.bin"), staged)
         with self.storage.open_output(self._name("survey", f"{number:05d}.parquet")) as stream:
             pq.write_table(table, stream)
 
     def read_staged(self, number: int, at: int, size: int) -> bytes:
-        """A re-encoded image of a chunk."""
+        """A kept image of a chunk."""
         return self.storage.read_range(self._name("staging", f"{number:05d}.bin"), at, size)
 
     def save_shard(self, shard: Shard, content: str) -> None:

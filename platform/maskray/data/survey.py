@@ -58,7 +58,7 @@ _SEEN = pa.schema(
         pa.field("pixels", pa.int32()),
         pa.field("values", pa.list_(pa.int64())),
         pa.field("squares", pa.list_(pa.int64())),
-        pa.field("at", pa.int64()),  # where in the chunk's staging file; -1: the bytes are those of the source
+        pa.field("at", pa.int64()),  # where in the chunk's staging file; -1: they are read from the source again
         pa.field("size", pa.int32()),
     ]
 )
@@ -159,6 +159,8 @@ class _SurveyJob(NamedTuple):
     resize_short: int | None
     quality: int
     max_pixels: int
+    keeps_bytes: bool
+    """In the staging file, too, where they are those of the source: it would be slow to give them again."""
     threads: int
 
 
@@ -193,7 +195,7 @@ def _jobs(
     sha256 = present.sha256 if present is not None else {}
     for number, entries in _chunks(source.entries):
         known = [sha256.get(entry.key) for entry in entries]
-        options = (config.resize_short, config.quality, config.max_pixels, threads)
+        options = (config.resize_short, config.quality, config.max_pixels, not source.reads_at_random, threads)
         yield _SurveyJob(number, number in kept, parts, source.read, entries, known, *options)
 
 
@@ -223,7 +225,7 @@ def _fetch(read: Callable[[Entry], bytes], entry: Entry) -> bytes | OSError:
 
 
 def _look(data: bytes | OSError, known: bytes | None, job: _SurveyJob) -> tuple[_Seen, bytes | None]:
-    """What there is to know of an image, and its bytes where they are not those of the source."""
+    """What there is to know of an image, and its bytes where they are kept."""
     if isinstance(data, OSError):
         return _Seen(Verdict.BAD, data.strerror or str(data)), None
     sha256 = hashlib.sha256(data).digest()
@@ -234,7 +236,7 @@ def _look(data: bytes | OSError, known: bytes | None, job: _SurveyJob) -> tuple[
         image_CHW = _decoded(data, channels)
     except decode.UndecodableError as error:
         return _Seen(Verdict.BAD, str(error)), None
-    encoded = None
+    encoded = data if job.keeps_bytes else None
     if job.resize_short is not None and min(image_CHW.shape[1:]) > job.resize_short:
         image_CHW = shortened(image_CHW, job.resize_short)
         encoded = decode.encode(image_CHW, job.quality)

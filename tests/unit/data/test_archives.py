@@ -117,7 +117,9 @@ def test_one_folder_around_all_is_no_class(tmp_path, images, caplog):
     assert source.class_names == ("cats", "dogs")
     assert [e.key for e in source.entries] == [f"data/train/{name}" for name in images]
     flat = {name.partition("/")[2]: data for name, data in images.items()}
-    assert open_source(str(make_tar(tmp_path / "b.tar", flat))).class_names == ()
+    for prefix in ("", "data/", "./data/train/"):
+        members = {prefix + name: data for name, data in flat.items()}
+        assert open_source(str(make_tar(tmp_path / "b.tar", members))).class_names == ()
     assert caplog.text == ""
 
 

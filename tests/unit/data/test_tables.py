@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from maskray.data.sources import open_source
+from maskray.data.shards import Dataset
+from maskray.data.sources import open_source, tables
 from maskray.errors import DataError
 
 
@@ -200,3 +201,47 @@ def test_parquet_that_cannot_be_used_says_why(tmp_path, images, monkeypatch):
     monkeypatch.setattr("maskray.data.sources.tables._MAX_GROUP_BYTES", 1000)
     with pytest.raises(DataError, match=r"a row group of a.parquet is too large.*smaller row groups"):
         open_source(str(tmp_path / "a.parquet"))
+
+
+def test_threads_that_read_ahead_read_a_row_group_once(tmp_path, images, monkeypatch):
+    write_hugging_face(tmp_path / "a.parquet", images, group=4)
+    source = open_source(str(tmp_path / "a.parquet"))
+    read, reader = [], type(source.read)
+    read_group = reader.read_group
+    monkeypatch.setattr(
+        reader, "read_group", lambda self, name, group: read.append(group) or read_group(self, name, group)
+    )
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(source.read, source.entries)) == images
+    assert sorted(read) == [0, 1, 2]
+
+
+def test_no_more_row_groups_are_kept_than_fit(tmp_path, images, monkeypatch):
+    monkeypatch.setattr("maskray.data.sources.tables._GROUPS", tables._Groups(max_bytes=1))
+    write_hugging_face(tmp_path / "a.parquet", images, group=4)
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert [source.read(e) for e in source.entries] == images
+    assert len(tables._GROUPS._kept) == 1
+
+
+def test_a_row_group_that_could_not_be_read_is_tried_again():
+    groups = tables._Groups(max_bytes=1)
+    with pytest.raises(OSError, match="not now"):
+        groups.get("a", lambda: (_ for _ in ()).throw(OSError("not now")))
+    assert groups.get("a", lambda: pa.chunked_array([["x"]])).to_pylist() == ["x"]
+
+
+def test_rows_of_parquet_are_not_read_a_second_time_by_ingest(tmp_path, images, monkeypatch, ingest_here):
+    write_hugging_face(tmp_path / "a.parquet", images)
+    source = open_source(str(tmp_path / "a.parquet"))
+    asked, reader = [], type(source.read)
+    call = reader.__call__
+    monkeypatch.setattr(reader, "__call__", lambda self, entry: asked.append(entry.key) or call(self, entry))
+    ingest_here(tmp_path / "a.parquet", tmp_path / "shards", held_out_fraction=0)
+    assert sorted(asked) == [e.key for e in source.entries]
+    rows = {
+        k: d
+        for g in Dataset.open(str(tmp_path / "shards")).iter_groups()
+        for k, d in zip(g.keys, g.images, strict=True)
+    }
+    assert [rows[e.key] for e in source.entries] == images

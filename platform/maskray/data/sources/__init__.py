@@ -87,11 +87,12 @@ def _open_kind(files: Files, listed: Sequence[Listed], text: str) -> Source:
             allowed=f"{ALLOWED}; images have the suffixes {' '.join(sorted(IMAGE_SUFFIXES))}, at any depth",
         )
     if len(kinds) > 1:
+        example = f"{text.rstrip('/')}/*{PurePosixPath(listed[0].name).suffix}"
         raise DataError(
             f"it holds {' and '.join(kinds)}: which are meant?",
             key="source",
             found=text,
-            fix=f"name them ({text.rstrip('/')}/*.tar, say), or move the others away",
+            fix=f"name them (such as {example}), or move the others away",
         )
     match kinds[0]:
         case "images":

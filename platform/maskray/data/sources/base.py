@@ -59,6 +59,8 @@ class Source:
     """Names of the labels 0, 1, …; empty where there are none."""
     stamp: str
     """Equal as long as nothing was touched; cheap, so that a finished ingest is recognised without reading images."""
+    reads_at_random: bool = True
+    """Whether an image costs no more out of the order of `entries`."""
 
 
 class Found(NamedTuple):
@@ -134,7 +136,7 @@ def read_label(text: str) -> Label:
 def class_folders(names: Sequence[str]) -> list[Label]:
     """The folder that each image lies in, right below what is common to all; None where one of them lies in none."""
     parts = [name.split("/") for name in names]
-    while parts and all(len(p) > 2 and p[0] == parts[0][0] for p in parts):
+    while parts and all(len(p) > 1 and p[0] == parts[0][0] for p in parts):
         parts = [p[1:] for p in parts]
     return [p[0] for p in parts] if all(len(p) > 1 for p in parts) else [None] * len(parts)
 

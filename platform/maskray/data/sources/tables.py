@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import threading
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -22,7 +25,9 @@ from maskray.errors import DataError
 _PATH_COLUMNS = ("path", "file_name", "filename", "file", "image_path", "image_file", "image", "uri", "url")
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "bytes", "image_bytes", "picture")
 _LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target")
-_MAX_GROUP_BYTES = 2**31  # each thread that reads holds one row group
+_MAX_GROUP_BYTES = 2**31  # one is held whole
+_KEPT_BYTES = 2**28  # of row groups in a process
+_FOOTERS_KEPT = 256
 
 
 def _choose(names: Sequence[str], candidates: Sequence[str]) -> str | None:
@@ -155,7 +160,7 @@ def open_parquet(files: Files, listed: Sequence[Listed]) -> Source:
     for item in listed:
         found += _opened(files, item, partial(_rows, item, columns))
     reader = _RowReader(files, columns.image, stamp_of(listed))
-    return make_source(found, reader, reader.stamp, columns.class_names)
+    return replace(make_source(found, reader, reader.stamp, columns.class_names), reads_at_random=False)
 
 
 def _opened(files: Files, listed: Listed, use: Callable[[Any], Any]) -> Any:
@@ -209,7 +214,7 @@ def _rows(listed: Listed, columns: _Columns, file: Any) -> list[Found]:
         size = file.metadata.row_group(index).total_byte_size
         if size > _MAX_GROUP_BYTES:
             raise DataError(
-                f"a row group of {listed.name} is too large to be held by each thread that reads",
+                f"a row group of {listed.name} is too large to be held in memory",
                 key="source",
                 found=f"{size} bytes",
                 allowed=f"up to {_MAX_GROUP_BYTES}",
@@ -226,7 +231,7 @@ def _rows(listed: Listed, columns: _Columns, file: Any) -> list[Found]:
 
 @dataclass(frozen=True)
 class _RowReader:
-    """Reads a row by way of its row group, which each thread keeps until it needs another: so read rows in order."""
+    """Reads a row by way of its row group: so read rows in order."""
 
     files: Files
     column: str
@@ -235,8 +240,10 @@ class _RowReader:
 
     def __call__(self, entry: Entry) -> bytes:
         name, row = entry.place.file, entry.place.at
-        first, images = self._group_of(name, row)
-        value = images[row - first].as_py()
+        firsts = _first_rows(self, name)
+        group = bisect_right(firsts, row) - 1
+        images = _GROUPS.get((self, name, group), lambda: self.read_group(name, group))
+        value = images[row - firsts[group]].as_py()
         data = value["bytes"] if isinstance(value, dict) else value
         if data is None:
             path = value.get("path") if isinstance(value, dict) else None
@@ -245,25 +252,58 @@ class _RowReader:
             )
         return bytes(data)
 
-    def _group_of(self, name: str, row: int) -> tuple[int, Any]:
-        """(first row, images) of the row group that holds a row."""
-        kept = getattr(_KEPT, "group", None)
-        if kept is not None and kept.of == (self, name) and 0 <= row - kept.first < len(kept.images):
-            return kept.first, kept.images
+    def first_rows(self, name: str) -> list[int]:
+        """First row of each row group."""
         with self.files.open(name) as raw, pq.ParquetFile(raw) as file:
             lengths = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            firsts = list(accumulate(lengths, initial=0))
-            group = max(i for i in range(len(lengths)) if firsts[i] <= row)
+        return list(accumulate(lengths, initial=0))[:-1]
+
+    def read_group(self, name: str, group: int) -> Any:
+        """The column of images of a row group."""
+        with self.files.open(name) as raw, pq.ParquetFile(raw) as file:
             # Threads are the caller's.
-            images = file.read_row_group(group, columns=[self.column], use_threads=False)[self.column]
-        _KEPT.group = _Kept((self, name), firsts[group], images)
-        return firsts[group], images
+            return file.read_row_group(group, columns=[self.column], use_threads=False)[self.column]
 
 
-class _Kept(NamedTuple):
-    of: tuple[_RowReader, str]
-    first: int
-    images: Any
+@lru_cache(maxsize=_FOOTERS_KEPT)
+def _first_rows(reader: _RowReader, name: str) -> list[int]:
+    return reader.first_rows(name)
 
 
-_KEPT = threading.local()
+class _Groups:
+    """Row groups read last, for all threads of a process: those that read ahead want the same one at the same time."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[object, Future[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: object, load: Callable[[], Any]) -> Any:
+        """What is kept under the key, or what `load` gives: called once, however many ask."""
+        with self._lock:
+            future = self._kept.get(key)
+            is_new = future is None
+            if future is None:
+                future = self._kept[key] = Future()
+            self._kept.move_to_end(key)
+        if is_new:
+            try:
+                future.set_result(load())
+            except BaseException as error:
+                with self._lock:
+                    self._kept.pop(key, None)
+                future.set_exception(error)
+                raise
+            self._trim()
+        return future.result()
+
+    def _trim(self) -> None:
+        with self._lock:
+            while len(self._kept) > 1 and self._bytes() > self._max_bytes:
+                self._kept.popitem(last=False)
+
+    def _bytes(self) -> int:
+        return sum(f.result().nbytes for f in self._kept.values() if f.done() and f.exception() is None)
+
+
+_GROUPS = _Groups(_KEPT_BYTES)
