@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test check chaos bench schema ui clean
+.PHONY: demo test check chaos bench bench-ingest schema ui clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ chaos: $(VENV)/.installed  ## the long form: five kills of workers for each of W
 bench: $(VENV)/.installed  ## see tests/benchmarks/RESULTS.md
 	$(BIN)/python tests/benchmarks/plan.py
 	$(BIN)/python tests/benchmarks/cache.py
+
+bench-ingest: $(VENV)/.installed  ## IMAGENET: a tar of pictures; CIFAR: a tar.gz of small ones in class folders
+	$(BIN)/python tests/benchmarks/ingest.py $(if $(IMAGENET),--imagenet $(IMAGENET)) $(if $(CIFAR),--cifar $(CIFAR))
 
 schema: $(VENV)/.installed  ## JSON Schema for editors
 	$(BIN)/maskray schema > configs/schema.json

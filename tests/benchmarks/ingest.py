@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "platform"))
 
@@ -35,36 +36,49 @@ CORES = len(os.sched_getaffinity(0))
 SHORT, QUALITY = 256, 92
 
 
-def bare(paths: list[Path]) -> float:
-    """Seconds of decoding, resizing and encoding, in a process of its own."""
+class Rate(NamedTuple):
+    """Images a second of all cores."""
+
+    by_clock: float
+    by_cpu: float
+    """If every core had been there for it all the time: what a busy machine does not change much."""
+
+
+def bare(paths: list[Path]) -> tuple[float, float]:
+    """Seconds by the clock and of CPU of decoding, resizing and encoding, in a process of its own."""
     torch.set_num_threads(1)
     encoded = [path.read_bytes() for path in paths]
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for data in encoded:
         image_CHW = decode.decode(data, 3)
         if min(image_CHW.shape[1:]) > SHORT:
             decode.encode(shortened(image_CHW, SHORT), QUALITY)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
-def bare_rate(pool: ProcessPoolExecutor, paths: list[Path], rounds: int) -> float:
-    """Images a second of all cores: each does every file."""
-    seconds = pool.map(bare, [paths * rounds] * CORES)
-    return sum(len(paths) * rounds / each for each in seconds)
+def bare_rate(pool: ProcessPoolExecutor, paths: list[Path], rounds: int) -> Rate:
+    """Each core does every file."""
+    seconds = list(pool.map(bare, [paths * rounds] * CORES))
+    return Rate(*(sum(len(paths) * rounds / each for each in column) for column in zip(*seconds, strict=True)))
 
 
-def ingest_rate(source: Path, **options: object) -> float:
-    """Images a second of a whole ingest."""
+def ingest_rate(source: Path, **options: object) -> Rate:
+    """Of a whole ingest."""
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         config = IngestConfig(source=str(source), destination=f"{folder}/shards", max_bad_fraction=1, **options)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         manifest = ingest(config, thread_mapper(CORES))
-        return (sum(s.rows for s in manifest.splits.values()) + manifest.num_quarantined) / (
-            time.perf_counter() - start
-        )
+        images = sum(s.rows for s in manifest.splits.values()) + manifest.num_quarantined
+        return Rate(images / (time.perf_counter() - start), CORES * images / (time.process_time() - cpu))
 
 
-def imagenet(archive: Path, folder: Path, copies: int, repeats: int) -> dict[str, float]:
+def medians(rates: list[Rate]) -> Rate:
+    """Column by column."""
+    return Rate(*(statistics.median(column) for column in zip(*rates, strict=True)))
+
+
+def imagenet(archive: Path, folder: Path, copies: int, repeats: int) -> dict[str, Rate]:
+    """Both sides, one after the other, again and again."""
     with tarfile.open(archive) as tar:
         tar.extractall(folder / "files", filter="data")
     paths = sorted(path for path in (folder / "files").rglob("*") if path.is_file())
@@ -73,20 +87,27 @@ def imagenet(archive: Path, folder: Path, copies: int, repeats: int) -> dict[str
         target.mkdir(parents=True)
         for copy in range(copies):
             (target / f"{copy}{path.suffix}").hardlink_to(path)
+    bares, ingests = [], []
     with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as pool:
         bare_rate(pool, paths[:8], 1)  # imports
-        both = [
-            (bare_rate(pool, paths, max(1, copies // CORES)), ingest_rate(folder / "images", resize_short=SHORT))
-            for _ in range(repeats)
-        ]
-    rates = [statistics.median(side) for side in zip(*both, strict=True)]
-    return {"bare": rates[0], "ingest": rates[1], "ratio": rates[1] / rates[0]}
+        for _ in range(repeats):
+            bares.append(bare_rate(pool, paths, max(1, copies // CORES)))
+            ingests.append(ingest_rate(folder / "images", resize_short=SHORT))
+    one, two = medians(bares), medians(ingests)
+    return {"bare": one, "ingest": two, "ratio": Rate(two.by_clock / one.by_clock, two.by_cpu / one.by_cpu)}
 
 
-def cifar(archive: Path, folder: Path, repeats: int) -> dict[str, float]:
+def cifar(archive: Path, folder: Path, repeats: int) -> dict[str, Rate]:
+    """Files of 32 × 32 pixels to shards."""
     with tarfile.open(archive) as tar:
         tar.extractall(folder / "cifar", filter="data")
-    return {"ingest": statistics.median(ingest_rate(folder / "cifar") for _ in range(repeats))}
+    return {"ingest": medians([ingest_rate(folder / "cifar") for _ in range(repeats)])}
+
+
+def show(what: str, found: dict[str, Rate]) -> None:
+    """A line of JSON: images a second, and the ratio of ingest to the bare work."""
+    rounded = {name: {k: round(v, 2) for k, v in rate._asdict().items()} for name, rate in found.items()}
+    print(what, json.dumps(rounded))
 
 
 def main() -> None:
@@ -101,10 +122,10 @@ def main() -> None:
     try:
         if given.imagenet:
             found = imagenet(given.imagenet, folder, given.copies, given.repeats)
-            print("ImageNet, images/s:", json.dumps({name: round(value, 3) for name, value in found.items()}))
+            show("ImageNet", found)
         if given.cifar:
             found = cifar(given.cifar, folder, given.repeats)
-            print("CIFAR-10, images/s:", json.dumps({name: round(value) for name, value in found.items()}))
+            show("CIFAR-10", found)
         print(f"{CORES} cores, load {os.getloadavg()[0]:.1f}")
     finally:
         shutil.rmtree(folder)

@@ -98,15 +98,18 @@ class PixelSums:
     def of(image_CHW: np.ndarray[Any, np.dtype[np.uint8]]) -> PixelSums:
         """Of one image: all pixels up to about 64 × 64, else every (side // 64)-th row and column."""
         step_h, step_w = (max(1, side // 64) for side in image_CHW.shape[1:])
-        grid_CP = image_CHW[:, ::step_h, ::step_w].reshape(len(image_CHW), -1).astype(np.float64)
-        if len(grid_CP) in (1, 3):
-            rgb_CP = np.broadcast_to(grid_CP, (3, grid_CP.shape[1]))
-            grid_CP = np.concatenate([rgb_CP, (np.array(_LUMA)[:, None] * rgb_CP).sum(axis=0, keepdims=True)])
+        grid_CP = image_CHW[:, ::step_h, ::step_w].reshape(len(image_CHW), -1)
         # Whole numbers below 2**53 are exact in float64. Not by a matrix product: BLAS starts threads in every job.
+        values_CP = np.empty((4 if len(grid_CP) in (1, 3) else len(grid_CP), grid_CP.shape[1]))
+        if len(grid_CP) in (1, 3):
+            values_CP[:3] = grid_CP
+            np.einsum("c,cp->p", np.array(_LUMA, dtype=np.float64), values_CP[:3], out=values_CP[3])
+        else:
+            values_CP[:] = grid_CP
         return PixelSums(
             grid_CP.shape[1],
-            tuple(int(x) for x in grid_CP.sum(axis=1)),
-            tuple(int(x) for x in np.einsum("cp,cp->c", grid_CP, grid_CP)),
+            tuple(int(x) for x in values_CP.sum(axis=1)),
+            tuple(int(x) for x in np.einsum("cp,cp->c", values_CP, values_CP)),
         )
 
     @staticmethod
