@@ -168,13 +168,13 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
         TrainingError: the run itself went wrong.
     """
     # The lease comes first: what the launcher waits for may be what the run itself holds.
-    with lease.hold(prepared.run, prepared.plan.run_name):
+    with lease.hold(prepared.run, prepared.plan.run_name) as held:
         done = finished(prepared)  # by the launch that had the lease until now
         if done is not None:
             return done
         launcher.preflight(prepared)
         _keep_to(launcher, prepared)
-        with _tracked(prepared) as run_id:
+        with _tracked(prepared, held) as run_id:
             start = time.monotonic()
             launcher.train(prepared, run_id)
             seconds = time.monotonic() - start
@@ -213,7 +213,7 @@ def unstored_metrics() -> TrackingError:
 
 
 @contextmanager
-def _tracked(prepared: Prepared) -> Iterator[str]:
+def _tracked(prepared: Prepared, held: lease.Lease) -> Iterator[str]:
     """The run's one MLflow run, whose status is true at the end: FINISHED, FAILED or KILLED."""
     store = prepared.store
     mlflow_runs.reconcile(store, lambda tags: _is_abandoned(tags, prepared.plan.fingerprint))
@@ -221,6 +221,8 @@ def _tracked(prepared: Prepared) -> Iterator[str]:
     try:
         yield run_id
     except BaseException as error:
+        if held.lost_to is not None:  # the run goes on, in other hands
+            raise
         try:
             if isinstance(error, Exception):
                 mlflow_runs.close_run(store, run_id, "FAILED", str(error))

@@ -40,3 +40,17 @@ def test_a_run_that_another_launch_has_finished_meanwhile_is_not_run_again(prepa
     summary = launch.launch(prepared, Full())
     assert summary.already_finished
     assert summary.run_name == "tiny-0123"
+
+
+def test_a_launch_that_lost_its_run_leaves_the_mlflow_run_to_the_one_that_has_it(prepared: Prepared):
+    held, run_ids = lease.Lease(), []
+
+    def train() -> None:
+        with launch._tracked(prepared, held) as run_id:
+            run_ids.append(run_id)
+            held.lost_to = lease.Holder.this_process()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert prepared.store.client().get_run(run_ids[0]).info.status == "RUNNING"
