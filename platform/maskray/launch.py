@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 import socket
 import tempfile
 import time
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 FINISHED, LAUNCHER = "finished.json", "launcher"
 HOST_TAG = "maskray.host"
 _CHECKED_BYTES = 2**30
+_CREDENTIALS = re.compile(r"secret_key=|//[^/@]*:[^/@]*@")
+_SUMMARY_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,19 @@ class Summary:
 
     def dump(self) -> bytes:
         """As JSON."""
-        return json.dumps(asdict(self), indent=1).encode()
+        return json.dumps({"schema_version": _SUMMARY_VERSION, **asdict(self)}, indent=1).encode()
 
     @staticmethod
     def load(content: bytes) -> Summary:
-        """From JSON, of a run that was finished before."""
+        """From JSON, of a run that was finished before.
+
+        Raises:
+            ValueError: no JSON, or of another schema version.
+            LookupError, TypeError: not as it was written.
+        """
         raw = json.loads(content)
+        if (version := raw.pop("schema_version")) != _SUMMARY_VERSION:
+            raise ValueError(f"schema version {version}, where this version of maskray reads {_SUMMARY_VERSION}")
         judged = raw["judgement"]
         if judged is not None:
             for name in (n for n in ("before", "after", "pixels") if judged[n] is not None):
@@ -114,6 +125,18 @@ class Summary:
                 judged[name] = Scores(Accuracy(*few), every)
             raw["judgement"] = Judgement(**judged)
         return Summary(**(raw | {"already_finished": True}))
+
+    @staticmethod
+    def unknown(prepared: Prepared) -> Summary:
+        """Of a run that was finished before and whose own summary cannot be read."""
+        name, steps, uri = prepared.plan.run_name, prepared.plan.total_steps, shown(prepared.store.uri)
+        nan = float("nan")
+        return Summary(name, "unknown", uri, steps, nan, nan, nan, None, "unknown", "unknown", already_finished=True)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is more to say than that the run is finished."""
+        return not math.isnan(self.seconds)
 
 
 def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
@@ -148,7 +171,13 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
 
 def finished(prepared: Prepared) -> Summary | None:
     """What a run that has ended said at its end; None where it has not."""
-    return Summary.load(prepared.run.read_bytes(FINISHED)) if prepared.run.exists(FINISHED) else None
+    try:
+        return Summary.load(prepared.run.read_bytes(FINISHED))
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        log.warning("The run is finished, but %s cannot be read: %r", prepared.run.join(FINISHED), error)
+        return Summary.unknown(prepared)
 
 
 def refuse_if_running(prepared: Prepared) -> None:
@@ -324,9 +353,13 @@ def _log_start(prepared: Prepared, run_id: str, judgement: Judgement) -> None:
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     def moved(section: Any, key: str) -> Any:
         value = getattr(section, key)
-        if value is not None and "secret_key=" in value:
+        if value is not None and _CREDENTIALS.search(value):
             raise ConfigError(
-                "credentials do not belong into a config", key=key, fix="set AWS_SECRET_ACCESS_KEY instead"
+                "credentials do not belong into a config, which is kept with the run",
+                key=key,
+                found=shown(value.partition("?")[0]),
+                allowed="s3://bucket/prefix",
+                fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead",
             )
         return section if value is None else section.model_copy(update={key: Storage(value).uri})
 

@@ -76,7 +76,7 @@ def open_store(config: TrackingConfig, storage_path: str) -> Store:
 
 
 def shown(uri: str) -> str:
-    """A URI without its password."""
+    """A URI, or a text with one in it, without its password."""
     return re.sub(r"//[^/@]*@", "//***@", uri)
 
 
@@ -176,7 +176,7 @@ def _probe_port(uri: str) -> None:
         raise TrackingError(
             "no database answers there",
             key="tracking.uri",
-            found=f"{shown(uri)} ({error})",
+            found=f"{shown(uri)} ({shown(str(error))})",
             fix="start it, or check host, port and network",
         ) from error
 
@@ -204,7 +204,7 @@ def _is_json(text: str) -> bool:
 
 def reason(error: Exception) -> str:
     """The innermost cause that an error of `requests` spells out."""
-    text = str(error)
+    text = shown(str(error))
     found = re.findall(r"(Connection refused|Name or service not known|Temporary failure in name resolution|timed out"
                        r"|No route to host|Network is unreachable|certificate verify failed)", text)  # fmt: skip
     return found[-1] if found else text[:200]
@@ -220,7 +220,7 @@ def _open(uri: str, experiment: str, artifacts: str | None) -> Store:
     except MlflowException as error:
         fix = "mlflow db upgrade " + shown(uri) if "out-of-date database schema" in str(error) else None
         raise TrackingError(
-            "MLflow's store cannot be used", key="tracking.uri", found=f"{shown(uri)} ({error})", fix=fix
+            "MLflow's store cannot be used", key="tracking.uri", found=f"{shown(uri)} ({shown(str(error))})", fix=fix
         ) from error
     if found.lifecycle_stage != "active":
         raise TrackingError(
