@@ -23,7 +23,7 @@ check: $(VENV)/.installed  ## format, lint, types, guards
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/guards
 
-chaos: $(VENV)/.installed  ## the long form: five kills of workers for each of W = 1, 2, 4, and two stops of the driver
+chaos: $(VENV)/.installed  ## the long form: five kills of workers and five of the driver, for each of W = 1, 2, 4; a SIGTERM
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.installed  ## see tests/benchmarks/RESULTS.md
