@@ -65,7 +65,8 @@ def tiny(digits: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """A config that trains in a second, with sections laid over it: `tiny(optim={"steps": 4})`."""
 
     def build(**sections: object) -> RunConfig:
-        places = {"data": {"path": str(digits)}, "storage": {"path": str(tmp_path / "runs")}}
+        data = {"path": str(digits), "cache_folder": str(tmp_path / "cache")}
+        places = {"data": data, "storage": {"path": str(tmp_path / "runs")}}
         return parse(RunConfig, merge(merge(TINY, places), sections))
 
     return build

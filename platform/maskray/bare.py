@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from maskray.config.schema import RunConfig
-from maskray.data.shards import decoded_bytes
 from maskray.errors import CheckpointError, ClusterError, ConfigError, StorageError
 from maskray.evaluation.judgement import Judgement, judge
 from maskray.launch import Prepared, Summary, launch, unstored_metrics
@@ -92,16 +91,13 @@ class BareLauncher:
         pretrain(prepared.config, self._context(prepared), tracker)
 
     def _context(self, prepared: Prepared) -> LocalContext:
-        data = prepared.config.data
         return LocalContext(
             Path(prepared.run.uri),
+            prepared.config.data,
             rank=self._rank,
             world_size=self._world_size,
             device=self._device(prepared.config),
-            decode_threads=data.decode_threads,
-            prefetch_groups=data.prefetch_groups,
             keep_checkpoints=prepared.config.storage.keep_checkpoints,
-            cache=decoded_bytes(prepared.dataset, data.channels) <= data.local_bytes,
         )
 
     @staticmethod

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,7 +160,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.set)
-    from maskray.launch import finished, launch, prepare
+    from maskray.launch import finished, launch, prepare, refuse_if_running
 
     prepared = prepare(config)  # what is wrong is said before a cluster is started
     summary = finished(prepared)
@@ -170,6 +172,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         from maskray.on_ray.cluster import connected
         from maskray.on_ray.train import RayLauncher
 
+        refuse_if_running(prepared)
         with connected(config.cluster):
             summary = launch(prepared, RayLauncher())
     if summary is not None:
@@ -203,7 +206,8 @@ def _show(summary: Summary, config: RunConfig) -> None:
     facts.add_row("MLflow run", f"{summary.run_id} (experiment {config.tracking.experiment})")
     facts.add_row("model", f'models:/{summary.model_name}/{summary.model_version} for mlflow.pyfunc.load_model("…")')
     embedded = config.tracking.uri is None
-    facts.add_row("look at it", f"maskray ui --storage {config.storage.path}" if embedded else summary.tracking_uri)
+    interface = f"{_program()} ui --storage {shlex.quote(config.storage.path)}"
+    facts.add_row("look at it", interface if embedded else summary.tracking_uri)
     console.print(facts)
     if summary.judgement is not None:
         console.print(_accuracies(summary.judgement))
@@ -213,6 +217,14 @@ def _show(summary: Summary, config: RunConfig) -> None:
                 "Raw pixels win here: on images this small and clean a linear model needs no encoder. "
                 "What pretraining brought is the step from before to after."
             )
+
+
+def _program() -> str:
+    """What to type for this program: its name where the shell finds it, else the path that it was started by."""
+    if shutil.which("maskray"):
+        return "maskray"
+    started_by = sys.argv[0]
+    return started_by if Path(started_by).name == "maskray" else f"{sys.executable} -m maskray.cli"
 
 
 def _accuracies(judged: Judgement) -> Table:

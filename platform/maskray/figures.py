@@ -1,6 +1,7 @@
 """Arrays in, PNG out. No window, no pyplot, no state: a figure is made, rendered and dropped.
 
-Shape letters: N images, C channels (1 or 3), H and W down and across (pixels of an image, cells of a visibility).
+Shape letters: N images, C channels (of many, the first three are shown), H and W down and across (pixels of an image,
+cells of a visibility).
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ def _grid(columns: Sequence[tuple[str, Bytes]], *, title: str, note: str, row_na
 
 
 def _rgb(images_NCHW: Bytes) -> Bytes:
+    """Gray, or the first three of any number of bands as if they were red, green and blue (of two, the first)."""
     images = images_NCHW.transpose(0, 2, 3, 1)
-    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
+    return images[..., :3] if images.shape[3] >= 3 else np.repeat(images[..., :1], 3, axis=3)
 
 
 def _to_pixels(cells_NHW: Bools, size_HW: tuple[int, int]) -> Bools:

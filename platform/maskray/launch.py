@@ -22,7 +22,7 @@ from maskray.config.schema import RunConfig
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec
-from maskray.errors import CheckpointError, ConfigError, MaskrayError, TrackingError
+from maskray.errors import CheckpointError, ConfigError, MaskrayError, StorageError, TrackingError
 from maskray.evaluation.judgement import Judgement, Scores
 from maskray.evaluation.linear_probe import Accuracy
 from maskray.models.build import build_normalize, initial_model
@@ -123,7 +123,7 @@ def prepare(config: RunConfig) -> Prepared:
     config = _with_absolute_paths(config)
     dataset = Dataset.open(config.data.path, unreadable=config.data.unreadable)
     if config.data.unreadable == "stop":
-        dataset.check(_CHECKED_BYTES)
+        log.info("%d bytes of the dataset's shards are as they were written", dataset.check(_CHECKED_BYTES))
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
     log.info("%d of %d cells visible", spec.num_visible, spec.grid_HW[0] * spec.grid_HW[1])
@@ -132,7 +132,7 @@ def prepare(config: RunConfig) -> Prepared:
         initial_model(config)
     _say_what_is_left_out(config, plan, dataset)
     root = Storage(config.storage.path)
-    root.check_writable()
+    _check_writable(root)
     store = open_store(config.tracking, root.uri)
     if config.tracking.uri is not None:  # the store keeps the password; what is written down does not
         tracking = config.tracking.model_copy(update={"uri": shown(config.tracking.uri)})
@@ -145,6 +145,15 @@ def finished(prepared: Prepared) -> Summary | None:
     return Summary.load(prepared.run.read_bytes(FINISHED)) if prepared.run.exists(FINISHED) else None
 
 
+def refuse_if_running(prepared: Prepared) -> None:
+    """A look before a cluster is started; `launch` makes sure of it.
+
+    Raises:
+        RunConflictError: another launch has the run.
+    """
+    lease.refuse_if_held(prepared.run, prepared.plan.run_name)
+
+
 def launch(prepared: Prepared, launcher: Launcher) -> Summary:
     """Run to the end: train (or go on), judge, register.
 
@@ -152,8 +161,12 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
         MaskrayError: a check failed, before anything was started.
         TrainingError: the run itself went wrong.
     """
-    launcher.preflight(prepared)
+    # The lease comes first: what the launcher waits for may be what the run itself holds.
     with lease.hold(prepared.run, prepared.plan.run_name):
+        done = finished(prepared)  # by the launch that had the lease until now
+        if done is not None:
+            return done
+        launcher.preflight(prepared)
         _keep_to(launcher, prepared)
         with _tracked(prepared) as run_id:
             start = time.monotonic()
@@ -312,11 +325,26 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     config = moved(config, "init_from")
     return config.model_copy(
         update={
-            "data": moved(config.data, "path"),
+            "data": moved(moved(config.data, "path"), "cache_folder"),
             "storage": moved(config.storage, "path"),
             "training": moved(config.training, "ledger"),
         }
     )
+
+
+def _check_writable(root: Storage) -> None:
+    try:
+        root.check_writable()
+    except StorageError as error:  # what it tried to write is of no interest
+        cause = error.__cause__
+        reason = (isinstance(cause, OSError) and cause.strerror) or error.found
+        raise StorageError(
+            "runs cannot be kept there",
+            key="storage.path",
+            found=f"{root.uri} ({reason})",
+            allowed="a folder that this user may write to, or s3://bucket/prefix",
+            fix=error.fix,
+        ) from error
 
 
 def _say_what_is_left_out(config: RunConfig, plan: RunPlan, dataset: Dataset) -> None:

@@ -81,8 +81,9 @@ class Run:
     folder: object
     store: MemoryStore
 
-    def launch(self, tracker=None, context=LocalContext, **options):
-        return pretrain(self.config, context(self.folder, **options), tracker or MemoryTracker(self.store))
+    def launch(self, tracker=None, context=LocalContext, data=None, **options):
+        data = self.config.data.model_copy(update=data or {})
+        return pretrain(self.config, context(self.folder, data, **options), tracker or MemoryTracker(self.store))
 
     def killed(self, tracker=None, context=LocalContext, **options):
         with pytest.raises(Killed):
@@ -129,7 +130,7 @@ def uninterrupted(run, quiet, **sections):
     key = json.dumps(sections, sort_keys=True)
     if key not in quiet:
         made = run("quiet", **sections)
-        assert made.launch(cache=True) == STEPS
+        assert made.launch(data={"cache": "host"}) == STEPS
         quiet[key] = (made.state(), made.ledger(), {k: made.curve(k) for k in REPEATABLE}, made.store)
     return quiet[key]
 
@@ -157,7 +158,7 @@ def check_against(made, wanted):
 def test_two_uninterrupted_runs_are_equal(run, quiet):
     wanted = uninterrupted(run, quiet)
     again = run("again")
-    again.launch(cache=False, decode_threads=4, prefetch_groups=1)
+    again.launch(data={"cache": "none", "decode_threads": 4, "prefetch_groups": 1})
     check_against(again, wanted)
     assert sorted(again.ledger()) == list(range(STEPS))
 
@@ -174,13 +175,13 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("cache", ["none", "host", "device"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(run, quiet, moment, cache):
     tracker, context = MOMENTS[moment]
     stopped = run("stopped")
-    stopped.killed(Fragile(stopped.store, **tracker), FragileContext, cache=cache, **context)
-    assert stopped.launch(cache=cache) == STEPS
+    stopped.killed(Fragile(stopped.store, **tracker), FragileContext, data={"cache": cache}, **context)
+    assert stopped.launch(data={"cache": cache}) == STEPS
     check_against(stopped, uninterrupted(run, quiet))
 
 

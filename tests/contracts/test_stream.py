@@ -14,13 +14,16 @@ from PIL import Image
 
 from maskray import masking
 from maskray.config.resolve import resolve
-from maskray.config.schema import IngestConfig, RandomMask, RandomResizedCrop, RunConfig, WholeImage
+from maskray.config.schema import DataConfig, IngestConfig, RandomMask, RandomResizedCrop, RunConfig, WholeImage
 from maskray.data import row_groups
+from maskray.data.cache import open_cache
+from maskray.data.device import device_units
 from maskray.data.ingest import ingest, thread_mapper
+from maskray.data.local import LocalStream, open_units
 from maskray.data.plan import Plan, share
 from maskray.data.shards import MANIFEST, Dataset, Row, write_shard
-from maskray.data.stream import LocalStream, StreamSpec, decode_group, load_unit, steps, walk
-from maskray.errors import DataError, StreamError
+from maskray.data.stream import StreamSpec, decode_group, load_unit, steps, walk
+from maskray.errors import ConfigError, DataError, StorageError, StreamError
 
 GROUP, TOTAL_STEPS = 4, 9
 
@@ -70,8 +73,9 @@ def assert_same(one, other):
     for a, b in zip(one, other, strict=True):
         assert (a.position, a.keys) == (b.position, b.keys)
         for name in ("images_NCHW", "visible_NHW", "weights_N"):
-            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
-            assert getattr(a, name).dtype == getattr(b, name).dtype
+            one_array, other_array = np.asarray(getattr(a, name)), np.asarray(getattr(b, name))
+            np.testing.assert_array_equal(one_array, other_array)
+            assert one_array.dtype == other_array.dtype
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +103,13 @@ def test_the_keys_are_those_of_the_plans_row_groups(spec, dataset, reference):
 
 
 @pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 4, "prefetch_groups": 1}, {"prefetch_groups": 99}])
-@pytest.mark.parametrize("cache", [False, True])
-def test_threads_look_ahead_and_cache_change_nothing(spec, dataset, reference, options, cache):
-    assert_same(local(spec, dataset, cache=cache, **options), reference)
+def test_threads_and_look_ahead_change_nothing(spec, dataset, reference, options):
+    assert_same(local(spec, dataset, **options), reference)
 
 
 @pytest.mark.parametrize("start_step", [1, 5, TOTAL_STEPS])
 def test_a_stream_can_start_anywhere(spec, dataset, reference, start_step):
-    units = local(spec, dataset, start_step=start_step, cache=True)
-    assert_same(units, reference[start_step * spec.groups_per_step :])
+    assert_same(local(spec, dataset, start_step=start_step), reference[start_step * spec.groups_per_step :])
 
 
 def test_spec_and_dataset_travel(spec, dataset, reference):
@@ -130,7 +132,7 @@ def test_spec_and_dataset_travel(spec, dataset, reference):
         {"image_size": (8, 8), "grid_HW": (4, 4)},
     ],
 )
-def test_every_option_keeps_the_contract(spec, dataset, options):
+def test_every_option_keeps_the_contract(spec, dataset, cache_folder, options):
     spec = replace(spec, **options, total_steps=2)
     expected = [load_unit(spec, dataset, position) for position in range(2 * spec.groups_per_step)]
     n = GROUP * spec.views_per_image
@@ -142,7 +144,9 @@ def test_every_option_keeps_the_contract(spec, dataset, options):
         assert (unit.visible_NHW.sum((1, 2)) == spec.num_visible).all()
         assert unit.weights_N.tolist() == [1.0] * n
         assert len(unit.keys) == n
-    assert_same(local(spec, dataset, cache=True), expected)
+    whole = open_cache(dataset, spec.channels, cache_folder)
+    assert_same(local(spec, dataset, images=whole), expected)
+    assert_same(list(device_units(spec, whole, spec.positions(0, 1, 0))), expected)
 
 
 def test_views_differ_and_so_do_passes(spec, dataset):
@@ -188,6 +192,88 @@ def test_a_whole_image_of_the_right_size_is_not_touched(digits):
         np.testing.assert_array_equal(image[0], np.asarray(Image.open(io.BytesIO(data))))
     flipped = load_unit(replace(spec, flip_probability=1.0), digits, 0)
     np.testing.assert_array_equal(flipped.images_NCHW, unit.images_NCHW[..., ::-1])
+
+
+# ------------------------------------------------------------------------------------------------------------- caches
+
+
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def cached(kind, spec, dataset, folder, **place):
+    """The units of a worker under `cache: host` or `device`, opened as training opens them."""
+    data = DataConfig(path="unset", channels=spec.channels, stream="local", cache=kind, cache_folder=str(folder))
+    place = {"rank": 0, "world_size": 1, "start_step": 0} | place
+    with open_units(replace(spec, path=dataset.storage.uri), data, torch.device("cpu"), **place) as units:
+        return list(units)
+
+
+@pytest.mark.parametrize("kind", ["host", "device"])
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("start_step", [0, 3])
+def test_caches_keep_order_and_bits(spec, dataset, cache_folder, kind, views, world_size, start_step):
+    spec = replace(spec, views_per_image=views, total_steps=start_step + 2)
+    for rank in range(world_size):
+        place = {"rank": rank, "world_size": world_size, "start_step": start_step}
+        expected = local(spec, dataset, **place)
+        units = cached(kind, spec, dataset, cache_folder, **place)
+        assert_same(units, expected)  # on these images the device's pixels are equal too: see unit/data/test_resize
+
+
+@pytest.mark.parametrize("kind", ["host", "device"])
+def test_an_image_that_could_not_be_decoded_has_no_weight_in_a_cache(spec, dataset, tmp_path, kind, caplog):
+    broken, key = with_broken_image(dataset, tmp_path / "data")
+    assert_same(cached(kind, spec, broken, tmp_path / "cache"), local(spec, broken))
+    assert key in caplog.text
+    caplog.clear()
+    cached(kind, spec, broken, tmp_path / "cache")
+    assert caplog.messages == ["1 images cannot be decoded: they count for nothing"]
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()].count("") == 1
+    cached(kind, spec, dataset, tmp_path / "cache")  # of the sound files another is made, though the images are equal
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()].count("") == 2
+
+
+def test_where_no_cache_can_be_written_auto_goes_without(spec, dataset, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    assert_same(cached("auto", spec, dataset, tmp_path / "file" / "cache"), local(spec, dataset))
+    assert "decoded again in each pass" in caplog.text
+    with pytest.raises(StorageError, match=r"^data.cache_folder: cannot keep decoded images"):
+        cached("host", spec, dataset, tmp_path / "file" / "cache")
+
+
+def test_the_device_is_left_the_room_it_needs(spec, dataset, tmp_path):
+    data = DataConfig(path="unset", cache="device", local_bytes=1000, cache_folder=str(tmp_path / "cache"))
+    place = {"rank": 0, "world_size": 1, "start_step": 0}
+    with (
+        pytest.raises(
+            ConfigError, match=r"^data.cache: the decoded training split does not fit.*local_bytes"
+        ) as caught,
+        open_units(spec, data, torch.device("cpu"), **place),
+    ):
+        pass
+    assert "take data.cache: host" in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_steps_take_units_that_lie_on_a_device(spec, dataset, cache_folder, reference):
+    units = cached("device", spec, dataset, cache_folder)
+    for micro_batch in (None, 4, 16):
+        got, wanted = (all_steps(spec, us, micro_batch=micro_batch) for us in (units, reference))
+        for step, expected in zip(got, wanted, strict=True):
+            for one, other in zip(joined(step), joined(expected), strict=True):
+                assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_the_host_reads_nothing_from_the_device(spec, dataset, cache_folder):
+    # Tensors on `meta` have no values: whatever would wait for one fails.
+    whole = open_cache(dataset, spec.channels, cache_folder).to(torch.device("meta"))
+    unit = next(device_units(spec, whole, spec.positions(0, 1, 0)))
+    assert (unit.images_NCHW.device.type, unit.visible_NHW.device.type) == ("meta", "meta")
+    assert unit.images_NCHW.shape == (2 * GROUP, 3, *spec.image_size)
+    assert unit.visible_NHW.shape == (2 * GROUP, *spec.grid_HW)
 
 
 # ------------------------------------------------------------------------------------------------------------- damage
@@ -246,11 +332,11 @@ def test_errors_come_in_order_and_leave_no_thread(spec, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", ["none", "host"])
 def test_what_cannot_be_read_keeps_its_slots_if_told(spec, dataset, tmp_path, monkeypatch, caplog, damage, cache):
-    copy, _ = with_broken_image(dataset, tmp_path)
+    copy, _ = with_broken_image(dataset, tmp_path / "copy")
     spec = replace(spec, path=copy.storage.uri)
-    shard, path = copy.manifest.splits["train"].shards[1], tmp_path / "train/00001.parquet"
+    shard, path = copy.manifest.splits["train"].shards[1], tmp_path / "copy/train/00001.parquet"
     sound, whole = local(spec, copy), path.read_bytes()
     monkeypatch.setattr(row_groups, "FOOTERS", row_groups.Footers(2**20))  # as in a new process
     if damage == "flipped":
@@ -260,11 +346,11 @@ def test_what_cannot_be_read_keeps_its_slots_if_told(spec, dataset, tmp_path, mo
     else:
         path.unlink()
     with pytest.raises(DataError, match=shard.name):
-        local(spec, spec.open_dataset())
+        cached(cache, spec, copy, tmp_path / "cache")
     lost = {5 + 2} if damage == "flipped" else set(range(5, 10))
 
     spec = replace(spec, unreadable="skip")
-    again = local(spec, spec.open_dataset(), cache=cache)
+    again = cached(cache, spec, copy, tmp_path / "cache")
     assert shard.name in caplog.text
     assert [u.position for u in again] == [u.position for u in sound]
     for unit, expected in zip(again, sound, strict=True):
@@ -278,12 +364,10 @@ def test_what_cannot_be_read_keeps_its_slots_if_told(spec, dataset, tmp_path, mo
         first = (number - 5) * GROUP
         assert unit.keys == [f"{shard.name}#{first + row}" for row in range(GROUP) for _ in range(2)]
 
-    stream = LocalStream(spec, copy, cache=cache, prefetch_groups=1, threads=1)
-    with stream:
+    with LocalStream(spec, copy, prefetch_groups=1, threads=1) as stream:
         passed = [next(stream) for _ in range(spec.num_row_groups)]
-        path.write_bytes(whole)  # it is restored while the run goes on
-        later = list(stream)
-    assert_same(later, sound[len(passed) :])
+        path.write_bytes(whole)  # it is mended while the run goes on
+        assert_same(list(stream), sound[len(passed) :])
 
 
 def test_a_walk_stops_at_what_cannot_be_read(dataset, tmp_path):

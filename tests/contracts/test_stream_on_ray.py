@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import ray
-import ray.data
 
 from maskray.config.resolve import resolve
 from maskray.data.shards import Dataset
@@ -22,26 +20,21 @@ pytestmark = pytest.mark.ray
 
 
 def delivered(spec: StreamSpec, run: Storage, data, workers: int, start_step: int, monkeypatch) -> list[list[Unit]]:
-    """What each of `workers` readers of the splitter that Train uses gets."""
-    (open_dataset,) = stream.datasets(spec, run, workers, data).values()
+    """What each of `workers` readers of the splitters that Train uses gets."""
     monkeypatch.setattr(stream, "registered_step", lambda _: start_step)
-    dataset = open_dataset()
-    dataset.context.execution_options.preserve_order = True
-    shards = dataset.streaming_split(workers, equal=True)
-    monkeypatch.setattr(ray.train, "get_dataset_shard", lambda _: shards[threading.current_thread().rank])
+    shards = {}
+    for name, open_dataset in stream.datasets(spec, run, workers, data).items():
+        dataset = open_dataset()
+        dataset.context.execution_options = stream.execution_options(data)
+        shards[name] = dataset.streaming_split(workers, equal=True)
     got: list[list[Unit]] = [[] for _ in range(workers)]
 
-    class Reader(threading.Thread):
-        def __init__(self, rank: int) -> None:
-            super().__init__()
-            self.rank = rank
+    def read(rank: int) -> None:
+        for unit in stream.units(spec, rank, workers, data, start_step, lambda name: shards[name][rank]):
+            got[rank].append(unit._replace(images_NCHW=unit.images_NCHW.copy()))
+            time.sleep(random.random() * 0.01)
 
-        def run(self) -> None:
-            for unit in stream.units(spec, self.rank, workers, 2, 2, start_step):
-                got[self.rank].append(unit._replace(images_NCHW=unit.images_NCHW.copy()))
-                time.sleep(random.random() * 0.01)
-
-    readers = [Reader(rank) for rank in range(workers)]
+    readers = [threading.Thread(target=read, args=(rank,)) for rank in range(workers)]
     for reader in readers:
         reader.start()
     for reader in readers:
@@ -49,11 +42,31 @@ def delivered(spec: StreamSpec, run: Storage, data, workers: int, start_step: in
     return got
 
 
-@pytest.mark.parametrize(("workers", "start_step"), [(1, 0), (2, 3), (3, 1), (4, 0)])
+OPTIONS = {
+    "one execution": {},
+    "executions of five tasks": {"tasks_per_execution": 5},
+    "executions of one row group a worker": {"tasks_per_execution": 1, "groups_per_task": 1},
+    "actors": {"actors": 2, "groups_per_task": 3},
+    "a small share of the object store": {"object_store_bytes": 2 * 2**20, "prefetch_groups": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "start_step"),
+    [
+        ("one execution", 1, 0),
+        ("one execution", 3, 1),
+        ("executions of five tasks", 2, 3),
+        ("executions of five tasks", 4, 0),
+        ("executions of one row group a worker", 2, 5),
+        ("actors", 2, 1),
+        ("a small share of the object store", 4, 0),
+    ],
+)
 def test_ray_data_and_the_in_process_walk_are_equal_to_the_bit(
-    tiny, tmp_path, ray_cluster, monkeypatch, workers: int, start_step: int
+    tiny, tmp_path, ray_cluster, monkeypatch, options: str, workers: int, start_step: int
 ):
-    config = tiny(optim={"steps": 6, "global_batch": 128}, data={"views_per_image": 2})
+    config = tiny(optim={"steps": 6, "global_batch": 128}, data={"views_per_image": 2, **OPTIONS[options]})
     dataset = Dataset.open(config.data.path)
     spec = StreamSpec.of(config, resolve(config, dataset.facts()), dataset)
     got = delivered(spec, Storage(tmp_path), config.data, workers, start_step, monkeypatch)

@@ -178,6 +178,7 @@ def _config(digits: Path, folder: Path, workers: int) -> dict:
         "name": "kills",
         "data": {
             "path": str(digits),
+            "cache_folder": str(folder / "cache"),
             "image_size": 8,
             "channels": 1,
             "crop": {"kind": "random_resized", "scale": [0.6, 1.0]},

@@ -48,8 +48,9 @@ class Doomed(MemoryTracker):
 
 for folder in map(Path, folders):
     tracker = Doomed()
-    context = LocalContext(folder / "run", rank=rank, world_size=dist.get_world_size())
-    pretrain(load(folder / "config.yaml"), context, tracker)
+    config = load(folder / "config.yaml")
+    context = LocalContext(folder / "run", config.data, rank=rank, world_size=dist.get_world_size())
+    pretrain(config, context, tracker)
     losses = [(p.step, p.value) for p in tracker.store.points if p.key == "pretrain/loss"]
     (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
 dist.destroy_process_group()
@@ -119,7 +120,8 @@ def losses_of_one(tiny, folder):
     """The losses of the same run in this process alone."""
     store = MemoryStore()
     try:
-        pretrain(configured(tiny, folder), LocalContext(folder / "run"), MemoryTracker(store))
+        config = configured(tiny, folder)
+        pretrain(config, LocalContext(folder / "run", config.data), MemoryTracker(store))
     finally:
         torch.use_deterministic_algorithms(False)
     return {p.step: p.value for p in store.points if p.key == "pretrain/loss"}

@@ -136,7 +136,13 @@ def test_pretraining_helps(digits: Path, tmp_path: Path):
     """The demo's config, shorter: the probe on 5 labels a class gains, on rows that were never trained on."""
     config = load(
         ROOT / "configs" / "pretrain" / "digits.yaml",
-        [f"data.path={digits}", f"storage.path={tmp_path / 'runs'}", "optim.steps=400", "data.stream=local"],
+        [
+            f"data.path={digits}",
+            f"storage.path={tmp_path / 'runs'}",
+            "optim.steps=400",
+            "data.stream=local",
+            f"data.cache_folder={tmp_path / 'cache'}",
+        ],
     )
     summary = launch.launch(launch.prepare(config), BareLauncher())
     assert summary.last_loss < 0.6 * summary.first_loss

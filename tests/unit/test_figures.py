@@ -48,6 +48,14 @@ def test_a_figure_fits_a_screen(channels, size_HW, grid_HW, uses_target_statisti
     assert 500 < image.shape[1] < 1100
 
 
+@pytest.mark.parametrize(("channels", "shown"), [(2, [0, 0, 0]), (5, [0, 1, 2])])
+def test_of_many_bands_the_first_are_shown(channels, shown):
+    images, visible, painted = arrays(channels, (8, 8), (4, 4))
+    many = figures.reconstructions(images, visible, painted, title="t")
+    colour = figures.reconstructions(images[:, shown], visible, painted[:, shown], title="t")
+    np.testing.assert_array_equal(pixels(many), pixels(colour))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_pixel_is_enlarged_whole_and_stands_in_its_column(channels):
     images, visible, painted = arrays(channels, (8, 8), (4, 4))

@@ -42,6 +42,16 @@ class _Dumper(yaml.SafeDumper):
 
 
 _MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
+# What pydantic says of a value: what it must be, without why that one is not.
+_SHOULD = re.compile(r"(?:Input|String) should (?:be (?:a valid )?)?(.+?)(?:, (?:unable|got) .*)?$")
+_TYPES = {
+    "boolean": "true or false",
+    "dictionary": "a section of keys and values",
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "tuple": "a list",
+}
 _NUMBER = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 for _yaml in (_Loader, _Dumper):
@@ -150,6 +160,9 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     if isinstance(context.get("error"), ConfigError):
         return message
     shown = "" if isinstance(error["input"], Mapping | BaseModel) else f" (found {error['input']!r})"
+    if should := _SHOULD.match(message):
+        allowed = _TYPES.get(should[1], should[1])
+        return f"{key}: it does not take this value{shown}. Allowed: {allowed}. What to do: give it such a value"
     return f"{key}: {message[0].lower() + message[1:]}{shown}"
 
 

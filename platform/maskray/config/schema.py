@@ -89,8 +89,8 @@ class DataConfig(Section):
     """Folder or URI of an ingested dataset (`maskray ingest`). Its fingerprint, not its place, is identity."""
     image_size: SizeHW = (224, 224)
     """[height, width] in pixels that the model sees; one number for a square."""
-    channels: Literal[1, 3] = 3
-    """What images are converted to: 1 gray, 3 RGB."""
+    channels: Annotated[int, Field(ge=1, le=64)] = 3
+    """1 gray or 3 RGB: images are converted. Any other number: the bands that the dataset's images have."""
     crop: Crop = RandomResizedCrop()
     flip_probability: Fraction = 0.5
     """Chance of a horizontal flip, for each view."""
@@ -102,9 +102,22 @@ class DataConfig(Section):
     """Who decodes: Ray Data over the cluster, or each worker in its own threads. `auto` takes local where the decoded
     images fit into `local_bytes`. The order, crops and masks are the same to the bit."""
     local_bytes: PositiveInt = operational(2 * 2**30)
-    """Largest decoded dataset that `stream: auto` walks in the workers."""
+    """Largest decoded dataset that `stream: auto` walks in the workers, and `cache: auto` keeps decoded."""
+    cache: Literal["auto", "none", "host", "device"] = operational("auto")
+    """Where the workers' own walk keeps decoded images: nowhere, in a file that all processes of a machine share, or on
+    the accelerator, where they are then also cropped and masked. `auto` takes host where they fit into `local_bytes`.
+    Order, crops and masks are the same to the bit, pixels too but for `device`: there to within 1/255."""
+    cache_folder: str | None = operational(None)
+    """Local folder for the files of `cache`; None: one below the system's temporary folder. Its content may be deleted
+    at any time."""
     groups_per_task: PositiveInt = operational(16)
     """Row groups that one Ray Data task reads: a task should last about a second."""
+    tasks_per_execution: PositiveInt = operational(8192)
+    """Tasks in one execution of Ray Data, which keeps a record for each; the next is opened before one ends."""
+    actors: PositiveInt | None = operational(None)
+    """Actors that decode under `stream: ray`; None: tasks, on any free CPU, those of nodes without GPUs too."""
+    object_store_bytes: PositiveInt | None = operational(None)
+    """What the stream may hold in Ray's object store; None: Ray Data's own limit, half of the store."""
     prefetch_groups: PositiveInt = operational(8)
     """Row groups that a worker holds ready."""
     stall_seconds: PositiveInt = operational(600)
@@ -113,7 +126,31 @@ class DataConfig(Section):
     """Threads a worker decodes with under `stream: local`."""
     unreadable: Literal["stop", "skip"] = operational("stop")
     """A row group that stays missing, damaged or unreachable ends the run with its shard's name; `skip` trains on: its
-    images keep their slots with weight 0, counted in `throughput/views_without_image`. Evaluation always stops."""
+    images keep their slots with weight 0, counted in `throughput/views_without_image`, and no host cache is made. What
+    needs all images stops in either case: evaluation, and `cache: device`."""
+
+    @model_validator(mode="after")
+    def _ray_data_keeps_nothing(self) -> Self:
+        if self.stream == "ray" and self.cache in ("host", "device"):
+            raise ConfigError(
+                "only a worker that decodes for itself can keep what it decoded",
+                key="data.cache",
+                found=f"{self.cache}, with data.stream ray",
+                allowed="auto or none",
+                fix="set data.stream: local, if the decoded images fit on each worker's machine",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_cache_is_mapped(self) -> Self:
+        if self.cache_folder is not None and "://" in self.cache_folder.removeprefix("file://"):
+            raise ConfigError(
+                "files there cannot be mapped into memory",
+                key="data.cache_folder",
+                found=self.cache_folder,
+                allowed="a folder on a disk of the workers' machines",
+            )
+        return self
 
 
 # ---------------------------------------------------------------------------------------------- mask, model, objective
@@ -286,12 +323,15 @@ class ClusterConfig(Section):
     workers: PositiveInt = operational(1)
     cpus_per_worker: Annotated[float, Field(gt=0)] = operational(1)
     gpus_per_worker: Annotated[float, Field(ge=0)] = operational(0)
-    data_cpus: Annotated[float, Field(gt=0)] = operational(1)
-    """CPUs that must stay free for Ray Data beside the workers."""
+    data_cpus: PositiveInt = operational(1)
+    """CPUs that must stay free for Ray Data beside the workers: a task of it takes a whole one, on one node."""
     address: str | None = operational(None)
-    """`auto` or `ray://…` joins a running cluster; None starts an embedded one on this machine."""
+    """`auto` or `host:port` joins a running cluster from one of its nodes (from elsewhere: `ray job submit`); None
+    starts an embedded one on this machine."""
     embedded_cpus: PositiveInt | None = operational(None)
     """CPUs that an embedded cluster declares; None: those of the machine."""
+    dashboard: bool = operational(default=False)
+    """Ray's dashboard on an embedded cluster, on this machine alone; its address is said at the start."""
     wait_seconds: Annotated[float, Field(ge=0)] = operational(60.0)
     """How long to wait, visibly, for resources that the cluster can still get."""
     max_failures: Annotated[int, Field(ge=0)] = operational(3)
@@ -372,7 +412,8 @@ class IngestConfig(Section):
     """How pictures become a dataset of shards."""
 
     source: str
-    """A folder of images (class subfolders give labels), or `digits`."""
+    """A folder of images (class subfolders give labels); a `.tar` or `.zip`, or a folder of those; a `.csv`, `.tsv` or
+    `.parquet` of paths; a `.parquet` with images, or a folder of those; local or `s3://bucket/prefix`; or `digits`."""
     destination: str
     """Folder or URI that the dataset is written to."""
     group_rows: Annotated[int, Field(ge=1, le=4096)] = 64
@@ -383,5 +424,8 @@ class IngestConfig(Section):
     """Share of the images, by a hash of their keys, that pretraining never sees."""
     max_bad_fraction: Fraction = 0.01
     """Share of images that may be unreadable before ingest stops."""
+    max_pixels: PositiveInt = 178_956_970
+    """Height × width of a larger image are not believed, and it is set aside before it is decoded. Pillow's own limit:
+    a quarter of a gigabyte as RGB."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the order in which images are laid into shards."""

@@ -1,18 +1,82 @@
-"""Bytes to pixels."""
+"""Bytes to pixels and back.
+
+The format is told from the bytes, never from a name. torchcodec decodes what it knows; Pillow the rest and, of an
+animation, the first frame alone (torchcodec would decode them all); tifffile TIFFs of any number of bands.
+
+Shape letters: C channels, H and W pixels down and across.
+"""
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torchcodec.decoders import decode_image
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    ImageFile,
+    ImageOps,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from PIL.Image import Image, fromarray
+from torchcodec import decoders
+from torchcodec.encoders import JpegEncoder
 
-_MODES = {1: ("GRAY", "L"), 3: ("RGB", "RGB")}
-# Formats that torchcodec lacks. Named, because some of Pillow's others run programs (EPS) or have no signature (TGA).
-_PILLOW_FORMATS = ("BMP", "JPEG2000", "PPM", "TIFF")
+_CODECS: dict[str, Callable[..., torch.Tensor]] = {
+    "JPEG": decoders.decode_jpeg,
+    "PNG": decoders.decode_png,
+    "WEBP": decoders.decode_webp,
+    "AVIF": decoders.decode_avif,
+    "HEIC": decoders.decode_heic,
+}
+# By class, not by Image.open: that asks every plug-in, some of which run programs (EPS), and has a pixel limit of its
+# own that is one number for the whole process.
+_READERS: dict[str, Callable[[io.BytesIO, str], ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "PPM": PpmImagePlugin.PpmImageFile,
+    "JPEG2000": Jpeg2KImagePlugin.Jpeg2KImageFile,
+}
+_SIGNATURES = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF....WEBP",
+    "GIF": rb"GIF8[79]a",
+    "AVIF": rb"....ftyp.{0,52}avi[fs]",
+    "HEIC": rb"....ftyp.{0,52}(hei[cxms]|hev[cx]|mif1|msf1)",
+    "BMP": rb"BM",
+    "TIFF": rb"II[*+]\x00|MM\x00[*+]",
+    "PPM": rb"P[1-6]\s",
+    "JPEG2000": rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51",
+    "NPY": rb"\x93NUMPY",
+}
+_SIGNATURE = re.compile(b"|".join(b"(?P<%s>%s)" % (n.encode(), s) for n, s in _SIGNATURES.items()), re.DOTALL)
+
+_CODEC_MODES = {1: "GRAY", 3: "RGB"}
+_PILLOW_MODES = {1: "L", 3: "RGB"}
+_MAX_PILLOW_BANDS = 4
+
+_REASON = 200  # letters at most
+_MAX_JPEG_SCANS = 200  # progressive ones have about ten; each costs a pass over the whole picture
+# What libjpeg leaves where the data of a picture ended early: no coefficients, so 128 in each component, as gray, RGB
+# and (the other two) CMYK and YCCK come out of it.
+_UNPAINTED = frozenset((128, 64, 63, 127))
+_FILLER = bytes(range(1, 255))
 
 
 class UndecodableError(ValueError):
@@ -20,49 +84,246 @@ class UndecodableError(ValueError):
 
 
 def decode(data: bytes, channels: int) -> torch.Tensor:
-    """An image as uint8 of shape (C, H, W), upright (EXIF), without alpha; of an animation the first frame.
+    """An image as uint8 of shape (C, H, W), upright (EXIF); of an animation the first frame.
+
+    Sixteen bits are scaled to eight. Alpha is dropped, not blended with a background that nobody chose: a pixel keeps
+    the colour that the file stores for it.
 
     Args:
-        data: an encoded image; its format is told from the bytes.
-        channels: 1 for gray, 3 for RGB; the image is converted.
+        data: an encoded image.
+        channels: 1 for gray and 3 for RGB: the image is converted. Any other number: the image must have exactly so
+            many bands.
 
     Raises:
-        UndecodableError: not an image, cut short, or damaged.
+        UndecodableError: not an image, cut short, damaged, or of another number of bands.
     """
-    if not data:
-        raise UndecodableError("the file is empty")
-    codec_mode, pillow_mode = _MODES[channels]
-    # Not the bytes themselves: torchcodec would then change the process's warning filters, which is not thread-safe.
-    source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    kind = _kind_of(data)
     try:
-        image = decode_image(source, mode=codec_mode)
-    except ValueError:  # a format it does not know
-        return _decode_with_pillow(data, pillow_mode)
-    except RuntimeError as error:
-        raise UndecodableError(_reason(error)) from error
-    upright: torch.Tensor = image if image.dim() == 3 else image[0]
-    return upright
-
-
-def _decode_with_pillow(data: bytes, mode: str) -> torch.Tensor:
-    try:
-        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I;16"):  # convert() would clip it to 255
-                pixels_HW = (np.asarray(upright).astype(np.uint16) >> 8).astype(np.uint8)
-                upright = Image.fromarray(pixels_HW)
-            elif upright.mode in ("I", "F"):
-                raise UndecodableError(f"pixels of mode {upright.mode} (32 bits) have no known range")
-            pixels = np.array(upright.convert(mode))
+        if kind == "NPY":
+            image_CHW = _decode_npy(data)
+        elif kind == "TIFF" and channels not in _PILLOW_MODES:
+            image_CHW = _decode_tiff(data)
+        elif kind in _CODECS and not _is_animated(kind, data):
+            image_CHW = _decode_with_torchcodec(kind, data, channels)
+        else:
+            image_CHW = _decode_with_pillow(kind, data, channels)
     except UndecodableError:
         raise
-    except Exception as error:  # damaged files raise nearly anything in Pillow
+    except Exception as error:  # damaged files raise nearly anything
         raise UndecodableError(_reason(error)) from error
+    if len(image_CHW) != channels:
+        raise UndecodableError(f"it has {len(image_CHW)} bands, {channels} are asked for")
+    return image_CHW
+
+
+def measure(data: bytes, max_pixels: int | None = None) -> tuple[int, int, int]:
+    """Height, width and channels as stored, from the header alone: what `decode` would take, before it takes it.
+
+    Channels count alpha; a palette is colour. EXIF may turn the image: then decoded height and width are swapped.
+
+    Args:
+        data: an encoded image.
+        max_pixels: height × width at most.
+
+    Raises:
+        UndecodableError: not an image, without a whole header, or larger.
+    """
+    height, width, channels = _header(data)
+    if max_pixels is not None and height * width > max_pixels:
+        raise UndecodableError(f"{width} x {height} pixels are more than max_pixels {max_pixels}")
+    return height, width, channels
+
+
+def _header(data: bytes) -> tuple[int, int, int]:
+    kind = _kind_of(data)
+    try:
+        if kind == "NPY":
+            return _npy_header(data)[0]
+        if kind == "TIFF":  # Pillow knows four bands at most
+            page = _tiff_page(data)
+            colours = 3 if page.colormap is not None else page.samplesperpixel
+            return page.imagelength, page.imagewidth, colours
+        if kind == "HEIC":
+            return _heic_header(data)
+        if kind == "WEBP":  # Pillow would take memory for the picture
+            return _webp_header(data)
+        opened = _READERS[kind](io.BytesIO(data), "")
+    except UndecodableError:
+        raise
+    except Exception as error:  # as in decode
+        raise UndecodableError(f"its {kind} header is damaged or cut short ({_reason(error)})"[:_REASON]) from error
+    width, height = opened.size
+    return height, width, 3 if opened.mode == "P" else len(opened.getbands())
+
+
+def encode(image_CHW: torch.Tensor, quality: int) -> bytes:
+    """An image as JPEG where it is gray or RGB, and lossless (.npy) with any other number of channels.
+
+    Args:
+        image_CHW: uint8.
+        quality: of the JPEG, 1 to 100.
+    """
+    buffer = io.BytesIO()
+    if len(image_CHW) in _CODEC_MODES:
+        JpegEncoder(image_CHW).to_file_like(buffer, quality=quality)
+    else:
+        np.save(buffer, np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy()), allow_pickle=False)
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+def _kind_of(data: bytes) -> str:
+    found = _SIGNATURE.match(data)
+    if found is not None and found.lastgroup is not None:
+        return found.lastgroup
+    raise UndecodableError("no image format that is known begins so" if data else "the file is empty")
+
+
+def _is_animated(kind: str, data: bytes) -> bool:
+    if kind == "WEBP":
+        return data[12:16] == b"VP8X" and bool(data[20:21] and data[20] & 2)
+    return kind == "AVIF" and b"avis" in data[8:64]
+
+
+def _decode_with_torchcodec(kind: str, data: bytes, channels: int) -> torch.Tensor:
+    mode = _CODEC_MODES.get(channels, "UNCHANGED")
+    if kind == "JPEG" and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
+        raise UndecodableError(f"it has more than {_MAX_JPEG_SCANS} scans")
+    blends = kind in ("AVIF", "HEIC") and channels in _CODEC_MODES  # it would multiply the colours by alpha
+    image = _CODECS[kind](_as_tensor(data), mode=f"{mode}_ALPHA" if blends else mode)
+    image_CHW = image if image.dim() == 3 else image[0]
+    if kind == "JPEG" and _ends_early(data, image_CHW, mode):
+        raise UndecodableError("the picture's data end before the picture does")
+    return image_CHW[:channels] if blends else image_CHW
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    # Not the bytes themselves: torchcodec would then change the process's warning filters, which is not thread-safe.
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _ends_early(data: bytes, image_CHW: torch.Tensor, mode: str) -> bool:
+    """Whether a JPEG was cut and closed again: libjpeg only warns, and leaves the rest of the picture gray.
+
+    Where a corner is of that gray, more data before the end must change nothing.
+    """
+    _, height, width = image_CHW.shape
+    corners_C4 = image_CHW[:, :: max(1, height - 1), :: max(1, width - 1)].flatten(1)
+    if not any(_UNPAINTED.issuperset(corner) for corner in corners_C4.T.tolist()):
+        return False
+    end = data.rfind(b"\xff\xd9")
+    longer = data[:end] + _FILLER + data[end:]
+    return not torch.equal(image_CHW, decoders.decode_jpeg(_as_tensor(longer), mode=mode))
+
+
+def _decode_with_pillow(kind: str, data: bytes, channels: int) -> torch.Tensor:
+    bands = measure(data)[2] if kind == "TIFF" else 1
+    if bands > _MAX_PILLOW_BANDS:
+        raise UndecodableError(f"it has {bands} bands, {channels} are asked for")
+    with _READERS[kind](io.BytesIO(data), "") as opened:
+        upright: Image = ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I;16"):  # convert() would clip it to 255
+            upright = fromarray(_to_eight_bits(np.asarray(upright)))
+        elif upright.mode in ("I", "F"):
+            raise UndecodableError(f"pixels of mode {upright.mode} (32 bits) have no known range")
+        pixels = np.array(upright.convert(_PILLOW_MODES[channels]) if channels in _PILLOW_MODES else upright)
     tensor = torch.from_numpy(pixels)
     return tensor[None] if tensor.dim() == 2 else tensor.permute(2, 0, 1)
+
+
+def _to_eight_bits(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """round(255 · x / 65535), as libpng has it."""
+    return ((pixels.astype(np.uint32) * 255 + 32895) >> 16).astype(np.uint8)
+
+
+def _tiff_page(data: bytes) -> Any:
+    import tifffile  # few need it, and its import takes a while
+
+    return tifffile.TiffFile(io.BytesIO(data)).pages[0]
+
+
+def _decode_tiff(data: bytes) -> torch.Tensor:
+    """All bands of the first page, interleaved or one after another."""
+    page = _tiff_page(data)
+    if page.dtype not in (np.uint8, np.uint16):
+        raise UndecodableError(f"pixels of type {page.dtype} have no known range")
+    axes = {"YX": "SYX", "SYX": "SYX", "YXS": "YXS"}.get(page.axes)
+    if axes is None:
+        raise UndecodableError(f"its axes are {page.axes}, not height, width and bands")
+    pixels = page.asarray()
+    pixels = pixels if page.dtype == np.uint8 else _to_eight_bits(pixels)
+    pixels = pixels.reshape(-1, *pixels.shape[-2:]) if axes == "SYX" else np.moveaxis(pixels, -1, 0)
+    return _upright(torch.from_numpy(np.ascontiguousarray(pixels)), page.tags.valueof("Orientation", 1))
+
+
+def _upright(image_CHW: torch.Tensor, orientation: int) -> torch.Tensor:
+    """Turn an image as its EXIF orientation says, 1 to 8."""
+    if orientation >= 5:
+        image_CHW = image_CHW.transpose(1, 2)
+    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
+    return image_CHW.flip(flips)
+
+
+def _npy_header(data: bytes) -> tuple[tuple[int, int, int], bool, int]:
+    """((height, width, channels), whether column by column, offset of the pixels)."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version > (2, 0):
+        raise UndecodableError(f"it is of version {version} of the .npy format, not of 1.0 or 2.0")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(stream)
+    if dtype != np.uint8 or len(shape) != 3 or min(shape) < 1:
+        raise UndecodableError(f"an array of {dtype} and shape {shape} is not uint8 of (height, width, channels)")
+    height, width, channels = shape
+    return (height, width, channels), is_fortran, stream.tell()
+
+
+def _decode_npy(data: bytes) -> torch.Tensor:
+    shape, is_fortran, offset = _npy_header(data)
+    pixels = np.frombuffer(data, np.uint8, offset=offset)
+    if len(pixels) != np.prod(shape):
+        raise UndecodableError(f"{len(pixels)} bytes of pixels, {np.prod(shape)} expected")
+    pixels_HWC = pixels.reshape(shape, order="F" if is_fortran else "C")
+    return torch.from_numpy(np.moveaxis(pixels_HWC, -1, 0).copy())
+
+
+def _webp_header(data: bytes) -> tuple[int, int, int]:
+    """RFC 9649, sections 2.5 to 2.7."""
+    if len(data) < 30:
+        raise UndecodableError("the header is cut short")
+    match data[12:16]:
+        case b"VP8X":
+            width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+            has_alpha = bool(data[20] & 0x10)
+        case b"VP8L":
+            bits = int.from_bytes(data[21:25], "little")
+            width, height = (1 + (bits >> shift & 0x3FFF) for shift in (0, 14))
+            has_alpha = bool(bits >> 28 & 1)
+        case b"VP8 ":
+            width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+            has_alpha = False
+        case _:
+            raise UndecodableError("its first chunk is no picture")
+    return height, width, 4 if has_alpha else 3
+
+
+def _heic_header(data: bytes) -> tuple[int, int, int]:
+    """The largest of the sizes in its `ispe` boxes: tiles and thumbnails have their own."""
+    sizes = [
+        (
+            int.from_bytes(data[at.end() + 8 : at.end() + 12], "big"),
+            int.from_bytes(data[at.end() + 4 : at.end() + 8], "big"),
+        )
+        for at in re.finditer(b"ispe", data)
+    ]
+    if not sizes:
+        raise UndecodableError("it does not say its size")
+    return *max(sizes, key=lambda size: size[0] * size[1]), 3
 
 
 def _reason(error: Exception) -> str:
     """The message without the place in torchcodec's source and without its advice."""
     text = re.sub(r"^.*?\.cpp:\d+, ", "", str(error).strip().partition("\n")[0])
-    return re.sub(r"<_?io\.BytesIO object at \w+>", "the file", text)[:200] or type(error).__name__
+    return re.sub(r"<_?io\.BytesIO object at \w+>", "the file", text)[:_REASON] or type(error).__name__

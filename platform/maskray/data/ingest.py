@@ -132,7 +132,7 @@ def _layout(config: IngestConfig) -> dict[str, Any]:
 def _existing(storage: Storage) -> Manifest | None:
     """The manifest of the destination; None where it is empty or holds a half-written dataset."""
     try:
-        return Manifest.load(storage.read_bytes(MANIFEST), storage.uri)
+        return Manifest.load(storage.read_bytes(MANIFEST), storage.uri, key="destination")
     except FileNotFoundError:
         ours = {*SPLITS, QUARANTINE}
         foreign = [name for name in storage.list_names() if name not in ours and not name.startswith(".")]
@@ -208,9 +208,10 @@ class Survey:
 
 
 class _SurveyJob(NamedTuple):
-    read: Callable[[str], bytes]
+    read: Callable[[Entry], bytes]
     entries: list[Entry]
     held_out_fraction: float
+    max_pixels: int
 
 
 class _SurveyPart(NamedTuple):
@@ -225,9 +226,9 @@ def split_of(key: str, held_out_fraction: float) -> SplitName:
 
 
 def _survey(source: Source, config: IngestConfig, mapper: Mapper, report: Progress) -> Survey:
-    entries = sorted(source.entries)
+    entries = sorted(source.entries)  # by key
     jobs = [
-        _SurveyJob(source.read, entries[at : at + _CHUNK_IMAGES], config.held_out_fraction)
+        _SurveyJob(source.read, entries[at : at + _CHUNK_IMAGES], config.held_out_fraction, config.max_pixels)
         for at in range(0, len(entries), _CHUNK_IMAGES)
     ]
     good: dict[SplitName, list[Seen]] = {name: [] for name in SPLITS}
@@ -273,7 +274,8 @@ def _survey_part(job: _SurveyJob) -> _SurveyPart:
     out, sums = [], PixelSums()
     for entry in job.entries:
         try:
-            data = job.read(entry.key)
+            data = job.read(entry)
+            decode.measure(data, job.max_pixels)
             image_CHW = decode.decode(data, 3)
         except (OSError, decode.UndecodableError) as error:
             reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
@@ -302,7 +304,7 @@ def _pixel_sums(image_CHW: torch.Tensor) -> PixelSums:
 class _ShardJob(NamedTuple):
     storage: Storage
     name: str
-    read: Callable[[str], bytes]
+    read: Callable[[Entry], bytes]
     rows: list[Seen]
     group_rows: int
 
@@ -361,7 +363,7 @@ def _write_rows(job: _ShardJob) -> Shard:
 def _rows(job: _ShardJob) -> Iterator[Row]:
     for seen in job.rows:
         try:
-            data = job.read(seen.entry.key)
+            data = job.read(seen.entry)
         except OSError as error:
             raise _changed(seen, str(error)) from error
         if hashlib.sha256(data).digest() != seen.sha256:

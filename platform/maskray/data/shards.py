@@ -33,6 +33,8 @@ from maskray.errors import DataError, UnreachableError
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+KEY = "data.path"
+"""The key that errors name: who reads a dataset trains on it."""
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.parquet"
 SplitName = Literal["train", "held_out"]
@@ -153,7 +155,18 @@ class Manifest:
         return fingerprint({k: v for k, v in plain.items() if k not in _NOT_IDENTITY})
 
     def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std of each channel in 0..1 units, for images converted to `channels`. No std is below 1/255."""
+        """Mean and std of each channel in 0..1 units, for images converted to `channels`. No std is below 1/255.
+
+        Raises:
+            DataError: the images cannot be converted to so many.
+        """
+        if channels not in (1, 3):
+            raise DataError(
+                "gray and colour images are not converted to so many channels",
+                key="data.channels",
+                found=channels,
+                allowed="1 or 3",
+            )
         mean, std = (self.mean_rgb, self.std_rgb) if channels == 3 else ((self.mean_gray,), (self.std_gray,))
         return mean, tuple(max(s, 1 / 255) for s in std)
 
@@ -172,8 +185,13 @@ class Manifest:
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
     @staticmethod
-    def load(content: bytes, place: str) -> Manifest:
+    def load(content: bytes, place: str, key: str = KEY) -> Manifest:
         """From JSON.
+
+        Args:
+            content: of the file.
+            place: of the dataset.
+            key: that names the place.
 
         Raises:
             DataError: of another schema version, or not as it was written.
@@ -183,10 +201,11 @@ class Manifest:
             raw = json.loads(content)
             version = raw["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"the manifest of {place} cannot be read", found=str(error), fix=again) from error
+            raise DataError(f"the manifest of {place} cannot be read", key=key, found=str(error), fix=again) from error
         if version != SCHEMA_VERSION:
             raise DataError(
                 f"{place} was written with another schema version",
+                key=key,
                 found=version,
                 allowed=f"{SCHEMA_VERSION} (this version of maskray)",
                 fix="ingest again, or use the version of maskray that wrote it",
@@ -194,11 +213,12 @@ class Manifest:
         try:
             manifest = _manifest_from(raw)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"the manifest of {place} is incomplete", found=repr(error), fix=again) from error
+            raise DataError(f"the manifest of {place} is incomplete", key=key, found=repr(error), fix=again) from error
         expected = manifest.expected_fingerprint()
         if manifest.fingerprint != expected:
             raise DataError(
                 f"the manifest of {place} was changed after it was written",
+                key=key,
                 found=f"fingerprint {manifest.fingerprint}, content {expected}",
                 fix=again,
             )
@@ -374,7 +394,7 @@ class Dataset:
             table = self._read(shard, within)
         except UnreachableError as error:
             again = "launch again when the object store answers: the run goes on where it stopped"
-            raise DataError(f"{self.storage.uri}: {problem}", found=error.found, fix=again) from error
+            raise DataError(f"{self.storage.uri}: {problem}", key=KEY, found=error.found, fix=again) from error
         except OSError as error:
             raise self._damaged(shard, problem, str(error)) from error
         labels = table["label"].to_numpy() if self.manifest.class_names else None
@@ -405,14 +425,14 @@ class Dataset:
             yield self.read_group(group, split)
 
     def check(self, max_bytes: int | None = None) -> int:
-        """Compare the checksums of shards, up to `max_bytes` of them; the number of bytes compared.
+        """Compare checksums of the first shard, and of others up to `max_bytes` in all; the number of bytes compared.
 
         Raises:
             DataError: a shard is not as it was written.
         """
         done = 0
         for shard in self._shards():
-            if max_bytes is not None and done + shard.size > max_bytes:
+            if max_bytes is not None and done and done + shard.size > max_bytes:
                 break
             found = sha256_of(self.storage, shard.name)
             if found != shard.sha256:
@@ -444,18 +464,21 @@ class Dataset:
             f"ingest again into {self.storage.uri} (it writes damaged shards anew), restore {place} from a copy, "
             "or train without its images (data.unreadable: skip)"
         )
-        return DataError(f"{self.storage.uri}: {problem}", found=found, fix=fix)
+        return DataError(f"{self.storage.uri}: {problem}", key=KEY, found=found or place, fix=fix)
 
 
 def _no_manifest(storage: Storage) -> DataError:
     if not storage.exists():
         return DataError(
             "there is no such dataset",
+            key=KEY,
             found=storage.uri,
             fix=f"check the path, or make it: maskray ingest SOURCE {storage.uri}",
         )
     return DataError(
-        f"{storage.uri} has no {MANIFEST}: it is no dataset, or its ingest did not finish",
+        f"there is no {MANIFEST}: this is no dataset, or its ingest did not finish",
+        key=KEY,
+        found=storage.uri,
         fix=f"ingest again: maskray ingest SOURCE {storage.uri}",
     )
 

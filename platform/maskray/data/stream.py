@@ -1,4 +1,4 @@
-"""The training stream: the plan's row groups, decoded, cropped and masked. Walked in-process here, on Ray in `on_ray`.
+"""The training stream: the plan's row groups, decoded, cropped and masked. Walked in `local`, and on Ray in `on_ray`.
 
 Both walks call `load_unit`, a pure function of (spec, position), so they give the same bits in the same order, whatever
 the number of workers, threads or restarts.
@@ -10,13 +10,9 @@ Shape letters: N views of a row group (row r, view v at r·V + v), B images of a
 from __future__ import annotations
 
 import logging
-import threading
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -92,6 +88,11 @@ class StreamSpec:
         """N of a unit."""
         return self.group_rows * self.views_per_image
 
+    def positions(self, rank: int, world_size: int, start_step: int) -> Iterator[int]:
+        """A worker's share of the plan from a step on."""
+        for step in range(start_step, self.total_steps):
+            yield from share(step, self.groups_per_step, rank, world_size)
+
     def open_dataset(self) -> Dataset:
         """The dataset at `path`.
 
@@ -113,9 +114,9 @@ class Unit(NamedTuple):
     """One row group, ready for the model."""
 
     position: int
-    images_NCHW: Array
-    """uint8."""
-    visible_NHW: Array
+    images_NCHW: Array | torch.Tensor
+    """uint8. A tensor where it lies on the device already, as visible_NHW then does."""
+    visible_NHW: Array | torch.Tensor
     """bool, True = the encoder sees the cell."""
     weights_N: Array
     """float32: 1, or 0 for an image that could not be read or decoded and is black."""
@@ -130,7 +131,7 @@ def load_unit(spec: StreamSpec, dataset: Dataset, position: int) -> Unit:
         StorageError: the storage refuses to be read.
     """
     pass_, number = spec.plan.locate(position)
-    return _augment(spec, position, pass_, *read_images(spec, dataset, number))
+    return augment(spec, position, pass_, *read_images(spec, dataset, number))
 
 
 def read_images(spec: StreamSpec, dataset: Dataset, number: int) -> tuple[Array, list[str], Images]:
@@ -162,18 +163,17 @@ def decode_group(group: Group, channels: int) -> Images:
     return images
 
 
-def _augment(spec: StreamSpec, position: int, pass_: int, rows: Array, keys: list[str], images: Images) -> Unit:
+def augment(spec: StreamSpec, position: int, pass_: int, rows: Array, keys: list[str], images: Images) -> Unit:
+    """Crop, flip and mask a row group's decoded images: all views of each."""
     num_views = spec.views_per_image
-    rows_N, views_N = np.repeat(rows, num_views), np.tile(np.arange(num_views), len(rows))
-    by_key: dict[str, Any] = {"seed": spec.seed, "pass_": pass_, "rows": rows_N}
     sizes = np.array([(1, 1) if image is None else image.shape[1:] for image in images], dtype=np.int64)
-    boxes_N4 = crop.draw_boxes(spec.crop, np.repeat(sizes, num_views, axis=0), views=views_N, **by_key)
-    flips_N = crop.draw_flips(spec.flip_probability, views=views_N, **by_key)
-    visible_NHW = masking.draw(spec.mask, spec.grid_HW, view=views_N, **by_key)
+    boxes_N4, flips_N = draw_crops(spec, pass_, rows, sizes)
+    rows_N, views_N = _by_view(spec, rows)
+    visible_NHW = masking.draw(spec.mask, spec.grid_HW, seed=spec.seed, pass_=pass_, rows=rows_N, view=views_N)
 
-    out_NCHW = np.zeros((len(rows_N), spec.channels, *spec.image_size), dtype=np.uint8)
-    weights_N = np.zeros(len(rows_N), dtype=np.float32)
-    for n in range(len(rows_N)):
+    out_NCHW = np.zeros((len(boxes_N4), spec.channels, *spec.image_size), dtype=np.uint8)
+    weights_N = np.zeros(len(boxes_N4), dtype=np.float32)
+    for n in range(len(boxes_N4)):
         image = images[n // num_views]
         if image is not None:
             out_NCHW[n] = crop.crop_resize(image, boxes_N4[n], spec.image_size, flip=bool(flips_N[n])).numpy()
@@ -181,90 +181,16 @@ def _augment(spec: StreamSpec, position: int, pass_: int, rows: Array, keys: lis
     return Unit(position, out_NCHW, visible_NHW, weights_N, [key for key in keys for _ in range(num_views)])
 
 
-class LocalStream:
-    """A worker's share of the plan, in order, decoded in threads of this process with a bounded look-ahead.
+def draw_crops(spec: StreamSpec, pass_: int, rows: Array, sizes: Array) -> tuple[Array, Array]:
+    """Boxes (N, 4) int64 and flips (N,) bool of all views of R rows, whose images have `sizes` (R, 2)."""
+    rows_N, views_N = _by_view(spec, rows)
+    by_key: dict[str, Any] = {"seed": spec.seed, "pass_": pass_, "rows": rows_N, "views": views_N}
+    boxes_N4 = crop.draw_boxes(spec.crop, np.repeat(sizes, spec.views_per_image, axis=0), **by_key)
+    return boxes_N4, crop.draw_flips(spec.flip_probability, **by_key)
 
-    Close it, or use it as a context manager: then no thread is left.
 
-    Args:
-        spec: the stream.
-        dataset: `spec.open_dataset()` if None.
-        rank: of this worker.
-        world_size: number of workers.
-        start_step: where to begin.
-        threads: that decode.
-        prefetch_groups: row groups being decoded or waiting.
-        cache: keep decoded whole images in memory, so that each is decoded once. The bits stay the same.
-    """
-
-    def __init__(
-        self,
-        spec: StreamSpec,
-        dataset: Dataset | None = None,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        threads: int = 2,
-        prefetch_groups: int = 8,
-        cache: bool = False,
-    ) -> None:
-        self._spec, self._dataset = spec, dataset or spec.open_dataset()
-        self._positions = (
-            position
-            for step in range(start_step, spec.total_steps)
-            for position in share(step, spec.groups_per_step, rank, world_size)
-        )
-        self._cache: dict[int, tuple[Array, list[str], Images]] | None = {} if cache else None
-        self._cache_lock = threading.Lock()
-        self._look_ahead = max(1, prefetch_groups)
-        self._pending: deque[Future[Unit]] = deque()
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, thread_name_prefix="maskray-decode")
-
-    def __iter__(self) -> Iterator[Unit]:
-        return self
-
-    def __next__(self) -> Unit:
-        if self._pool is None:
-            raise StopIteration
-        while len(self._pending) < self._look_ahead and (position := next(self._positions, None)) is not None:
-            self._pending.append(self._pool.submit(self._load, position))
-        if not self._pending:
-            self.close()
-            raise StopIteration
-        try:
-            return self._pending.popleft().result()
-        except BaseException:
-            self.close()
-            raise
-
-    def _load(self, position: int) -> Unit:
-        if self._cache is None:
-            return load_unit(self._spec, self._dataset, position)
-        pass_, number = self._spec.plan.locate(position)
-        with self._cache_lock:
-            kept = self._cache.get(number)
-        if kept is None:
-            kept = read_images(self._spec, self._dataset, number)
-            if any(image is not None for image in kept[2]):  # else it may be readable when it comes again
-                with self._cache_lock:
-                    self._cache[number] = kept
-        return _augment(self._spec, position, pass_, *kept)
-
-    def close(self) -> None:
-        """Drop what is waiting and end the threads."""
-        if self._pool is not None:
-            pool, self._pool = self._pool, None
-            self._pending.clear()
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def _by_view(spec: StreamSpec, rows: Array) -> tuple[Array, Array]:
+    return np.repeat(rows, spec.views_per_image), np.tile(np.arange(spec.views_per_image), len(rows))
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -354,9 +280,12 @@ def _batches(units: list[Unit], spec: StreamSpec, micro_batch: int | None) -> li
     return out
 
 
-def _tensor(parts: list[Array]) -> torch.Tensor:
+def _tensor(parts: list[Array | torch.Tensor]) -> torch.Tensor:
+    first, *others = parts
+    if isinstance(first, torch.Tensor):
+        return torch.cat([torch.as_tensor(part) for part in parts]) if others else first
     # Units from Ray's object store are read-only views; torch wants memory of its own.
-    whole = np.concatenate(parts) if len(parts) > 1 or not parts[0].flags.writeable else parts[0]
+    whole = np.concatenate([np.asarray(part) for part in parts]) if others or not first.flags.writeable else first
     return torch.from_numpy(whole)
 
 

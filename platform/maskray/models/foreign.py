@@ -84,12 +84,18 @@ def weights_digest(path: str | Path | None) -> str | None:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError("the weights cannot be read", key=KEY, found=f"{path} ({error})") from error
+        raise _unreadable(path, error) from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise CheckpointError("no file of weights", key=KEY, found=path, allowed=ALLOWED)
+        raise CheckpointError(
+            "no file of weights",
+            key=KEY,
+            found=path,
+            allowed=ALLOWED,
+            fix="give a file or folder of one of these kinds",
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -97,9 +103,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(
-            "the weights cannot be read", key=KEY, found=f"{path} ({error})", allowed=ALLOWED
-        ) from error
+        raise _unreadable(path, error) from error
     except _NOT_WEIGHTS as error:
         raise CheckpointError(
             "the file is damaged, or holds more than weights (which is never loaded: it could run code)",
@@ -113,6 +117,16 @@ def _read(path: Path) -> dict[str, Tensor]:
             "the file holds no table of weights", key=KEY, found=path, allowed="tensors by name, or those under 'model'"
         )
     return dict(weights)
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        "the weights cannot be read",
+        key=KEY,
+        found=f"{path} ({error.strerror or error})",
+        allowed=ALLOWED,
+        fix="check the path, and that this user may read it",
+    )
 
 
 def _fit(name: str, tensor: Tensor, model: MaskedAutoencoderViT) -> Tensor:

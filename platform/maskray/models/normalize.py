@@ -60,11 +60,12 @@ class Normalize(nn.Module):
         if kind == "dataset" and len(mean) == 1:  # gray images shown as RGB repeat their one channel
             mean, std = mean * channels, std * channels
         if len(mean) != channels or len(std) != channels:
+            whose, others = ("ImageNet", "dataset") if kind == "imagenet" else ("the dataset", "imagenet")
             raise DataError(
-                f"the dataset's mean and std are those of {len(mean)} channels, the run asks for {channels}",
+                f"mean and std of {whose} are those of {len(mean)} channels, the run asks for {channels}",
                 key="data.normalize",
                 found=kind,
-                allowed="imagenet or symmetric, or data.channels as ingested",
+                allowed=f"{others} or symmetric, or data.channels as ingested",
             )
         if min(std) <= 0:
             raise DataError(

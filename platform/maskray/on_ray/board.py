@@ -1,20 +1,31 @@
-"""Where the first worker posts how far it is, for the driver to show. A process of its own: it imports nothing."""
+"""Where workers post how far they are and what they warn of, for the driver to show. An actor: it imports nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+WITHOUT_IMAGE = "throughput/views_without_image"
+MOST_WARNINGS = 100
+
 
 class Board:
-    """A Ray actor that holds the newest line."""
+    """A Ray actor that holds the newest line, and each warning once."""
 
     def __init__(self) -> None:
         self._step, self._metrics = 0, dict[str, float]()
+        self._warnings: dict[str, None] = {}
 
     def post(self, step: int, metrics: Mapping[str, float]) -> None:
         """From the first worker."""
         self._step, self._metrics = step, dict(metrics)
+        if metrics.get(WITHOUT_IMAGE):  # decoded by tasks of Ray Data, whose own word goes into Ray's log alone
+            self.warn(f"Images cannot be decoded any more and count for nothing; {WITHOUT_IMAGE} counts their views")
 
-    def read(self) -> tuple[int, dict[str, float]]:
-        """From the driver."""
-        return self._step, self._metrics
+    def warn(self, text: str) -> None:
+        """From any worker: all of them may say the same."""
+        full = len(self._warnings) >= MOST_WARNINGS
+        self._warnings.setdefault("There are more warnings: see the logs of Ray's workers" if full else text)
+
+    def read(self, seen: int) -> tuple[int, dict[str, float], list[str]]:
+        """From the driver: the newest step and metrics, and the warnings after the first `seen`."""
+        return self._step, self._metrics, list(self._warnings)[seen:]

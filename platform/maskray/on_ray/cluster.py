@@ -9,11 +9,13 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray._private.state import state as ray_state
 from ray.autoscaler.sdk import request_resources
 
@@ -51,6 +53,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     package = Path(maskray.__file__).parent
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = config.address or os.environ.get("RAY_ADDRESS")
+    _refuse_ray_client(address)
     try:
         if address:
             # The package travels with the job: workers of a cluster need not have it installed.
@@ -60,20 +63,28 @@ def connected(config: ClusterConfig) -> Iterator[None]:
                 runtime_env={"py_modules": [str(package)], "env_vars": variables},
             )
         else:
-            ray.init(
+            context = ray.init(
                 # Without `local` Ray joins any cluster that it finds on this machine.
                 address="local",
                 num_cpus=config.embedded_cpus,
-                include_dashboard=False,
+                include_dashboard=config.dashboard,
                 logging_level="ERROR",
                 log_to_driver=False,
                 runtime_env={"env_vars": {**variables, "PYTHONPATH": str(package.parent)}},
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+            if config.dashboard:
+                log.warning("Ray's dashboard: http://%s", context.dashboard_url)
+    except (
+        ConnectionError,
+        RuntimeError,
+        ValueError,
+        ray.exceptions.RayError,
+    ) as error:  # the last: no or a wrong token
         raise ClusterError(
             "the Ray cluster cannot be reached or started",
             key="cluster.address",
-            found=f"{address or 'embedded'} ({error})",
+            found=f"{address or 'embedded'} ({' '.join(str(error).split())})",
+            allowed="auto or host:port of a running cluster, with its token; or null, to start one on this machine",
             fix="check the address and the token (RAY_AUTH_TOKEN_PATH), or unset it for an embedded cluster",
         ) from error
     # Ray puts a handler of its own in place, which aborts the process: nothing would be closed.
@@ -83,6 +94,17 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_ray_client(address: str | None) -> None:
+    if address and address.startswith("ray://"):
+        raise ClusterError(
+            "Ray Client cannot run Ray Train: the driver must be on a node of the cluster",
+            key="cluster.address",
+            found=f"{address} (from the config or RAY_ADDRESS)",
+            allowed="auto or host:port (of the head's GCS, 6379 by default) on a node of the cluster, or null",
+            fix="submit the job to the cluster: ray job submit --address http://HEAD:8265 -- python jobs/pretrain.py",
+        )
 
 
 def preflight(config: RunConfig, storage: Storage, tracking_uri: str, *, streams_on_ray: bool) -> None:
@@ -100,28 +122,39 @@ def preflight(config: RunConfig, storage: Storage, tracking_uri: str, *, streams
             allowed="an absolute path that all nodes see, or s3://bucket/prefix",
         )
     _check_shared(storage, tracking_uri)
-    needed = needs(config.cluster, streams_on_ray=streams_on_ray)
-    largest = _largest()
-    _refuse_if_short(needed, largest, config.cluster)
-    bundles = [{"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}] * config.cluster.workers
-    if not ray_state.get_max_resources_from_cluster_config():  # no autoscaler: there will be no other nodes
-        _refuse_if_scattered(bundles)
-    _wait_for(needed, bundles, config.cluster)
+    cluster = config.cluster
+    bundles = _bundles(cluster, streams_on_ray=streams_on_ray)
+    _refuse_if_short(_total(bundles), _largest(), cluster)
+    if not _can_grow():
+        _refuse_if_scattered(bundles, cluster)
+    if _wait_for(bundles, cluster):
+        _check_shared(storage, tracking_uri)  # again: nodes may have come
 
 
-def _wait_for(needed: Mapping[str, float], bundles: list[dict[str, float]], cluster: ClusterConfig) -> None:
-    """Wait until the resources are free, and ask an autoscaler for them."""
+def _bundles(cluster: ClusterConfig, *, streams_on_ray: bool) -> list[dict[str, float]]:
+    """What must lie on one node each: workers, and tasks of Ray Data, which take a whole CPU."""
+    worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    return [worker] * cluster.workers + [{"CPU": 1.0}] * (cluster.data_cpus if streams_on_ray else 0)
+
+
+def _total(bundles: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in ("CPU", "GPU")}
+
+
+def _wait_for(bundles: list[dict[str, float]], cluster: ClusterConfig) -> bool:
+    """Wait until there is a free place for each bundle, and ask an autoscaler for them; whether that took any time."""
+    needed, waited = _total(bundles), False
+    deadline, said = time.monotonic() + cluster.wait_seconds, 0.0
     request_resources(bundles=bundles)
-    deadline = time.monotonic() + cluster.wait_seconds
-    said = 0.0
     try:
-        while _shortage(needed, ray.available_resources()):
+        while _unplaced(bundles, list(available_resources_per_node().values())):
+            waited = True
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"the cluster's resources were not free within {cluster.wait_seconds:g} s",
                     key="cluster.wait_seconds",
                     found=_shown(ray.available_resources()) + " free",
-                    allowed=_shown(needed),
+                    allowed=f"{_shown(needed)}, each worker and each CPU of Ray Data's on one node",
                     fix="wait longer, free some, or ask for less",
                 )
             if time.monotonic() - said > _SAY_EVERY_SECONDS:
@@ -130,36 +163,55 @@ def _wait_for(needed: Mapping[str, float], bundles: list[dict[str, float]], clus
             time.sleep(0.5)
     finally:
         request_resources(bundles=[])  # a standing request would keep the nodes up for ever
+    return waited
 
 
-def _refuse_if_scattered(bundles: list[dict[str, float]]) -> None:
-    """Whether each worker fits on one node; the sums may be enough where no node is."""
-    bundle = bundles[0]
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    room = sum(min(int(n.get(k, 0.0) / amount + 1e-6) for k, amount in bundle.items() if amount) for n in nodes)
-    if room < len(bundles):
-        raise ClusterError(
-            f"the nodes have room for {room} of {len(bundles)} workers",
-            key="cluster.cpus_per_worker",
-            found=f"{_shown(bundle)} for each worker, which one node must have",
-            fix="ask for smaller workers, or for fewer",
-        )
+def _refuse_if_scattered(bundles: list[dict[str, float]], cluster: ClusterConfig) -> None:
+    """Whether each bundle fits on one node; the sums may be enough where no node is."""
+    unplaced = _unplaced(bundles, [n["Resources"] for n in _nodes()])
+    if not unplaced:
+        return
+    lost = sum(bundle is bundles[0] for bundle in unplaced)
+    workers, of_data = cluster.workers, len(bundles) - cluster.workers
+    data = f" and for {of_data - len(unplaced) + lost} of Ray Data's {of_data} CPUs" if of_data else ""
+    raise ClusterError(
+        f"the nodes have room for {workers - lost} of {workers} workers{data}",
+        key="cluster.cpus_per_worker",
+        found=f"{_shown(bundles[0])} for each worker",
+        allowed="what one node has: a worker lies on one node, and so does each whole CPU of cluster.data_cpus",
+        fix="ask for smaller workers, or for fewer",
+    )
 
 
-def needs(cluster: ClusterConfig, *, streams_on_ray: bool) -> dict[str, float]:
-    """CPUs and GPUs that a run takes, those of Ray Data included."""
-    data = cluster.data_cpus if streams_on_ray else 0.0
-    return {
-        "CPU": cluster.workers * cluster.cpus_per_worker + data,
-        "GPU": cluster.workers * cluster.gpus_per_worker,
-    }
+def _unplaced(bundles: list[dict[str, float]], nodes: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Bundles without a place on any one node, the others having theirs."""
+    left, out = [dict(node) for node in nodes], []
+    for bundle in bundles:
+        amounts = {name: amount for name, amount in bundle.items() if amount}
+        room = (node for node in left if not _shortage(amounts, node))
+        node = next(room, None)
+        if node is None:
+            out.append(bundle)
+            continue
+        for name, amount in amounts.items():
+            node[name] -= amount
+    return out
 
 
 def _largest() -> dict[str, float]:
     """What the cluster can grow to: its autoscaler's word where there is one, else what it has."""
-    has = ray.cluster_resources()
-    limit = ray_state.get_max_resources_from_cluster_config() or {}
+    has, limit = ray.cluster_resources(), ray_state.get_max_resources_from_cluster_config() or {}
     return {name: max(has.get(name, 0.0), float(limit.get(name) or 0.0)) for name in ("CPU", "GPU")}
+
+
+def _can_grow() -> bool:
+    """Whether an autoscaler may add nodes."""
+    return bool(_shortage(_largest(), ray.cluster_resources()))
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """All that are alive. The driver's is one of them, whether or not it has CPUs to give."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _refuse_if_short(needed: Mapping[str, float], largest: Mapping[str, float], cluster: ClusterConfig) -> None:
@@ -186,14 +238,16 @@ def _shown(resources: Mapping[str, float]) -> str:
 
 
 def _check_shared(storage: Storage, tracking_uri: str) -> None:
-    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-    if len(nodes) < 2:
+    nodes = [node["NodeID"] for node in _nodes()]
+    if len(nodes) < 2 and not _can_grow():
         return
     if tracking_uri.startswith("sqlite"):
+        size = f"{len(nodes)} nodes" if len(nodes) > 1 else "one node that can grow to several"
         raise ClusterError(
-            f"an SQLite store cannot serve a cluster of {len(nodes)} nodes",
+            f"an SQLite store cannot serve a cluster of {size}",
             key="tracking.uri",
             found=tracking_uri,
+            allowed="http(s)://host:port of an MLflow server that all nodes reach",
             fix="start an MLflow server and give its URI",
         )
     if storage.is_local and not _seen_everywhere(storage, nodes):
@@ -202,6 +256,7 @@ def _check_shared(storage: Storage, tracking_uri: str) -> None:
             key="storage.path",
             found=storage.uri,
             allowed="s3://bucket/prefix, or a folder on a file system that all nodes mount",
+            fix="take such a place, or run on one node",
         )
 
 

@@ -8,16 +8,16 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import ray.train
 from ray.train.torch import get_device
 
 from maskray.config.schema import DataConfig
-from maskray.data.shards import decoded_bytes
+from maskray.data import local
 from maskray.data.storage import Storage
-from maskray.data.stream import LocalStream, StreamSpec, Unit
+from maskray.data.stream import StreamSpec, Unit
 from maskray.on_ray import stream
 from maskray.training import checkpoint
 from maskray.training.context import Snapshot
@@ -47,20 +47,11 @@ class RayContext:
         """This worker's share of the plan."""
         data = self._data
         if self._on_ray:
-            per_task, ready = data.groups_per_task, data.prefetch_groups
-            yield stream.units(spec, self.rank, self.world_size, per_task, ready, start_step)
+            with closing(stream.units(spec, self.rank, self.world_size, data, start_step)) as units:
+                yield units
             return
-        dataset = spec.open_dataset()
-        with LocalStream(
-            spec,
-            dataset,
-            rank=self.rank,
-            world_size=self.world_size,
-            start_step=start_step,
-            threads=data.decode_threads,
-            prefetch_groups=data.prefetch_groups,
-            cache=decoded_bytes(dataset, spec.channels) <= data.local_bytes,
-        ) as units:
+        place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
+        with local.open_units(spec, data, self.device, **place) as units:
             yield units
 
     @contextmanager

@@ -10,15 +10,20 @@ How the order is kept (each setting was needed; Ray 2.60):
   stream starts at a multiple of W, and a worker drops what it is given before its first.
 * The splitter holds back and cuts the last blocks of an execution: each ends with spare units that nobody reads.
 
-The plan is cut into segments, each one execution: Ray keeps a record for every task of an execution.
+The plan is cut into segments, each one execution, many passes long where the data is small: Ray keeps a record for
+every task of an execution. The next one is opened while the last row groups of the one before are still read, because
+an execution takes seconds to start.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -29,10 +34,13 @@ from maskray.config.schema import DataConfig
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec, Unit, load_unit
+from maskray.on_ray import background
 from maskray.training.checkpoint import step_of
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-_SEGMENT_TASKS = 8192
+_PREPARE_SECONDS = 20.0  # before the end of an execution; a process of Ray's is up in 3 s here, and may take longer
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,9 @@ class Segments:
     """Positions in a segment: a multiple of the workers."""
 
     @classmethod
-    def of(cls, spec: StreamSpec, workers: int, groups_per_task: int) -> Segments:
+    def of(cls, spec: StreamSpec, workers: int, data: DataConfig) -> Segments:
         """The segments of a run."""
-        size = _SEGMENT_TASKS * groups_per_task
+        size = max(workers, data.tasks_per_execution * data.groups_per_task)
         return cls(spec.total_steps * spec.groups_per_step, size - size % workers)
 
     @property
@@ -65,23 +73,105 @@ def datasets(
     spec: StreamSpec, run: Storage, workers: int, data: DataConfig
 ) -> dict[str, Callable[[], ray.data.Dataset]]:
     """What Train is given: it calls each at every start of the workers, in the controller's process."""
-    segments = Segments.of(spec, workers, data.groups_per_task)
-    return {name: partial(_open_segment, spec, run, workers, data, i) for i, name in enumerate(segments.names)}
+    names = Segments.of(spec, workers, data).names
+    return {name: partial(_open_segment, spec, run, workers, data, i) for i, name in enumerate(names)}
 
 
-def units(spec: StreamSpec, rank: int, workers: int, groups_per_task: int, prefetch: int, step: int) -> Iterator[Unit]:
-    """A worker's units from `step` on."""
-    segments = Segments.of(spec, workers, groups_per_task)
-    start = step * spec.groups_per_step
-    for index, name in enumerate(segments.names):
-        first, last = segments.bounds(index, start, workers)
-        if first >= last:
-            continue
-        # One row is one block is one unit; `batch_size=None` leaves it whole, and nothing is copied.
-        rows = ray.train.get_dataset_shard(name).iter_batches(batch_size=None, prefetch_batches=prefetch)
-        for position, row in zip(range(first + (rank - first) % workers, last, workers), rows, strict=False):
-            if position >= start:
-                yield _to_unit(row)
+def execution_options(data: DataConfig) -> ray.data.ExecutionOptions:
+    """How Ray Data runs a segment: in the plan's order, within its share of the object store."""
+    limit = data.object_store_bytes
+    limits = None if limit is None else ray.data.ExecutionResources.for_limits(object_store_memory=limit)
+    return ray.data.ExecutionOptions(preserve_order=True, resource_limits=limits)
+
+
+def units(
+    spec: StreamSpec,
+    rank: int,
+    workers: int,
+    data: DataConfig,
+    start_step: int,
+    shard_of: Callable[[str], ray.data.DataIterator] = ray.train.get_dataset_shard,
+) -> Generator[Unit]:
+    """A worker's units from `start_step` on.
+
+    Args:
+        spec: the stream.
+        rank: of this worker.
+        workers: in all; each must read.
+        data: how row groups reach the workers.
+        start_step: of the checkpoint that Train has on record.
+        shard_of: gives this worker's share of a segment.
+    """
+    segments = Segments.of(spec, workers, data)
+    start = start_step * spec.groups_per_step
+    bounds = {name: segments.bounds(i, start, workers) for i, name in enumerate(segments.names)}
+    names = [name for name, (first, end) in bounds.items() if first < end]
+    executions = [_Execution(partial(shard_of, name), data.prefetch_groups) for name in names]
+    in_flight = data.groups_per_task * int(ray.cluster_resources()["CPU"])
+    for index, (name, execution) in enumerate(zip(names, executions, strict=True)):
+        first, end = bounds[name]
+        following = executions[index + 1] if index + 1 < len(executions) else None
+        positions = range(first + (rank - first) % workers, end, workers)
+        with closing(execution.rows()) as rows:
+            since = time.monotonic()
+            # Positions first: so the spare units behind the last are not asked for.
+            for taken, (position, row) in enumerate(zip(positions, rows, strict=False), 1):
+                if following is not None:
+                    left = len(positions) - taken
+                    if left * (time.monotonic() - since) / taken < _PREPARE_SECONDS:
+                        following.prepare()
+                    # Not before the last tasks run: those of the next execution would take their CPUs.
+                    if left * workers <= in_flight:
+                        following.start()
+                if position >= start:
+                    yield _to_unit(row)
+        if rank == 0 and index > 0:  # every worker is past that one: they are never more than a step apart
+            executions[index - 1].release()
+
+
+class _Execution:
+    """One execution of Ray Data as a worker sees it, opened in the background in two steps.
+
+    Args:
+        shard: gives this worker's share.
+        prefetch: rows that are held ready.
+    """
+
+    def __init__(self, shard: Callable[[], ray.data.DataIterator], prefetch: int) -> None:
+        self._open, self._prefetch = shard, prefetch
+        self._shard: Future[ray.data.DataIterator] | None = None
+        self._first: Future[tuple[Row | None, Generator[Row]]] | None = None
+
+    def prepare(self) -> None:
+        """Start the splitter's process, which takes seconds; no task runs yet."""
+        if self._shard is None:
+            self._shard = background.call("maskray-splitter", self._open)
+
+    def start(self) -> None:
+        """Start the execution, and fetch its first row. It begins when all workers have asked for it."""
+        if self._first is None:
+            self.prepare()
+            self._first = background.call("maskray-first-row", self._fetch_first)
+
+    def rows(self) -> Generator[Row]:
+        """One row is one block is one unit: `batch_size=None` leaves it whole, and nothing is copied."""
+        self.start()
+        assert self._first is not None
+        row, rest = self._first.result()
+        with closing(rest):
+            while row is not None:
+                yield row
+                row = next(rest, None)
+
+    def release(self) -> None:
+        """End the splitter's process, which Train would keep until the workers end: one for each segment."""
+        assert self._shard is not None
+        ray.kill(self._shard.result()._coord_actor)  # no public way
+
+    def _fetch_first(self) -> tuple[Row | None, Generator[Row]]:
+        assert self._shard is not None
+        rows = iter(self._shard.result().iter_batches(batch_size=None, prefetch_batches=self._prefetch))
+        return next(rows, None), rows
 
 
 def registered_step(run: Storage) -> int:
@@ -108,22 +198,40 @@ def _open_segment(spec: StreamSpec, run: Storage, workers: int, data: DataConfig
     context.target_max_block_size = 1
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = data.stall_seconds
-    segments = Segments.of(spec, workers, data.groups_per_task)
     start = registered_step(run) * spec.groups_per_step
-    first, last = segments.bounds(index, start, workers)
+    first, last = Segments.of(spec, workers, data).bounds(index, start, workers)
     num_units = max(0, last - first) + 2 * workers
-    return ray.data.range(num_units, override_num_blocks=-(-num_units // data.groups_per_task)).map_batches(
-        partial(_load, spec, spec.open_dataset(), first), batch_size=None
-    )
+    offsets = ray.data.range(num_units, override_num_blocks=-(-num_units // data.groups_per_task))
+    if data.actors is None:
+        return offsets.map_batches(partial(_load, spec, first), batch_size=None)
+    pool = ray.data.ActorPoolStrategy(size=data.actors)
+    return offsets.map_batches(_Loader, fn_constructor_args=(spec, first), compute=pool, batch_size=None)
 
 
-def _load(spec: StreamSpec, dataset: Dataset, first: int, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+class _Loader:
+    """What an actor of the pool runs."""
+
+    def __init__(self, spec: StreamSpec, first: int) -> None:
+        self._load = partial(_load, spec, first)
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[Row]:
+        return self._load(batch)
+
+
+def _load(spec: StreamSpec, first: int, batch: dict[str, Any]) -> Iterator[Row]:
     """A task: several row groups, each given on as soon as it is ready."""
+    dataset = _opened(spec)
     for offset in batch["id"]:
         yield _to_row(load_unit(spec, dataset, first + int(offset)))
 
 
-def _to_row(unit: Unit) -> dict[str, Any]:
+@lru_cache(maxsize=1)
+def _opened(spec: StreamSpec) -> Dataset:
+    """The dataset, opened once in each of Ray's processes: a manifest of many shards is too long for every task."""
+    return spec.open_dataset()
+
+
+def _to_row(unit: Unit) -> Row:
     return {
         "position": np.array([unit.position]),
         "images": unit.images_NCHW[None],
@@ -133,7 +241,7 @@ def _to_row(unit: Unit) -> dict[str, Any]:
     }
 
 
-def _to_unit(row: dict[str, Any]) -> Unit:
+def _to_unit(row: Row) -> Unit:
     return Unit(
         position=int(row["position"][0]),
         images_NCHW=row["images"][0],

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,19 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from maskray.data.shards import decoded_bytes
-from maskray.data.storage import Storage
+from maskray.data.local import is_walked_locally
 from maskray.data.stream import StreamSpec
-from maskray.errors import CheckpointError, MaskrayError, NonFiniteError, TrainingError
+from maskray.errors import CheckpointError, NonFiniteError, TrainingError
 from maskray.evaluation.judgement import Judgement
 from maskray.launch import Prepared, unstored_metrics
-from maskray.on_ray import cluster, evaluate, stream, worker
+from maskray.on_ray import background, cluster, evaluate, failures, record, stream, worker
 from maskray.on_ray.board import Board
 from maskray.tracking.console import ProgressLine
 from maskray.training import checkpoint
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS, _READ_SECONDS = 0.5, 5.0
 
 
 class RayLauncher:
@@ -47,20 +45,22 @@ class RayLauncher:
             MaskrayError: a mistake that only the workers could see (a damaged shard, a checkpoint that does not fit).
             TrainingError: a step was not finite, or the workers were lost too often.
         """
-        _remove_unlisted(prepared.run)
         config = prepared.config
         board = ray.remote(num_cpus=0)(Board).remote()
         with _shown(board, prepared.plan.total_steps):
             for left in reversed(range(config.cluster.max_failures + 1)):
+                record.settle(prepared.run)  # each time: a controller that died may have torn it
                 try:
-                    outcome = _off_the_main_thread(_trainer(prepared, run_id, board).fit).return_value
+                    # In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0.
+                    fitting = background.call("maskray-fit", _trainer(prepared, run_id, board).fit)
+                    outcome = fitting.result().return_value
                     break
                 except ray.exceptions.ActorDiedError as error:
                     if left == 0:
                         raise TrainingError(f"Ray Train's controller died too often: {error}") from error
                     log.warning("Ray Train's controller died; starting again from the latest checkpoint")
                 except ray.train.TrainingFailedError as error:
-                    raise _explained(error, config.cluster.max_failures) from error
+                    raise failures.explained(error, config.cluster.max_failures) from error
         if "not_finite" in outcome:
             raise NonFiniteError(outcome["not_finite"])
         if not outcome["stored"]:
@@ -82,11 +82,8 @@ class RayLauncher:
 
 
 def streams_on_ray(prepared: Prepared) -> bool:
-    """Whether Ray Data decodes: as the config says, or, under `auto`, where the decoded images do not fit."""
-    data = prepared.config.data
-    if data.stream == "auto":
-        return decoded_bytes(prepared.dataset, data.channels) > data.local_bytes
-    return data.stream == "ray"
+    """Whether Ray Data decodes, and not the workers."""
+    return not is_walked_locally(prepared.config.data, prepared.dataset)
 
 
 def _trainer(prepared: Prepared, run_id: str, board: Any) -> TorchTrainer:
@@ -112,11 +109,12 @@ def _trainer(prepared: Prepared, run_id: str, board: Any) -> TorchTrainer:
             storage_path=prepared.root.uri,
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.storage.keep_checkpoints),
+            callbacks=[failures.StopAtMistakes()],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             # cuBLAS reads it before its first product; without it, deterministic kernels are refused.
             worker_runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if on_gpu else None,
         ),
-        dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
+        dataset_config=ray.train.DataConfig(execution_options=stream.execution_options(config.data)),
         datasets=stream.datasets(spec, prepared.run, workers, config.data) if on_ray else None,
     )
 
@@ -126,16 +124,20 @@ def _trainer(prepared: Prepared, run_id: str, board: Any) -> TorchTrainer:
 
 @contextmanager
 def _shown(board: Any, total_steps: int) -> Iterator[None]:
-    """The progress line, while the block runs."""
+    """The progress line and what workers warn of, while the block runs."""
     stop = threading.Event()
 
     def follow() -> None:
-        last = 0
-        while not stop.wait(_POLL_SECONDS):
+        last, seen, ending = 0, 0, False
+        while not ending:
+            ending = stop.wait(_POLL_SECONDS)  # and looks once more
             try:
-                step, metrics = ray.get(board.read.remote(), timeout=_POLL_SECONDS)
+                step, metrics, warnings = ray.get(board.read.remote(seen), timeout=_READ_SECONDS)
             except ray.exceptions.RayError:  # a line that cannot be read must not end a run
                 continue
+            for warning in warnings:
+                log.warning("%s", warning)
+            seen += len(warnings)
             if step != last:
                 last = step
                 line.update(step, metrics)
@@ -150,43 +152,6 @@ def _shown(board: Any, total_steps: int) -> Iterator[None]:
             thread.join()
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
-def _off_the_main_thread(function: Callable[[], Any]) -> Any:
-    """Call and wait. In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0."""
-    future: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
-            future.set_exception(error)
-
-    threading.Thread(target=call, name="maskray-fit", daemon=True).start()
-    return future.result()
-
-
-def _explained(error: BaseException, max_failures: int) -> Exception:
-    """The user's mistake that a worker met, or what is known of how the workers were lost."""
-    for cause in _causes(error, set()):
-        if isinstance(cause, MaskrayError | TrainingError):
-            return cause
-    return TrainingError(f"The workers failed more than {max_failures} times (cluster.max_failures), at last: {error}")
-
-
-def _causes(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
-    if id(error) in seen:
-        return
-    seen.add(id(error))
-    yield error
-    below = [error.__cause__, error.__context__, getattr(error, "cause", None)]
-    below += list(getattr(error, "worker_failures", {}).values())
-    for cause in below:
-        if isinstance(cause, BaseException):
-            yield from _causes(cause, seen)
-
-
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -195,15 +160,3 @@ def _registered(prepared: Prepared) -> str:
     if name is None:
         raise CheckpointError("the run has no checkpoint", found=prepared.run.uri)
     return name
-
-
-def _remove_unlisted(run: Storage) -> None:
-    """Delete checkpoint folders that Train has no record of: what a killed upload left."""
-    try:
-        content = run.read_bytes(stream.SNAPSHOT).decode()
-    except FileNotFoundError:
-        content = ""
-    for name in run.list_names():
-        if name.startswith(checkpoint.FOLDER_PREFIX) and f'"{name}"' not in content:
-            log.info("Removing %s, which was not finished", name)
-            run.delete(name)

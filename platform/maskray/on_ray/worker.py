@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+import ray
 
 from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
@@ -11,9 +14,12 @@ from maskray.on_ray.context import RayContext
 from maskray.pretrain import pretrain
 from maskray.tracking.base import Fanout, Observer, Tracker
 
+_BOARD_SECONDS = 5.0
+
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     """Pretrain; the return value is the driver's to read."""
+    tell_driver(settings["board"])
     config = RunConfig.model_validate(settings["config"])
     context = RayContext(config.data, Storage(settings["run"]), on_ray=settings["on_ray"])
     tracker = _tracker(settings, config) if context.rank == 0 else Observer()
@@ -36,3 +42,21 @@ def _tracker(settings: dict[str, Any], config: RunConfig) -> Tracker:
     stored = MlflowTracker(settings["tracking_uri"], settings["run_id"], system_metrics_seconds=seconds)
     board = settings["board"]
     return Fanout(stored, Observer(lambda step, metrics: board.post.remote(step, dict(metrics))))
+
+
+def tell_driver(board: Any) -> None:
+    """Post this process's warnings of maskray's own to the board: Ray's log, and its noise, are not shown."""
+    logging.getLogger("maskray").addHandler(_ToBoard(board))
+
+
+class _ToBoard(logging.Handler):
+    def __init__(self, board: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._board = board
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            # Waited for: the last warnings come just before a worker ends.
+            ray.get(self._board.warn.remote(record.getMessage()), timeout=_BOARD_SECONDS)
+        except Exception:  # noqa: BLE001 - as every handler: what cannot be shown must not end a run
+            self.handleError(record)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from maskray.data.stream import LocalStream, StreamSpec, Unit
+from maskray.config.schema import DataConfig
+from maskray.data import local
+from maskray.data.stream import StreamSpec, Unit
 from maskray.training import checkpoint
 
 Snapshot = Callable[[Path], None]
@@ -45,39 +47,34 @@ class LocalContext:
     """Bare torch: one process, or one of torchrun's. Checkpoints are folders below `run_folder`.
 
     Also the double in tests: it trains, checkpoints and resumes for real.
+
+    Args:
+        run_folder: of the run.
+        data: how the stream reaches this process.
+        rank: of this process.
+        world_size: processes in all.
+        device: the CPU if None.
+        keep_checkpoints: older ones are deleted.
     """
 
     def __init__(
         self,
         run_folder: Path,
+        data: DataConfig,
         *,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
-        decode_threads: int = 2,
-        prefetch_groups: int = 8,
         keep_checkpoints: int = 2,
-        cache: bool = True,
     ) -> None:
         self.run_folder, self.rank, self.world_size = run_folder, rank, world_size
         self.device = device or torch.device("cpu")
-        self._threads, self._prefetch, self._cache = decode_threads, prefetch_groups, cache
-        self._keep = keep_checkpoints
+        self._data, self._keep = data, keep_checkpoints
 
-    @contextmanager
-    def units(self, spec: StreamSpec, start_step: int) -> Iterator[Iterator[Unit]]:
+    def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
         """The in-process walk."""
-        stream = LocalStream(
-            spec,
-            rank=self.rank,
-            world_size=self.world_size,
-            start_step=start_step,
-            threads=self._threads,
-            prefetch_groups=self._prefetch,
-            cache=self._cache,
-        )
-        with closing(stream):
-            yield iter(stream)
+        place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
+        return local.open_units(spec, self._data, self.device, **place)
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:

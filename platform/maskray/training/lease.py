@@ -68,6 +68,23 @@ def holder_of(run: Storage) -> Holder | None:
         return None
 
 
+def refuse_if_held(run: Storage, name: str) -> None:
+    """A look that changes nothing.
+
+    Raises:
+        RunConflictError: a living holder has the run.
+    """
+    other = holder_of(run)
+    if other is not None and other.is_alive():
+        age = max(0.0, time.time() - other.heartbeat)
+        raise RunConflictError(
+            f"the run {name} is running already",
+            key="name",
+            found=f"process {other.pid} on {other.host}, last heard of {age:.0f} s ago",
+            fix="wait for it, stop it, or give this run another name or seed",
+        )
+
+
 @contextmanager
 def hold(run: Storage, name: str) -> Iterator[None]:
     """Hold a run's lease, with a heartbeat from a thread.
@@ -99,25 +116,14 @@ def _take(run: Storage, name: str, me: Holder) -> None:
         if run.is_local:
             return
     else:
-        _refuse_if_alive(run, name)
+        refuse_if_held(run, name)
+        log.warning("Taking over the run %s: its last launch ended without a word", name)
         run.write_bytes(LEASE, content)  # over the old one: were it deleted first, a third launch could slip in
     # Several may take over in the same moment, or create on S3: the last to write has it, and all look again.
     time.sleep(SETTLE_SECONDS)
     found = holder_of(run)
     if found is None or found.token != me.token:
         raise RunConflictError(f"the run {name} is being started by somebody else", fix="wait for it")
-
-
-def _refuse_if_alive(run: Storage, name: str) -> None:
-    other = holder_of(run)
-    if other is not None and other.is_alive():
-        age = max(0.0, time.time() - other.heartbeat)
-        raise RunConflictError(
-            f"the run {name} is running already",
-            found=f"process {other.pid} on {other.host}, last heard of {age:.0f} s ago",
-            fix="wait for it, stop it, or give this run another name or seed",
-        )
-    log.warning("Taking over the run %s: its last launch ended without a word", name)
 
 
 def _beat(run: Storage, me: Holder, stop: threading.Event) -> None:

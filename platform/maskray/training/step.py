@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from maskray.config.schema import RunConfig
+from maskray.data.device import moved
 from maskray.data.stream import Batch
 from maskray.objective import Objective
 from maskray.training.optim import Schedule
@@ -116,18 +117,14 @@ class TrainStep:
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Gradients of a batch; its part of the step's loss and of its weights, as a tensor of two."""
-        images_BCHW = self._normalize(self._moved(batch.images_BCHW))
-        visible_BHW, weights_B = self._moved(batch.visible_BHW), self._moved(batch.weights_B)
+        images_BCHW = self._normalize(moved(batch.images_BCHW, self._device))
+        visible_BHW, weights_B = moved(batch.visible_BHW, self._device), moved(batch.weights_B, self._device)
         with self._autocast:
             pred_BLP = self._model(images_BCHW, visible_BHW, batch.num_visible)
         loss_B = self._objective(images_BCHW, pred_BLP, visible_BHW)
         loss: torch.Tensor = (weights_B * loss_B).sum() / self._global_batch
         (loss * self._world).backward()  # DDP averages the gradients over the workers where their sum is wanted
         return torch.stack([loss.detach(), weights_B.sum()])
-
-    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On the device. From pinned memory, or the host would wait for the copy."""
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
     def _alone(self, alone: bool) -> contextlib.AbstractContextManager[None]:
         if alone and isinstance(self._model, DistributedDataParallel):

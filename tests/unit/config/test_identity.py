@@ -21,7 +21,12 @@ OPERATIONAL: dict[str, set[str] | bool] = {
         "path",  # the dataset's fingerprint is identity
         "stream",
         "local_bytes",
+        "cache",
+        "cache_folder",
         "groups_per_task",
+        "tasks_per_execution",
+        "actors",
+        "object_store_bytes",
         "prefetch_groups",
         "stall_seconds",
         "decode_threads",

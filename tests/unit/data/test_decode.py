@@ -1,19 +1,54 @@
-"""Bytes to pixels, for every format and mode."""
+"""Bytes to pixels and back, for every format and mode."""
+
+import io
+import struct
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
-from maskray.data.decode import UndecodableError, decode
+from maskray.data.decode import UndecodableError, decode, encode, measure
 
 LOSSLESS = ["PNG", "BMP", "TIFF", "PPM", "JPEG2000"]
 
 
-def exif_quarter_turn():
-    exif = Image.Exif()
-    exif[274] = 6  # shown turned by 90 degrees clockwise
-    return exif
+# How an image must be turned to stand upright, for each EXIF orientation.
+UPRIGHT = {
+    1: lambda x: x,
+    2: lambda x: x.flip(2),
+    3: lambda x: torch.rot90(x, 2, (1, 2)),
+    4: lambda x: x.flip(1),
+    5: lambda x: x.transpose(1, 2),
+    6: lambda x: torch.rot90(x, -1, (1, 2)),
+    7: lambda x: torch.rot90(x, 2, (1, 2)).transpose(1, 2),
+    8: lambda x: torch.rot90(x, 1, (1, 2)),
+}
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[274] = orientation
+    return tags
+
+
+def bands(number, dtype=np.uint8, size=(20, 30)):
+    """(C, H, W)"""
+    return np.random.default_rng(number).integers(0, np.iinfo(dtype).max, (number, *size), dtype, endpoint=True)
+
+
+def multi_band_tiff(pixels_CHW, planar="contig", **options):
+    stored = np.moveaxis(pixels_CHW, 0, -1) if planar == "contig" else pixels_CHW
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, stored, planarconfig=planar, photometric="minisblack", **options)
+    return buffer.getvalue()
+
+
+def npy(array, **options):
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
@@ -47,18 +82,182 @@ def test_sixteen_bits_are_scaled_not_clipped(encoded, kind):
     assert abs(tensor[0].numpy().astype(int) - (ramp >> 8)).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_are_turned_upright(picture, encoded, kind, channels):
-    lying = encoded(picture(5), kind, exif=exif_quarter_turn())
-    upright = encoded(picture(5), kind)
-    assert decode(lying, channels).shape == (channels, 32, 24)
-    assert torch.equal(decode(lying, channels), torch.rot90(decode(upright, channels), -1, (1, 2)))
+def test_images_are_turned_upright(picture, encoded, kind, orientation, channels):
+    lying = encoded(picture(5), kind, exif=exif(orientation))
+    stored = encoded(picture(5), kind)
+    assert torch.equal(decode(lying, channels), UPRIGHT[orientation](decode(stored, channels)))
+    assert measure(lying)[0] * measure(lying)[1] == 24 * 32
 
 
-def test_of_an_animation_the_first_frame_counts(picture, encoded):
-    moving = encoded(picture(6), "GIF", save_all=True, append_images=[picture(7)])
-    assert torch.equal(decode(moving, 3), decode(encoded(picture(6), "GIF"), 3))
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "AVIF", "PNG"])
+def test_of_an_animation_the_first_frame_counts(picture, encoded, kind):
+    moving = encoded(picture(6), kind, save_all=True, append_images=[picture(7), picture(8)])
+    still = decode(encoded(picture(6), kind), 3)
+    assert abs(decode(moving, 3).int() - still.int()).float().mean() < 4
+    assert measure(moving) == (24, 32, 3)
+
+
+# ------------------------------------------------------------------------------- where decoders differ, what is right
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF", "TIFF"])
+def test_alpha_is_dropped_and_not_blended(picture, encoded, kind):
+    image = picture(9).convert("RGBA")
+    alpha = np.zeros((24, 32), np.uint8)
+    alpha[:, 16:], alpha[:12] = 255, 77
+    image.putalpha(Image.fromarray(alpha))
+    options = {"WEBP": {"lossless": True, "exact": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}.get(
+        kind, {}
+    )
+    data = encoded(image, kind, **options)
+    expected_HWC = np.asarray(picture(9)).astype(int)
+    tolerance = 6 if kind == "AVIF" else 0
+    assert abs(decode(data, 3).permute(1, 2, 0).numpy() - expected_HWC).max() <= tolerance
+    gray_HW = np.asarray(picture(9).convert("L")).astype(int)
+    assert abs(decode(data, 1)[0].numpy() - gray_HW).max() <= tolerance + 1
+    assert torch.equal(decode(data, 4)[:3], decode(data, 3))
+    np.testing.assert_array_equal(decode(data, 4)[3].numpy(), alpha)
+    assert measure(data) == (24, 32, 4)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_a_transparent_colour_of_a_palette_keeps_its_colour(picture, encoded, kind):
+    image = picture(10).quantize(64)
+    data = encoded(image, kind, transparency=5, background=9)
+    np.testing.assert_array_equal(decode(data, 3).permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
+    assert measure(data) == (24, 32, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_becomes_the_light_that_its_ink_leaves(picture, encoded, kind):
+    ink_HWC = np.asarray(picture(11).convert("CMYK")).copy()
+    ink_HWC[..., 3] = 40
+    data = encoded(Image.fromarray(ink_HWC, "CMYK"), kind, **({"quality": 100} if kind == "JPEG" else {}))
+    paper_HWC = (255.0 - ink_HWC[..., :3]) * (255 - ink_HWC[..., 3:]) / 255
+    assert abs(decode(data, 3).permute(1, 2, 0).numpy() - paper_HWC).mean() < (8 if kind == "JPEG" else 1)
+    assert measure(data) == (24, 32, 4)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.dtype(">u2")])
+def test_one_rule_scales_sixteen_bits(encoded, dtype):
+    ramp_HW = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected_HW = np.rint(ramp_HW / 257).astype(np.uint8)
+    byte_order = ">" if dtype != np.uint16 else "<"
+    stored = io.BytesIO()
+    tifffile.imwrite(stored, ramp_HW, byteorder=byte_order)
+    for data in (encoded(Image.fromarray(ramp_HW), "PNG"), stored.getvalue()):
+        np.testing.assert_array_equal(decode(data, 1)[0].numpy(), expected_HW)
+    many = multi_band_tiff(np.stack([ramp_HW] * 5), byteorder=byte_order)
+    np.testing.assert_array_equal(decode(many, 5)[4].numpy(), expected_HW)
+
+
+# ------------------------------------------------------------------------------------------------------------- N bands
+
+
+@pytest.mark.parametrize("number", [2, 4, 5, 13])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_tiff_of_many_bands(number, planar, compression):
+    data = multi_band_tiff(bands(number), planar, compression=compression)
+    np.testing.assert_array_equal(decode(data, number).numpy(), bands(number))
+    assert measure(data) == (20, 30, number)
+
+
+def test_a_tiff_of_many_bands_is_turned_upright():
+    for orientation, turn in UPRIGHT.items():
+        data = multi_band_tiff(bands(5), extratags=[(274, "H", 1, orientation, True)])
+        assert torch.equal(decode(data, 5), turn(torch.from_numpy(bands(5))))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_an_npy_file_is_taken_as_it_is(number, order):
+    data = npy(np.asarray(np.moveaxis(bands(number), 0, -1), order=order))
+    np.testing.assert_array_equal(decode(data, number).numpy(), bands(number))
+    assert measure(data) == (20, 30, number)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (npy(np.zeros((4, 4, 5), np.float32)), "float32"),
+        (npy(np.zeros((4, 4), np.uint8)), r"shape \(4, 4\)"),
+        (npy(np.zeros((4, 0, 5), np.uint8)), "shape"),
+        (npy(np.array([[[{}]]], dtype=object), allow_pickle=True), "object"),
+        (npy(np.zeros((4, 4, 5), np.uint8))[:-1], "79 bytes of pixels, 80 expected"),
+        (npy(np.zeros((4, 4, 5), np.uint8)) + b"x", "81 bytes of pixels, 80 expected"),
+        (npy(np.zeros((4, 4, 6), np.uint8)), "it has 6 bands, 5 are asked for"),
+        (multi_band_tiff(bands(4)), "it has 4 bands, 5 are asked for"),
+        (multi_band_tiff(bands(5).astype(np.float32)), "float32"),
+    ],
+)
+def test_other_arrays_and_numbers_of_bands_are_refused(data, reason):
+    with pytest.raises(UndecodableError, match=reason):
+        decode(data, 5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_many_bands_do_not_become_a_colour(channels):
+    with pytest.raises(UndecodableError, match=f"it has 13 bands, {channels} are asked for"):
+        decode(multi_band_tiff(bands(13)), channels)
+
+
+# ------------------------------------------------------------------------------------------------- measure and encode
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_measure_agrees_with_decode(picture, encoded, kind, mode):
+    data = encoded(picture(12, 21, 34).convert(mode), kind)
+    height, width, channels = measure(data)
+    assert (height, width) == decode(data, 3).shape[1:] == (21, 34)
+    always_colour = kind in ("WEBP", "GIF")  # the format or its palette has no gray
+    assert channels == (3 if mode == "RGB" or always_colour else 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": exif(1)}, {"lossless": True, "exif": exif(1)}])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_each_kind_of_webp_is_measured(picture, encoded, options, mode):
+    image = picture(12, 21, 34).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(100)
+    assert measure(encoded(image, "WEBP", **options)) == (21, 34, len(mode))
+
+
+def test_a_heic_is_as_large_as_its_largest_part():
+    boxes = b"".join(
+        b"\0\0\0\x14ispe" + struct.pack(">III", 0, w, h) for w, h in ((512, 512), (4032, 3024), (320, 240))
+    )
+    assert measure(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + boxes) == (3024, 4032, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_encoded_as_jpeg_it_stays_close(picture, channels):
+    image_CHW = decode(_png(picture(13)), channels)
+    data = encode(image_CHW, 95)
+    assert data[:3] == b"\xff\xd8\xff"
+    assert abs(decode(data, channels).int() - image_CHW.int()).float().mean() < 6
+    assert len(encode(image_CHW, 30)) < len(data)
+    turned = encode(torch.rot90(image_CHW, 1, (1, 2)), 95)  # not contiguous
+    assert decode(turned, channels).shape == (channels, 32, 24)
+
+
+@pytest.mark.parametrize("number", [2, 4, 13])
+def test_other_numbers_of_channels_are_encoded_without_loss(number):
+    image_CHW = torch.from_numpy(bands(number))
+    assert torch.equal(decode(encode(image_CHW, 90), number), image_CHW)
+
+
+def _png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------- bad
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
@@ -79,3 +278,25 @@ def test_what_is_no_image_is_refused(data):
 def test_pixels_without_a_known_range_are_refused(encoded):
     with pytest.raises(UndecodableError, match="32 bits"):
         decode(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_jpeg_that_was_cut_and_closed_again_is_refused(picture, encoded, mode, orientation, capfd):
+    data = encoded(picture(14, 240, 320).convert(mode), "JPEG", exif=exif(orientation))
+    for share in (0.5, 0.9):
+        with pytest.raises(UndecodableError, match="end before the picture does"):
+            decode(data[: int(len(data) * share)] + b"\xff\xd9", 3)
+    assert decode(data, 3).shape[0] == 3
+
+
+def test_a_gray_jpeg_is_no_cut_one(encoded):
+    flat = encoded(Image.new("RGB", (64, 48), (128, 128, 128)), "JPEG")
+    assert decode(flat, 3).unique().tolist() == [128]
+
+
+def test_a_jpeg_of_endless_scans_is_refused(picture, encoded):
+    data = encoded(picture(15, 64, 64), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(UndecodableError, match="scans"):
+        decode(data[:last] + data[last:-2] * 10_000 + b"\xff\xd9", 3)

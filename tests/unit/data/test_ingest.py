@@ -194,7 +194,7 @@ room.ingest(IngestConfig(**config, group_rows=8, groups_per_shard=2), room.threa
 """
     done = subprocess.run([sys.executable, "-c", script], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
-    with pytest.raises(DataError, match=r"has no manifest\.json"):
+    with pytest.raises(DataError, match=r"data\.path: there is no manifest\.json"):
         Dataset.open(str(tmp_path / "shards"))
     expected = ingest_here(folder, tmp_path / "elsewhere")
     assert ingest_here(folder, tmp_path / "shards") == expected

@@ -34,6 +34,16 @@ def test_it_leaves_nothing_in_the_state():
 def test_statistics_of_another_number_of_channels_are_refused():
     with pytest.raises(DataError, match=r"data\.normalize.*3 channels"):
         Normalize.from_kind("dataset", 1, [0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
+    with pytest.raises(DataError, match=r"data\.normalize: mean and std of ImageNet.*asks for 5.*dataset or symmetric"):
+        Normalize.from_kind("imagenet", 5)
+
+
+def test_any_number_of_channels_has_its_own_statistics():
+    normalize = Normalize.from_kind("dataset", 5, [0.1, 0.2, 0.3, 0.4, 0.5], [0.5, 0.25, 0.2, 0.1, 0.05])
+    images = torch.full((2, 5, 4, 4), 51, dtype=torch.uint8)  # 0.2 in units of 0 to 1
+    expected = torch.tensor([0.2, 0.0, -0.5, -2.0, -6.0])
+    torch.testing.assert_close(normalize(images)[1, :, 0, 0], expected, atol=1e-5, rtol=0)
+    assert torch.equal(normalize.to_bytes(normalize(images)), images)
 
 
 def test_a_constant_channel_is_refused():

@@ -66,8 +66,8 @@ def test_a_second_launch_is_refused_and_told_who_has_it(run):
     with hold(run, "digits"), pytest.raises(RunConflictError) as caught, hold(run, "digits"):
         pass
     assert str(caught.value) == (
-        f"the run digits is running already. Found: process {os.getpid()} on {socket.gethostname()}, last heard of 0 s "
-        "ago. What to do: wait for it, stop it, or give this run another name or seed."
+        f"name: the run digits is running already. Found: process {os.getpid()} on {socket.gethostname()}, last heard "
+        "of 0 s ago. What to do: wait for it, stop it, or give this run another name or seed."
     )
 
 

@@ -3,11 +3,14 @@
 import pytest
 
 from maskray.config.resolve import resolve
+from maskray.config.schema import DataConfig
 from maskray.data.shards import Dataset
 from maskray.data.stream import StreamSpec
 from maskray.training import checkpoint
 from maskray.training.checkpoint import STATE, WEIGHTS, Facts, HostCopy
 from maskray.training.context import LocalContext
+
+DATA = DataConfig(path="not read here")
 
 
 @pytest.fixture
@@ -30,12 +33,12 @@ def newest(context):
 
 
 def test_no_checkpoint_yet(tmp_path):
-    assert newest(LocalContext(tmp_path / "never made")) is None
+    assert newest(LocalContext(tmp_path / "never made", DATA)) is None
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [100]), (2, [12, 100]), (9, [4, 8, 12, 100])])
 def test_the_newest_are_kept(tmp_path, snapshot, keep, kept):
-    context = LocalContext(tmp_path, keep_checkpoints=keep)
+    context = LocalContext(tmp_path, DATA, keep_checkpoints=keep)
     for step in (4, 8, 12, 100):
         assert context.report(step, snapshot(step)) == 0.0
     assert steps_in(context) == kept
@@ -43,20 +46,20 @@ def test_the_newest_are_kept(tmp_path, snapshot, keep, kept):
 
 
 def test_a_step_that_is_trained_again_replaces_its_checkpoint(tmp_path, snapshot):
-    context = LocalContext(tmp_path)
+    context = LocalContext(tmp_path, DATA)
     for _ in range(2):
         context.report(4, snapshot(4))
     assert steps_in(context) == [4]
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    context = LocalContext(tmp_path / "run", rank=1, world_size=2)
+    context = LocalContext(tmp_path / "run", DATA, rank=1, world_size=2)
     assert context.report(4, None) == 0.0
     assert not context.run_folder.exists()
 
 
 def test_a_write_that_breaks_off_leaves_the_last_checkpoint(tmp_path, snapshot):
-    context = LocalContext(tmp_path, keep_checkpoints=1)
+    context = LocalContext(tmp_path, DATA, keep_checkpoints=1)
     context.report(4, snapshot(4))
 
     def breaks_off(folder):
@@ -73,7 +76,7 @@ def test_a_write_that_breaks_off_leaves_the_last_checkpoint(tmp_path, snapshot):
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, snapshot):
-    context = LocalContext(tmp_path, keep_checkpoints=3)
+    context = LocalContext(tmp_path, DATA, keep_checkpoints=3)
     for step in (4, 8, 12):
         context.report(step, snapshot(step))
     (tmp_path / checkpoint.folder_name(12, "local") / WEIGHTS).write_bytes(b"")
@@ -81,11 +84,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, snapshot):
     assert newest(context) == 4
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", ["auto", "none", "host", "device"])
 def test_it_gives_a_ranks_units_from_a_step_on(tmp_path, tiny, cache):
-    config = tiny(optim={"steps": 3})
+    config = tiny(optim={"steps": 3}, data={"cache": cache})
     dataset = Dataset.open(config.data.path)
     spec = StreamSpec.of(config, resolve(config, dataset.facts()), dataset)
-    context = LocalContext(tmp_path, rank=1, world_size=2, cache=cache)
+    context = LocalContext(tmp_path, config.data, rank=1, world_size=2)
     with context.units(spec, 1) as units:
         assert [unit.position for unit in units] == [5, 7, 9, 11]

@@ -1,0 +1,56 @@
+"""What a run died of: the user's mistake that one of its processes met, out of all that Ray wraps around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+import ray.train
+
+from maskray.errors import MaskrayError, StorageError, TrainingError
+
+# Under these names the errors of Ray keep what they are about.
+_WRAPPED = ("__cause__", "__context__", "cause", "controller_failure", "_base_exc")
+
+
+class StopAtMistakes(ray.train.UserCallback):
+    """In Train's controller: a mistake would be met again, so the workers are not started again.
+
+    A `StorageError` may be one of a bad minute, and counts among the failures.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:  # noqa: ARG002
+        """Raise it here, which ends the run."""
+        for error in worker_exceptions.values():
+            found = known(error)
+            if isinstance(found, MaskrayError) and not isinstance(found, StorageError):
+                raise found
+
+
+def known(error: BaseException) -> MaskrayError | TrainingError | None:
+    """The first error of ours below an error, as it was raised."""
+    for cause in _causes(error, set()):
+        # Ray raises a class made of its own and ours, whose text is a traceback; ours is its `cause`.
+        if isinstance(cause, MaskrayError | TrainingError) and not isinstance(cause, ray.exceptions.RayTaskError):
+            return cause
+    return None
+
+
+def explained(error: BaseException, max_failures: int) -> Exception:
+    """The user's mistake that a worker met, or what is known of how the workers were lost."""
+    return known(error) or TrainingError(
+        f"The workers failed more than {max_failures} times (cluster.max_failures), at last: {error}"
+    )
+
+
+def _causes(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
+    if id(error) in seen:
+        return
+    seen.add(id(error))
+    yield error
+    below = [getattr(error, name, None) for name in _WRAPPED]
+    below += list(getattr(error, "worker_failures", {}).values())
+    for cause in below:
+        if isinstance(cause, BaseException):
+            yield from _causes(cause, seen)

@@ -1,0 +1,90 @@
+"""Train's record of a run's checkpoints: the only word on what a run goes on from, and what to do when it is torn.
+
+Ray writes `checkpoint_manager_snapshot.json` with a plain stream: a launch that is killed in the middle leaves it empty
+or cut short. The folders say of themselves whether they are whole, so the record can be made again from them.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
+    _CheckpointManagerState as State,
+)
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
+    _TrainingResultState as Result,
+)
+
+from maskray.data.storage import Storage
+from maskray.errors import CheckpointError
+from maskray.on_ray.stream import SNAPSHOT
+from maskray.training import checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def settle(run: Storage) -> None:
+    """Before Train starts: a record that it can read, and no folder that is not in it.
+
+    Folders are deleted by a record that was read, never for want of one.
+
+    Raises:
+        CheckpointError: the record is torn, and none of the checkpoints is whole.
+    """
+    folders = [name for name in run.list_names() if name.startswith(checkpoint.FOLDER_PREFIX)]
+    try:
+        listed = _listed(run.read_bytes(SNAPSHOT), folders)
+    except FileNotFoundError:  # no checkpoint was ever registered
+        listed = set()
+    except ValueError as error:
+        listed = _made_again(run, folders, str(error))
+    for name in folders:
+        if name not in listed:
+            log.info("Removing %s, which was not finished", name)
+            run.delete(name)
+
+
+def _listed(content: bytes, folders: list[str]) -> set[str]:
+    """Names in a record.
+
+    Raises:
+        ValueError: Train would refuse it.
+    """
+    state = State.model_validate_json(content)
+    listed = {result.checkpoint_dir_name for result in state.checkpoint_results}
+    if missing := listed - set(folders):
+        raise ValueError(f"it lists folders that are not there: {', '.join(sorted(missing))}")
+    return listed
+
+
+def _made_again(run: Storage, folders: list[str], problem: str) -> set[str]:
+    whole = [name for name in folders if _is_whole(run.child(name))]
+    if folders and not whole:
+        raise CheckpointError(
+            "Ray Train's record of the checkpoints cannot be read, and no checkpoint is whole",
+            key="storage.path",
+            found=f"{run.join(SNAPSHOT)} ({' '.join(problem.split())[:200]})",
+            allowed="a record, or at least one folder whose files are as its state.json says",
+            fix=f"restore one of them from a copy, or delete {run.uri} to begin anew",
+        )
+    results = [Result(checkpoint_dir_name=name, metrics={"step": checkpoint.step_of(name)}) for name in whole]
+    state = State(
+        checkpoint_results=results,
+        checkpoint_report_indices=list(range(len(results))),
+        latest_checkpoint_result=results[-1] if results else None,
+        pending_training_results=[],
+        pending_validation_specs=[],
+        current_report_index=len(results),
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
+        failed_validation_checkpoint_dir_names=[],
+    )
+    run.write_bytes(SNAPSHOT, state.model_dump_json().encode())
+    newest = f"its newest whole checkpoint, {whole[-1]}" if whole else "the start"
+    log.warning("Ray Train's record of the checkpoints could not be read; the run goes on from %s", newest)
+    return set(whole)
+
+
+def _is_whole(folder: Storage) -> bool:
+    with checkpoint.on_disk(folder) as local:
+        return checkpoint.is_whole(local)

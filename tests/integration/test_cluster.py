@@ -1,0 +1,90 @@
+"""What a cluster of several nodes can hold, on real nodes of one machine."""
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from maskray.config.schema import RunConfig
+from maskray.data.storage import Storage
+from maskray.errors import ClusterError
+from maskray.on_ray import cluster, train
+from maskray.on_ray.board import Board
+
+pytestmark = pytest.mark.ray
+
+SERVER = "http://mlflow:5000"
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As KubeRay makes them: a head without CPUs, where the driver and its files are, and a worker node with three."""
+    with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        nodes = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 0,
+                "include_dashboard": False,
+                "object_store_memory": 80 * 2**20,
+                "temp_dir": folder,
+            },
+        )
+        nodes.add_node(num_cpus=3, object_store_memory=80 * 2**20)
+        ray.init(
+            address=nodes.address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2] / "platform")}},
+        )
+        yield
+        ray.shutdown()
+        nodes.shutdown()
+
+
+@pytest.fixture
+def preflight(two_nodes: None, tiny: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., None]:
+    def run(uri: str = SERVER, storage: str | None = None, **of_cluster: object) -> None:
+        config = tiny(cluster={"wait_seconds": 0, **of_cluster})
+        cluster.preflight(config, Storage(storage or tmp_path), uri, streams_on_ray=True)
+
+    return run
+
+
+def test_a_head_without_cpus_is_a_node_too(preflight):
+    with pytest.raises(ClusterError, match=r"tracking.uri: an SQLite store cannot serve a cluster of 2 nodes"):
+        preflight("sqlite:////runs/mlflow.db")
+
+
+def test_a_folder_that_only_the_driver_sees_is_refused(preflight, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the nodes' processes were started in another folder
+    with pytest.raises(ClusterError, match=r"storage.path: .* not the same on all of the cluster's 2 nodes"):
+        preflight(storage="/proc/self/cwd")
+
+
+def test_what_fits_is_let_through(preflight):
+    preflight(workers=2, data_cpus=1)
+
+
+def test_more_than_there_is_on_any_node(preflight):
+    with pytest.raises(ClusterError, match="can never hold this run: 1 CPU short"):
+        preflight(workers=3, data_cpus=1)
+
+
+def test_what_workers_warn_of_reaches_the_driver_once_and_without_rays_noise(two_nodes, caplog):
+    board = ray.remote(num_cpus=0)(Board).remote()
+
+    def warn() -> None:
+        from maskray.on_ray.worker import tell_driver
+
+        tell_driver(board)
+        logging.getLogger("ray.data").warning("noise")
+        for _ in range(3):
+            logging.getLogger("maskray.training").warning("resumed with %d threads", 7)
+
+    with train._shown(board, total_steps=10):
+        ray.get([ray.remote(warn).remote() for _ in range(2)])
+    assert caplog.messages == ["resumed with 7 threads"]

@@ -1,0 +1,80 @@
+"""What fits on nodes, without any."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray._private.state import GlobalState
+
+from maskray.config.schema import ClusterConfig
+from maskray.data.storage import Storage
+from maskray.errors import ClusterError
+from maskray.on_ray import cluster
+
+
+def refuse(monkeypatch, nodes: list[dict[str, float]], *, streams: bool = True, **settings: float) -> None:
+    monkeypatch.setattr(cluster, "_nodes", lambda: [{"Resources": node} for node in nodes])
+    config = ClusterConfig(**settings)
+    cluster._refuse_if_scattered(cluster._bundles(config, streams_on_ray=streams), config)
+
+
+def test_a_worker_lies_on_one_node(monkeypatch):
+    with pytest.raises(ClusterError, match="room for 2 of 3 workers"):
+        refuse(monkeypatch, [{"CPU": 4}, {"CPU": 4}], workers=3, cpus_per_worker=2.5, streams=False)
+    refuse(monkeypatch, [{"CPU": 4}, {"CPU": 4}], workers=2, cpus_per_worker=2.5, streams=False)
+
+
+def test_a_task_of_ray_data_takes_a_whole_cpu_of_one_node(monkeypatch):
+    nodes: list[dict[str, float]] = [{"CPU": 2}, {"CPU": 2}]
+    with pytest.raises(ClusterError, match="room for 2 of 2 workers and for 0 of Ray Data's 1 CPUs"):
+        refuse(monkeypatch, nodes, workers=2, cpus_per_worker=1.5)
+    refuse(monkeypatch, nodes, workers=2, cpus_per_worker=1)
+    refuse(monkeypatch, nodes, workers=2, cpus_per_worker=1.5, streams=False)
+
+
+def test_gpus_and_cpus_lie_on_the_same_node(monkeypatch):
+    with pytest.raises(ClusterError, match="room for 1 of 2 workers"):
+        refuse(monkeypatch, [{"CPU": 1, "GPU": 2}, {"CPU": 8}], workers=2, gpus_per_worker=1)
+    refuse(monkeypatch, [{"CPU": 2, "GPU": 2}, {"CPU": 1}], workers=2, gpus_per_worker=1, data_cpus=1)
+
+
+def test_a_cluster_that_can_grow_is_one_of_several_nodes(monkeypatch, tmp_path):
+    """KubeRay before its first worker: one node, and an autoscaler that will bring more."""
+    monkeypatch.setattr(cluster, "_nodes", lambda: [{"NodeID": "head", "Resources": {}}])
+    monkeypatch.setattr(cluster.ray, "cluster_resources", dict)
+    monkeypatch.setattr(GlobalState, "get_max_resources_from_cluster_config", lambda _: {"CPU": 8})
+    with pytest.raises(ClusterError, match=r"tracking.uri: .* one node that can grow to several"):
+        cluster._check_shared(Storage(tmp_path), "sqlite:///x")
+
+
+@pytest.mark.parametrize("where", ["config", "environment"])
+def test_ray_client_is_refused_by_name(monkeypatch, where: str):
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("it must not be tried"))
+    if where == "environment":
+        monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    config = ClusterConfig(address="ray://head:10001" if where == "config" else None)
+    with pytest.raises(ClusterError, match=r"cluster.address: Ray Client .* ray://head:10001 .* ray job submit"):
+        cluster.connected(config).__enter__()
+
+
+JOIN = """
+from maskray.config.schema import ClusterConfig
+from maskray.errors import ClusterError
+from maskray.on_ray.cluster import connected
+try:
+    connected(ClusterConfig(address="127.0.0.1:6379")).__enter__()
+except ClusterError as error:
+    print(error)
+"""
+
+
+def test_a_missing_token_is_the_users_to_mend(tmp_path):
+    """In a process of its own: Ray reads its token once."""
+    package = str(Path(cluster.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": package, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    said = subprocess.run([sys.executable, "-c", JOIN], env=environment, capture_output=True, text=True, check=True)
+    assert "cluster.address" in said.stdout
+    assert "no authentication token was found" in said.stdout
+    assert "RAY_AUTH_TOKEN_PATH" in said.stdout
