@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from maskray.config.resolve import resolve
+from maskray.data.local import LocalStream
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
-from maskray.data.stream import LocalStream, StreamSpec, Unit
+from maskray.data.stream import StreamSpec, Unit
 from maskray.on_ray import stream
 from object_store import FaultyProxy
 

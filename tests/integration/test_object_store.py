@@ -13,10 +13,11 @@ from maskray.config.resolve import resolve
 from maskray.config.schema import RunConfig
 from maskray.data import row_groups
 from maskray.data import storage as storage_module
+from maskray.data.local import LocalStream
 from maskray.data.retry import RETRIES, Patience
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
-from maskray.data.stream import LocalStream, StreamSpec, Unit
+from maskray.data.stream import StreamSpec, Unit
 from maskray.errors import RunConflictError
 from maskray.training import checkpoint, lease
 from object_store import FaultyProxy
