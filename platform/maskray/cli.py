@@ -143,10 +143,11 @@ def _ingest(arguments: argparse.Namespace) -> int:
         address = arguments.address or os.environ.get("RAY_ADDRESS")
         if address:
             from maskray.config.schema import ClusterConfig
-            from maskray.on_ray.cluster import connected
+            from maskray.on_ray.cluster import check_ingest, connected
             from maskray.on_ray.ingest import ray_mapper
 
             with connected(ClusterConfig(address=address)):
+                check_ingest(config)
                 manifest = ingest(config, ray_mapper(), show)
         else:
             manifest = ingest(config, thread_mapper(os.cpu_count() or 1), show)
@@ -162,7 +163,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.set)
     from maskray.launch import finished, launch, prepare, refuse_if_running
 
-    prepared = prepare(config)  # what is wrong is said before a cluster is started
+    prepared = prepare(config, os.environ.get("MASKRAY_COMMIT"))  # what is wrong is said before a cluster is started
     summary = finished(prepared)
     if summary is None and arguments.launcher == "torch":
         from maskray import bare

@@ -36,11 +36,10 @@ class Stream(IntEnum):
     CROP = 1
     FLIP = 2
     MASK = 3
-    RATIO = 4
+    RATIO = 4  # kept for ratios drawn image by image: nothing draws from it yet
     INGEST = 5
     HELD_OUT = 6
     PROBE = 7
-    STEP = 8
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

@@ -56,6 +56,8 @@ class Prepared:
     """The run's folder, below `root`."""
     store: Store
     """MLflow."""
+    commit: str | None = None
+    """Git commit of the package, where it was told from outside."""
 
 
 class Launcher(Protocol):
@@ -114,8 +116,12 @@ class Summary:
         return Summary(**(raw | {"already_finished": True}))
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     """Check all that can be checked without a cluster.
+
+    Args:
+        config: of the run.
+        commit: git commit of the package, where it has left its repository.
 
     Raises:
         MaskrayError: of the kind that is wrong: config, dataset, weights to start from, storage or MLflow.
@@ -137,7 +143,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.tracking.uri is not None:  # the store keeps the password; what is written down does not
         tracking = config.tracking.model_copy(update={"uri": shown(config.tracking.uri)})
         config = config.model_copy(update={"tracking": tracking})
-    return Prepared(config, plan, dataset, root, root.child(plan.run_name), store)
+    return Prepared(config, plan, dataset, root, root.child(plan.run_name), store, commit)
 
 
 def finished(prepared: Prepared) -> Summary | None:
@@ -236,7 +242,7 @@ def _card(prepared: Prepared) -> RunCard:
         params=plan.identity,
         tags={
             **{f"setting.{k}": v for k, v in settings.items() if k not in params and v != "null"},
-            **mlflow_runs.provenance(Path(__file__).parent),
+            **mlflow_runs.provenance(Path(__file__).parent, prepared.commit),
             "maskray.storage": prepared.run.uri,
             HOST_TAG: socket.gethostname(),
         },

@@ -15,7 +15,7 @@ from PIL import Image
 from maskray import masking
 from maskray.config.resolve import resolve
 from maskray.config.schema import DataConfig, IngestConfig, RandomMask, RandomResizedCrop, RunConfig, WholeImage
-from maskray.data import row_groups
+from maskray.data import device, row_groups
 from maskray.data.cache import open_cache
 from maskray.data.device import device_units
 from maskray.data.ingest import ingest, thread_mapper
@@ -258,6 +258,28 @@ def test_the_device_is_left_the_room_it_needs(spec, dataset, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_pixels_on_a_device_are_off_by_one_at_most_and_all_else_is_equal(spec, dataset, cache_folder):
+    spec = replace(spec, image_size=(3, 5), grid_HW=(3, 5), crop=RandomResizedCrop(scale=(0.8, 1.0)))
+    for unit, expected in zip(cached("device", spec, dataset, cache_folder), local(spec, dataset), strict=True):
+        assert np.abs(np.asarray(unit.images_NCHW).astype(int) - expected.images_NCHW).max() <= 1
+        assert_same([unit._replace(images_NCHW=expected.images_NCHW)], [expected])
+
+
+def test_boxes_are_resized_in_as_many_parts_as_memory_asks_for(spec, dataset, cache_folder, reference, monkeypatch):
+    for pixels in (1, 1500):
+        monkeypatch.setattr(device, "_SCRATCH_PIXELS", pixels)
+        assert_same(cached("device", spec, dataset, cache_folder), reference)
+
+
+def test_products_of_less_than_float32_are_told(spec, dataset, cache_folder, caplog):
+    torch.set_float32_matmul_precision("high")
+    try:
+        cached("device", replace(spec, total_steps=1), dataset, cache_folder)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert "computed with less (high)" in caplog.text
+
+
 def test_steps_take_units_that_lie_on_a_device(spec, dataset, cache_folder, reference):
     units = cached("device", spec, dataset, cache_folder)
     for micro_batch in (None, 4, 16):
@@ -332,11 +354,11 @@ def test_errors_come_in_order_and_leave_no_thread(spec, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-@pytest.mark.parametrize("cache", ["none", "host"])
-def test_what_cannot_be_read_keeps_its_slots_if_told(spec, dataset, tmp_path, monkeypatch, caplog, damage, cache):
-    copy, _ = with_broken_image(dataset, tmp_path / "copy")
+@pytest.mark.parametrize("kind", ["none", "host"])
+def test_what_cannot_be_read_keeps_its_slots_if_told(spec, dataset, tmp_path, monkeypatch, caplog, damage, kind):
+    copy, _ = with_broken_image(dataset, tmp_path)
     spec = replace(spec, path=copy.storage.uri)
-    shard, path = copy.manifest.splits["train"].shards[1], tmp_path / "copy/train/00001.parquet"
+    shard, path = copy.manifest.splits["train"].shards[1], tmp_path / "train/00001.parquet"
     sound, whole = local(spec, copy), path.read_bytes()
     monkeypatch.setattr(row_groups, "FOOTERS", row_groups.Footers(2**20))  # as in a new process
     if damage == "flipped":
@@ -346,12 +368,13 @@ def test_what_cannot_be_read_keeps_its_slots_if_told(spec, dataset, tmp_path, mo
     else:
         path.unlink()
     with pytest.raises(DataError, match=shard.name):
-        cached(cache, spec, copy, tmp_path / "cache")
+        local(spec, spec.open_dataset())
     lost = {5 + 2} if damage == "flipped" else set(range(5, 10))
 
     spec = replace(spec, unreadable="skip")
-    again = cached(cache, spec, copy, tmp_path / "cache")
+    again = cached(kind, spec, copy, tmp_path / "cache")
     assert shard.name in caplog.text
+    assert not list((tmp_path / "cache").glob("*/*.bin"))  # a gap is not kept
     assert [u.position for u in again] == [u.position for u in sound]
     for unit, expected in zip(again, sound, strict=True):
         number = spec.plan.locate(unit.position)[1]
@@ -364,10 +387,12 @@ def test_what_cannot_be_read_keeps_its_slots_if_told(spec, dataset, tmp_path, mo
         first = (number - 5) * GROUP
         assert unit.keys == [f"{shard.name}#{first + row}" for row in range(GROUP) for _ in range(2)]
 
-    with LocalStream(spec, copy, prefetch_groups=1, threads=1) as stream:
+    stream = LocalStream(spec, copy, prefetch_groups=1, threads=1)
+    with stream:
         passed = [next(stream) for _ in range(spec.num_row_groups)]
-        path.write_bytes(whole)  # it is mended while the run goes on
-        assert_same(list(stream), sound[len(passed) :])
+        path.write_bytes(whole)  # it is restored while the run goes on
+        later = list(stream)
+    assert_same(later, sound[len(passed) :])
 
 
 def test_a_walk_stops_at_what_cannot_be_read(dataset, tmp_path):

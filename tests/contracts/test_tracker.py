@@ -92,7 +92,6 @@ def log_steps(tracker: Tracker, first: int, last: int) -> None:
 
 def test_all_is_stored_in_order(case: Case) -> None:
     tracker = case.open()
-    assert tracker.last_step() == -1
     log_steps(tracker, 1, 1500)  # more than one batch
     assert tracker.close(60)
     for key in ("pretrain/loss", "pretrain/lr"):
@@ -119,7 +118,6 @@ def test_resumed_run_may_log_its_steps_again(case: Case) -> None:
     assert first.close()
     before = case.stored("pretrain/loss")
     second = case.open()  # from the checkpoint at step 20
-    assert second.last_step() == 30
     log_steps(second, 21, 40)
     assert second.close()
     assert case.stored("pretrain/loss")[:30] == before

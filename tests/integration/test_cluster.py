@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from maskray.config.schema import RunConfig
+from maskray.config.schema import IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import cluster, train
@@ -61,7 +61,7 @@ def test_a_head_without_cpus_is_a_node_too(preflight):
 
 def test_a_folder_that_only_the_driver_sees_is_refused(preflight, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the nodes' processes were started in another folder
-    with pytest.raises(ClusterError, match=r"storage.path: .* not the same on all of the cluster's 2 nodes"):
+    with pytest.raises(ClusterError, match=r"storage.path: the folder is not the same on all of the cluster's 2 nodes"):
         preflight(storage="/proc/self/cwd")
 
 
@@ -72,6 +72,16 @@ def test_what_fits_is_let_through(preflight):
 def test_more_than_there_is_on_any_node(preflight):
     with pytest.raises(ClusterError, match="can never hold this run: 1 CPU short"):
         preflight(workers=3, data_cpus=1)
+
+
+@pytest.mark.parametrize("key", ["source", "destination"])
+def test_an_ingest_from_or_into_a_folder_that_only_the_driver_sees_is_refused(two_nodes, tmp_path, monkeypatch, key):
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    shared = {"source": str(tmp_path / "pictures"), "destination": str(tmp_path / "out")}
+    cluster.check_ingest(IngestConfig(**shared))
+    with pytest.raises(ClusterError, match=rf"^{key}: .*all of the cluster's 2 nodes.*Found: /proc/self/cwd/pictures"):
+        cluster.check_ingest(IngestConfig(**shared | {key: "/proc/self/cwd/pictures"}))
 
 
 def test_what_workers_warn_of_reaches_the_driver_once_and_without_rays_noise(two_nodes, caplog):

@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_written(refuse: Say, tmp_path: Path):
 
 
 def test_weights_that_are_not_there(refuse: Say, tmp_path: Path):
-    refuse(f"init_from={tmp_path}/gone.pth", key="init_from", found=f"{tmp_path}/gone.pth (No such file")
+    refuse(f"init_from={tmp_path}/gone.pth", key="init_from", found=f"{tmp_path}/gone.pth (there is no such file)")
 
 
 @pytest.fixture

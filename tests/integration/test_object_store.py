@@ -18,7 +18,7 @@ from maskray.data.retry import RETRIES, Patience
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec, Unit
-from maskray.errors import RunConflictError
+from maskray.errors import RunConflictError, StorageError, UnreachableError
 from maskray.training import checkpoint, lease
 from object_store import FaultyProxy
 
@@ -62,6 +62,29 @@ def test_a_stream_through_faults_is_the_plans_to_the_bit(
     assert set(proxy.faults) == set(KINDS), proxy.faults
     assert proxy.faults.total() > share / 2 * proxy.requests.total(), "else this test shows nothing"
     assert RETRIES.count > before
+
+
+def test_a_store_that_is_gone_for_a_while_is_counted_out_if_told(
+    tiny: Callable[..., RunConfig], digits_in_bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(storage_module, "PATIENCE", Patience(tries=2, first_wait_seconds=0.01))
+    spec = spec_of(tiny(optim={"steps": 3}, data={"path": digits_in_bucket, "unreadable": "skip"}))
+    with LocalStream(spec, threads=1, prefetch_groups=1) as stream:
+        sound = [next(stream)]
+        proxy.shares = {"throttle": 1.0}
+        lost = [next(stream) for _ in range(3)]
+        proxy.shares = {}
+        sound += stream
+    assert [u.position for u in sound + lost] == [0, *range(4, 12), 1, 2, 3]
+    assert all(u.weights_N.all() for u in sound)
+    assert not any(u.weights_N.any() for u in lost)
+    dataset = Dataset.open(digits_in_bucket)
+    proxy.shares = {"throttle": 1.0}
+    with pytest.raises(UnreachableError, match=r"cannot read s3://.*/train/\d+.parquet"):
+        list(LocalStream(replace(spec, unreadable="stop"), dataset))
+    proxy.shares = {"refuse": 1.0}
+    with pytest.raises(StorageError, match="ACCESS_DENIED"):
+        list(LocalStream(spec, dataset))
 
 
 def test_a_checkpoint_in_a_bucket_is_read_as_a_folder(

@@ -74,7 +74,7 @@ def test_draws_are_spread_evenly():
 
 
 def test_a_word_has_64_bits_and_depends_on_all_its_parts():
-    drawn = {draws.word(s, t, *p) for s in (0, 1) for t in (Stream.PLAN, Stream.STEP) for p in ((0,), (1,), (0, 1))}
+    drawn = {draws.word(s, t, *p) for s in (0, 1) for t in (Stream.PLAN, Stream.MASK) for p in ((0,), (1,), (0, 1))}
     assert len(drawn) == 12
     assert all(0 <= w < 2**64 for w in drawn)
     assert max(drawn) > 2**33

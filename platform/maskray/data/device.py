@@ -9,6 +9,7 @@ C, H, W channels and pixels of the result.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,13 +23,15 @@ from maskray.data.shards import Dataset, decoded_bytes
 from maskray.data.stream import Array, StreamSpec, Unit, draw_crops
 from maskray.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 _SCRATCH_PIXELS = 2**22
 """Of boxes that are resized at once; about 40 bytes of memory each with three channels."""
 _GIB = 2**30
 
 
-def check_room(dataset: Dataset, data: DataConfig, device: torch.device) -> None:
-    """Refuse a split that the device cannot hold.
+def check(dataset: Dataset, data: DataConfig, device: torch.device) -> None:
+    """Refuse a split that the device cannot hold; warn where its products are not those of float32.
 
     Raises:
         ConfigError: it needs more than is free, or, where the device is the CPU, than `data.local_bytes`.
@@ -45,6 +48,13 @@ def check_room(dataset: Dataset, data: DataConfig, device: torch.device) -> None
             found=f"device, for {needed / _GIB:.2f} GiB",
             allowed=f"at most {room / _GIB:.2f} GiB {whose}, and the model needs its share",
             fix="take data.cache: host, or ingest again with smaller images",
+        )
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":  # NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
+        logger.warning(
+            "float32 products are computed with less (%s): pixels may differ from those of other caches by more than "
+            "1/255",
+            precision,
         )
 
 

@@ -17,7 +17,7 @@ from maskray.data import device as on_device
 from maskray.data.cache import WholeImages, cache_folder, open_cache
 from maskray.data.shards import Dataset, decoded_bytes
 from maskray.data.stream import StreamSpec, Unit, augment, load_unit
-from maskray.errors import DataError, StorageError
+from maskray.errors import DataError, StorageError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,13 @@ def open_units(
     Raises:
         ConfigError: the decoded images do not fit on the device.
         StorageError: the cache cannot be written (under `cache: auto` a warning, and no cache).
-        DataError: the dataset is missing or damaged, or another one than the spec was made for.
+        DataError: the dataset is missing or damaged (under `unreadable: skip` and without `cache: device` a warning,
+            and no cache), or another one than the spec was made for.
     """
     dataset = spec.open_dataset()
     cache = chosen_cache(data, dataset)
     if cache == "device":
-        on_device.check_room(dataset, data, device)
+        on_device.check(dataset, data, device)
         whole = open_cache(dataset, spec.channels, cache_folder(data.cache_folder)).to(device)
         yield on_device.device_units(spec, whole, spec.positions(rank, world_size, start_step))
         return
@@ -71,8 +72,9 @@ def _on_host(spec: StreamSpec, data: DataConfig, dataset: Dataset) -> WholeImage
     try:
         return open_cache(dataset, spec.channels, cache_folder(data.cache_folder))
     except (StorageError, DataError) as error:
-        # Nothing that cannot be read goes into a cache: the next pass may find it mended.
-        may_do_without = spec.unreadable == "skip" if isinstance(error, DataError) else data.cache == "auto"
+        # What cannot be read is never kept: it may be there again in the next pass.
+        gap = DataError | UnreachableError
+        may_do_without = spec.unreadable == "skip" if isinstance(error, gap) else data.cache == "auto"
         if not may_do_without:
             raise
         logger.warning("Images are decoded again in each pass: %s", error)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import math
 import pickle
+import shutil
 import struct
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,11 +19,14 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from maskray.errors import CheckpointError
+from maskray.data.shards import sha256_of
+from maskray.data.storage import Storage
+from maskray.errors import CheckpointError, StorageError
 from maskray.models.vit import MaskedAutoencoderViT
 
 KEY = "init_from"
 WEIGHTS_FILE = "model.safetensors"
+SUFFIXES = (".safetensors", ".pth", ".pt")
 ALLOWED = "a .safetensors, .pth or .pt file, or the folder of a checkpoint"
 _DECODER = ("decoder_", "mask_token")
 _POSITIONS = ("pos_embed", "decoder_pos_embed")
@@ -46,8 +51,8 @@ def load_weights(model: MaskedAutoencoderViT, path: str | Path) -> tuple[str, ..
 
     Args:
         model: built for the images of this run; positions of another grid are resampled in 2-D to its own.
-        path: a `.safetensors` file, a `.pth` or `.pt` file (weights alone or under `model`, as the authors publish
-            them), or the folder of a checkpoint.
+        path: path or URI of a `.safetensors` file, of a `.pth` or `.pt` file (weights alone or under `model`, as the
+            authors publish them), or of the folder of a checkpoint.
 
     Returns:
         Names of the parameters that keep their fresh values: the decoder's, where the file holds an encoder alone.
@@ -55,9 +60,11 @@ def load_weights(model: MaskedAutoencoderViT, path: str | Path) -> tuple[str, ..
     Raises:
         CheckpointError: the file cannot be read, or its names or shapes are not the model's.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / WEIGHTS_FILE
+    with _on_disk(path) as file:
+        return _load(model, file)
+
+
+def _load(model: MaskedAutoencoderViT, path: Path) -> tuple[str, ...]:
     found, wanted = _read(path), model.state_dict()
     missing = tuple(name for name in wanted if name not in found)
     decoder = tuple(name for name in wanted if name.startswith(_DECODER))
@@ -79,16 +86,41 @@ def weights_digest(path: str | Path | None) -> str | None:
     """
     if path is None:
         return None
-    path = Path(path) / WEIGHTS_FILE if Path(path).is_dir() else Path(path)
+    storage, name = _file_at(path)
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise _unreadable(path, error) from error
+        return sha256_of(storage, name)
+    except (FileNotFoundError, StorageError) as error:
+        raise _unreadable(storage.join(name), error) from error
+
+
+def _file_at(path: str | Path) -> tuple[Storage, str]:
+    """The folder and name of the file of weights that a path or URI of a file, or of a checkpoint's folder, means."""
+    place = Storage(path)
+    base, mark, options = place.uri.partition("?")
+    folder, _, name = base.rpartition("/")
+    is_file = not Path(base).is_dir() if place.is_local else name.endswith(SUFFIXES)
+    return (Storage(folder + mark + options), name) if is_file else (place, WEIGHTS_FILE)
+
+
+@contextmanager
+def _on_disk(path: str | Path) -> Iterator[Path]:
+    """The file as a local one: itself, or a copy that is deleted afterwards."""
+    storage, name = _file_at(path)
+    if storage.is_local:
+        yield Path(storage.join(name))
+        return
+    with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
+        copy = Path(folder) / name
+        try:
+            with storage.open_input_file(name) as source, copy.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        except (FileNotFoundError, StorageError) as error:
+            raise _unreadable(storage.join(name), error) from error
+        yield copy
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
+    if path.suffix not in SUFFIXES:
         raise CheckpointError(
             "no file of weights",
             key=KEY,
@@ -119,11 +151,12 @@ def _read(path: Path) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
+def _unreadable(path: str | Path, error: OSError | StorageError) -> CheckpointError:
+    reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
     return CheckpointError(
         "the weights cannot be read",
         key=KEY,
-        found=f"{path} ({error.strerror or error})",
+        found=f"{path} ({reason})",
         allowed=ALLOWED,
         fix="check the path, and that this user may read it",
     )

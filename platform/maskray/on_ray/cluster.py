@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ray._private.state import state as ray_state
 from ray.autoscaler.sdk import request_resources
 
 import maskray
-from maskray.config.schema import ClusterConfig, RunConfig
+from maskray.config.schema import ClusterConfig, IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 
@@ -114,13 +114,7 @@ def preflight(config: RunConfig, storage: Storage, tracking_uri: str, *, streams
         ClusterError: too few CPUs or GPUs even at the autoscaler's largest; still too few after
             `cluster.wait_seconds`; or a store on one node's disk for a cluster of several nodes.
     """
-    if _JOB_FOLDER in storage.uri:
-        raise ClusterError(
-            "a submitted job's own folder does not outlast it",
-            key="storage.path",
-            found=storage.uri,
-            allowed="an absolute path that all nodes see, or s3://bucket/prefix",
-        )
+    _refuse_job_folder(storage, "storage.path")
     _check_shared(storage, tracking_uri)
     cluster = config.cluster
     bundles = _bundles(cluster, streams_on_ray=streams_on_ray)
@@ -250,10 +244,45 @@ def _check_shared(storage: Storage, tracking_uri: str) -> None:
             allowed="http(s)://host:port of an MLflow server that all nodes reach",
             fix="start an MLflow server and give its URI",
         )
-    if storage.is_local and not _seen_everywhere(storage, nodes):
+    _refuse_if_not_shared(storage, "storage.path", nodes)
+
+
+def check_ingest(config: IngestConfig) -> None:
+    """Refuse, before tasks on all nodes read and write, folders that only some of them see.
+
+    Raises:
+        ClusterError: a source or destination that is not the same on all nodes, or goes with the job.
+    """
+    destination, nodes = Storage(config.destination), [node["NodeID"] for node in _nodes()]
+    _refuse_job_folder(destination, "destination")
+    _refuse_if_not_shared(destination, "destination", nodes)
+    source = Path(config.source).expanduser().absolute()
+    if len(nodes) > 1 and source.exists() and not _on_all(nodes, lambda: source.exists()):
         raise ClusterError(
-            f"the storage folder is not the same on all of the cluster's {len(nodes)} nodes",
-            key="storage.path",
+            f"the pictures are not on all of the cluster's {len(nodes)} nodes",
+            key="source",
+            found=source,
+            allowed="s3://bucket/prefix, or a folder on a file system that all nodes mount",
+            fix="take such a place, or ingest on one machine, without --address",
+        )
+
+
+def _refuse_job_folder(storage: Storage, key: str) -> None:
+    if _JOB_FOLDER in storage.uri:
+        raise ClusterError(
+            "a submitted job's own folder does not outlast it",
+            key=key,
+            found=storage.uri,
+            allowed="an absolute path that all nodes see, or s3://bucket/prefix",
+            fix="give such a path: a relative one lies in that folder",
+        )
+
+
+def _refuse_if_not_shared(storage: Storage, key: str, nodes: list[str]) -> None:
+    if storage.is_local and len(nodes) > 1 and not _seen_everywhere(storage, nodes):
+        raise ClusterError(
+            f"the folder is not the same on all of the cluster's {len(nodes)} nodes",
+            key=key,
             found=storage.uri,
             allowed="s3://bucket/prefix, or a folder on a file system that all nodes mount",
             fix="take such a place, or run on one node",
@@ -264,8 +293,12 @@ def _seen_everywhere(storage: Storage, nodes: list[str]) -> bool:
     marker = f".maskray-{uuid.uuid4().hex}"
     storage.write_bytes(marker, b"")
     try:
-        look = ray.remote(num_cpus=0)(lambda: Storage(storage.uri).exists(marker))
-        on = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-        return all(ray.get([look.options(scheduling_strategy=on(n, soft=False)).remote() for n in nodes]))
+        return _on_all(nodes, lambda: Storage(storage.uri).exists(marker))
     finally:
         storage.delete(marker)
+
+
+def _on_all(nodes: list[str], look: Callable[[], bool]) -> bool:
+    """Whether a look finds something on each of the nodes."""
+    task, on = ray.remote(num_cpus=0)(look), ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    return all(ray.get([task.options(scheduling_strategy=on(n, soft=False)).remote() for n in nodes]))

@@ -11,9 +11,7 @@ Shape letters: B images, C channels, H and W pixels down and across, D width of 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -85,7 +83,6 @@ def save_encoder(
     model: MaskedAutoencoderViT,
     normalize: Normalize,
     config: RunConfig,
-    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the encoder of a model into a folder.
 
@@ -94,7 +91,6 @@ def save_encoder(
         model: trained, on any device.
         normalize: what it was trained behind.
         config: of its run.
-        facts: where it comes from, as plain data: kept in `encoder.json` for people.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)  # while the weights are half-written there is no encoder here
@@ -113,7 +109,6 @@ def save_encoder(
         "std": normalize.std_C11.flatten().tolist(),
         "parameter_names": "facebookresearch/mae",
         "feature": "mean over the cells after the final norm, without the class token",
-        "facts": dict(facts or {}),
     }
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
 

@@ -68,10 +68,6 @@ class Tracker(Protocol):
         """Take up what `pending` gave, before anything is logged."""
         ...
 
-    def last_step(self) -> int:
-        """The highest step stored when the tracker was opened; -1 where there is none or nobody could be asked."""
-        ...
-
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until all is stored; whether it is."""
         ...
@@ -133,10 +129,6 @@ class MemoryTracker:
         self._unsent = [Point.from_plain(plain) for plain in pending] + self._unsent
         self._send()
 
-    def last_step(self) -> int:
-        """See `Tracker`."""
-        return max(self._stored_before.values(), default=-1)
-
     def flush(self, timeout_seconds: float) -> bool:  # noqa: ARG002  (nothing takes time here)
         """See `Tracker`."""
         self._send()
@@ -182,10 +174,6 @@ class Observer:
     def restore(self, pending: Sequence[Any]) -> None:
         """Dropped."""
 
-    def last_step(self) -> int:
-        """-1: nothing is stored."""
-        return -1
-
     def flush(self, timeout_seconds: float) -> bool:  # noqa: ARG002  (nothing takes time here)
         """Nothing waits."""
         return True
@@ -225,10 +213,6 @@ class Fanout:
         """To the one that keeps points; the others drop it."""
         for tracker in self._trackers:
             tracker.restore(pending)
-
-    def last_step(self) -> int:
-        """Of the one that keeps points."""
-        return max((tracker.last_step() for tracker in self._trackers), default=-1)
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait for all, `timeout_seconds` in all."""

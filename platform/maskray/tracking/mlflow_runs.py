@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FINGERPRINT_TAG = "maskray.fingerprint"
 STATUS_TAG = "maskray.ended"
+SOURCES_TAG = "maskray.sources"
 NOTE_TAG = "mlflow.note.content"
 FIGURES = "figures"
 """Folder of the run's figures among its artifacts."""
@@ -62,23 +63,6 @@ class RunCard:
     dataset: DatasetCard
     description: str = ""
     """Markdown, shown on the run's page. Written once: people may edit it, and what happened is added to it."""
-
-
-@dataclass(frozen=True)
-class FoundRun:
-    """A run that MLflow has of an identity."""
-
-    run_id: str
-    name: str
-    status: str
-    """RUNNING, FINISHED, FAILED, KILLED or SCHEDULED."""
-    tags: Mapping[str, str]
-
-
-def find_run(store: Store, fingerprint: str) -> FoundRun | None:
-    """The run of an identity, if there is one; nothing is changed."""
-    runs = _runs_of(store, fingerprint)
-    return _found(runs[0]) if runs else None
 
 
 def ensure_run(store: Store, card: RunCard) -> str:
@@ -163,22 +147,39 @@ def first_and_last(store: Store, run_id: str, key: str) -> tuple[float, float]:
     return float(ordered[0].value), float(ordered[-1].value)
 
 
-def provenance(repository: Path | None = None) -> dict[str, str]:
-    """Tags that say which code ran: git commit of a folder (this one by default), versions of Python and packages."""
-    tags = {"python": sys.version.split()[0]}
-    for package in VERSIONS:
+def provenance(package: Path, commit: str | None = None) -> dict[str, str]:
+    """Tags that say which code ran: a digest of a package's sources, its git commit, versions of Python and packages.
+
+    Args:
+        package: the package's folder.
+        commit: told from outside, for a package that has left its repository, as in a submitted job.
+    """
+    tags = {"python": sys.version.split()[0], SOURCES_TAG: _sources_digest(package)}
+    for name in VERSIONS:
         try:
-            tags[f"version.{package}"] = metadata.version(package)
+            tags[f"version.{name}"] = metadata.version(name)
         except metadata.PackageNotFoundError:  # submitted as plain source
             continue
-    git = ("git", "-C", str(repository or Path.cwd()))
+    if commit:
+        tags["mlflow.source.git.commit"] = commit
+    git = ("git", "-C", str(package))
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
     try:
-        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
+        # A package that is installed below some other repository has nothing to do with that one's commits.
+        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], **options)
+        found = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, or not the package's
         return tags
-    return {**tags, "mlflow.source.git.commit": commit, "git.uncommitted_changes": "yes" if changed else "no"}
+    return {**tags, "mlflow.source.git.commit": found, "git.uncommitted_changes": "yes" if changed else "no"}
+
+
+def _sources_digest(package: Path) -> str:
+    """Over the names and contents of a package's modules: the same wherever it lies."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -220,10 +221,6 @@ def _search(store: Store, query: str) -> list[Any]:
                 return out
     except MlflowException as error:
         raise TrackingError("MLflow cannot be searched", found=f"{shown(store.uri)} ({reason(error)})") from error
-
-
-def _found(run: Any) -> FoundRun:
-    return FoundRun(run.info.run_id, run.info.run_name, run.info.status, run.data.tags)
 
 
 def _set_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:

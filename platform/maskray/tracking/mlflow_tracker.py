@@ -58,7 +58,7 @@ class _Extra:
 
 
 class MlflowTracker:
-    """Stores into a run that the driver made (`mlflow_runs.ensure_run`). Only `last_step`, `flush` and `close` wait.
+    """Stores into a run that the driver made (`mlflow_runs.ensure_run`). Only `flush` and `close` wait.
 
     Args:
         uri: MLflow's tracking URI.
@@ -114,13 +114,6 @@ class MlflowTracker:
         with self._changed:
             self._points.extendleft(reversed([Point.from_plain(plain) for plain in pending]))
             self._changed.notify_all()
-
-    def last_step(self) -> int:
-        """See `Tracker`. Waits some seconds for the answer."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._stored_steps is not None or self._given_up, 2 * PROBE_SECONDS)
-            stored = self._stored_steps or {}
-        return max((step for key, step in stored.items() if not key.startswith(SYSTEM_PREFIX)), default=-1)
 
     def flush(self, timeout_seconds: float) -> bool:
         """See `Tracker`."""

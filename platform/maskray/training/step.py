@@ -68,19 +68,12 @@ class TrainStep:
         optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
 
     def warm_up(self, batch: Batch) -> None:
-        """One backward on zeros, discarded, before the state is loaded.
+        """One backward on a batch that does not count, discarded, before the state is loaded.
 
         DDP lays its buckets anew after the first backward, and the place in a bucket decides the order in which
         gradients are added: without this a resumed run of three workers and more differs in its last bits.
         """
-        zeros = Batch(
-            images_BCHW=torch.zeros_like(batch.images_BCHW),
-            visible_BHW=batch.visible_BHW,
-            num_visible=batch.num_visible,
-            weights_B=batch.weights_B,
-            keys=batch.keys,
-        )
-        self._backward(zeros)
+        self._backward(batch)
         self._optimizer.zero_grad()
 
     def __call__(self, number: int, batches: list[Batch]) -> None:

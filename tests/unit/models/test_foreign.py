@@ -1,4 +1,5 @@
 import argparse
+import hashlib
 import logging
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 from maskray.config.schema import VitConfig, VitDecoder
 from maskray.errors import CheckpointError
 from maskray.models.build import build_model
-from maskray.models.foreign import load_weights
+from maskray.models.foreign import load_weights, weights_digest
 from maskray.models.vit import position_table
 
 CONFIG = VitConfig(patch=4, width=32, depth=2, heads=4, decoder=VitDecoder(width=16, depth=1, heads=2))
@@ -82,6 +83,15 @@ def test_positions_of_the_same_oblong_grid_are_left_alone(tmp_path):
     model = build(seed=2, size=(8, 32))
     load_weights(model, tmp_path / "weights.safetensors")
     assert torch.equal(model.pos_embed, position_table(32, (2, 8)))
+
+
+def test_a_uri_is_read_as_a_path_is(source, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(source, path)
+    model = build(seed=2)
+    load_weights(model, path.as_uri())
+    assert torch.equal(model.pos_embed, source["pos_embed"])
+    assert weights_digest(path.as_uri()) == weights_digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def refused(weights, tmp_path, match, model=None):

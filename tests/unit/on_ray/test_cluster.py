@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ray._private.state import GlobalState
 
-from maskray.config.schema import ClusterConfig
+from maskray.config.schema import ClusterConfig, IngestConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import cluster
@@ -49,6 +49,13 @@ def test_a_cluster_that_can_grow_is_one_of_several_nodes(monkeypatch, tmp_path):
         cluster._check_shared(Storage(tmp_path), "sqlite:///x")
 
 
+def test_an_ingest_into_a_submitted_jobs_own_folder_is_refused(monkeypatch):
+    monkeypatch.setattr(cluster, "_nodes", list)
+    config = IngestConfig(source="digits", destination="/tmp/ray/session/runtime_resources/working_dir_files/_1/data")
+    with pytest.raises(ClusterError, match=r"destination: a submitted job's own folder"):
+        cluster.check_ingest(config)
+
+
 @pytest.mark.parametrize("where", ["config", "environment"])
 def test_ray_client_is_refused_by_name(monkeypatch, where: str):
     monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("it must not be tried"))
@@ -60,7 +67,7 @@ def test_ray_client_is_refused_by_name(monkeypatch, where: str):
 
 
 JOIN = """
-from maskray.config.schema import ClusterConfig
+from maskray.config.schema import ClusterConfig, IngestConfig
 from maskray.errors import ClusterError
 from maskray.on_ray.cluster import connected
 try:

@@ -1,6 +1,7 @@
 import logging
+import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from mlflow.entities import Metric
 from maskray.errors import TrackingError
 from maskray.tracking.mlflow_runs import (
     FINGERPRINT_TAG,
+    SOURCES_TAG,
     DatasetCard,
     RunCard,
     close_run,
     ensure_run,
-    find_run,
     first_and_last,
     flatten,
     provenance,
@@ -54,12 +55,10 @@ def test_run_holds_the_card(store: Store, tmp_path: Path) -> None:
 
 
 def test_restart_continues_the_same_run(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    assert find_run(store, CARD.fingerprint) is None
     run_id = ensure_run(store, CARD)
     close_run(store, run_id, "FAILED", "lost a worker")
-    found = find_run(store, CARD.fingerprint)
-    assert found is not None
-    assert (found.run_id, found.status, found.tags["maskray.ended"]) == (run_id, "FAILED", "failed: lost a worker")
+    ended = store.client().get_run(run_id)
+    assert (ended.info.status, ended.data.tags["maskray.ended"]) == ("FAILED", "failed: lost a worker")
 
     moved = replace(CARD, tags={**CARD.tags, "setting.cluster.workers": "4"}, config_yaml="name: digits  # again\n")
     with caplog.at_level(logging.WARNING):
@@ -167,19 +166,51 @@ def test_what_mlflow_refuses_is_a_tracking_error(store: Store) -> None:
         ensure_run(store, replace(CARD, params={"a\nb": 1}))
 
 
-def test_provenance_names_commit_and_versions(tmp_path: Path) -> None:
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    assert "mlflow.source.git.commit" not in provenance(tmp_path)
-    subprocess.run(["git", "-C", str(tmp_path), "init", "-q"], check=True)
-    (tmp_path / "a").write_text("1")
-    subprocess.run([*git, "add", "a"], check=True)
-    subprocess.run([*git, "commit", "-q", "-m", "a"], check=True)
-    tags = provenance(tmp_path)
+@pytest.fixture
+def git(tmp_path: Path) -> Callable[..., None]:
+    """Runs git in a new repository."""
+
+    def run(*arguments: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    run("init")
+    return run
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "platform" / "maskray"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    return folder
+
+
+def test_provenance_names_commit_and_versions(git: Callable[..., None], package: Path) -> None:
+    git("add", ".")
+    git("commit", "-m", "a")
+    tags = provenance(package, "told")
     assert len(tags["mlflow.source.git.commit"]) == 40
     assert tags["git.uncommitted_changes"] == "no"
     assert {"python", "version.torch", "version.mlflow"} <= tags.keys()
-    (tmp_path / "a").write_text("2")
-    assert provenance(tmp_path)["git.uncommitted_changes"] == "yes"
+    (package / "__init__.py").write_text("changed = True")
+    assert provenance(package)["git.uncommitted_changes"] == "yes"
+
+
+def test_the_commit_of_another_repository_is_not_taken(git: Callable[..., None], package: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("a repository of somebody's, with the package installed below it")
+    git("add", "notes.txt")
+    git("commit", "-m", "a")
+    assert "mlflow.source.git.commit" not in provenance(package)
+    assert provenance(package, "told")["mlflow.source.git.commit"] == "told"
+
+
+def test_the_digest_of_sources_follows_the_code_and_not_its_place(package: Path, tmp_path: Path) -> None:
+    first = provenance(package)[SOURCES_TAG]
+    elsewhere = Path(shutil.copytree(package, tmp_path / "elsewhere"))
+    assert provenance(elsewhere)[SOURCES_TAG] == first
+    (elsewhere / "new.py").write_text("")
+    assert provenance(elsewhere)[SOURCES_TAG] != first
 
 
 def test_flatten() -> None:

@@ -78,17 +78,10 @@ def test_the_spool_is_bounded(nobody: str, monkeypatch: pytest.MonkeyPatch) -> N
     tracker.close(0)
 
 
-def test_history_cannot_be_asked_for(nobody: str) -> None:
-    tracker = MlflowTracker(nobody, "run")
-    tracker.close(0)
-    assert tracker.last_step() == -1
-
-
 def test_a_run_that_is_gone_does_not_end_training(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         tracker = MlflowTracker(store.uri, "0" * 32)
         tracker.log({"pretrain/loss": 1.0}, 1)
-        assert tracker.last_step() == -1
         assert not tracker.close(5)
     assert "for good" in caplog.text
     assert "did not take 1 points" in caplog.text
@@ -151,7 +144,6 @@ def test_system_metrics_go_on_where_they_ended(store: Store, run_id: str) -> Non
     for _ in range(2):
         tracker = MlflowTracker(store.uri, run_id, system_metrics_seconds=0.1)
         time.sleep(1.5)
-        assert tracker.last_step() == -1  # they are not the run's steps
         assert tracker.pending() == []
         assert tracker.close()
     steps = steps_of(store, run_id, "system/cpu_utilization_percentage")
