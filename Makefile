@@ -29,6 +29,7 @@ chaos: $(VENV)/.installed  ## the long form: five kills of workers and five of t
 bench: $(VENV)/.installed  ## see tests/benchmarks/RESULTS.md
 	$(BIN)/python tests/benchmarks/plan.py
 	$(BIN)/python tests/benchmarks/cache.py
+	$(BIN)/python tests/benchmarks/footers.py
 
 schema: $(VENV)/.installed  ## JSON Schema for editors
 	$(BIN)/maskray schema > configs/schema.json

@@ -148,7 +148,8 @@ def _take(run: Storage, name: str, me: Holder) -> None:
         refuse_if_held(run, name)
         log.warning("Taking over the run %s: its last launch ended without a word", name)
         run.write_bytes(LEASE, content)  # over the old one: were it deleted first, a third launch could slip in
-    # Several may take over in the same moment, or create on S3: the last to write has it, and all look again.
+    # Several may take over in the same moment, or create in an object store without conditional writes: the last to
+    # write has it, and all look again.
     time.sleep(SETTLE_SECONDS)
     found = holder_of(run)
     if found is None or found.token != me.token:
