@@ -1,0 +1,163 @@
+"""Images a second that reach the training process, two cores, steady state: python tests/benchmarks/delivery.py
+
+The clock starts after the first quarter of `--images`, when what was decoded during a slow start is used up, and stops
+with the last. All sides in one process and one order, again and again; a Ray cluster of two CPUs stays up meanwhile,
+and its workers are as nice as the others.
+
+The bare torch DataLoader with `load_unit` is the yardstick: the same function, two processes, nothing else. Then the
+ways maskray brings it to the trainer, and what a user would take otherwise (contenders.py).
+
+What must come out: maskray through Ray Data at least 0.9 of the bare DataLoader, and more than each contender as its
+documentation has it. `same decode` sides are shown for what they tell. On two cores Ray's own processes take about a
+tenth of the time that could decode; with more cores that share falls.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import embedded
+import ray.data
+import torch
+from contenders import PROCESSES, Loader, contenders
+from corpus import GROUP_ROWS, WORK, make_dataset, make_files, make_spec
+from measure import Report, alternate, arguments, ratios
+from on_train import arrivals
+from torch.utils.data import DataLoader, Dataset
+
+from maskray.config.schema import DataConfig
+from maskray.data.storage import Storage
+from maskray.data.stream import LocalStream, StreamSpec, load_unit
+from maskray.on_ray import stream
+
+BARE, DIRECT = "bare DataLoader", "maskray, Ray Data"
+NOT_NEEDED = "same decode"
+ROWS = 8192
+SETTINGS = {"small": 256, "original": None}
+
+
+def main() -> None:
+    """Print a table for each setting."""
+    parser = arguments(__doc__, repeats=5)
+    parser.add_argument("--images", type=int, default=ROWS, help="in a repeat of a side (default: %(default)s)")
+    parser.add_argument("--setting", choices=[*SETTINGS, "both"], default="both", help="files (default: %(default)s)")
+    parser.add_argument("--sides", default="", help="only those whose name this regular expression finds")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    images = min(options.images, ROWS) // GROUP_ROWS * GROUP_ROWS
+    with embedded.cluster(cpus=2, object_store_bytes=2 * 2**30) as folder:
+        for setting in SETTINGS if options.setting == "both" else [options.setting]:
+            files = make_files(WORK, ROWS, short_side=SETTINGS[setting])
+            sides = {n: side for n, side in all_sides(files, images, folder).items() if re.search(options.sides, n)}
+            alternate(sides, 1)  # workers start, files come into the page cache
+            report(setting, alternate(sides, options.repeats), options.json)
+
+
+def report(setting: str, rates: dict[str, list[float]], path: Path | None) -> None:
+    """The table of a setting."""
+    out = Report(f"delivered, 2 cores, {setting} files", path)
+    for name, values in rates.items():
+        out.add(name, values, "images/s")
+    for name, values in rates.items():
+        if BARE in rates and name != BARE:
+            at_least = 0.9 if name == DIRECT else None
+            out.add(f"{name} / {BARE}", ratios(values, rates[BARE]), "×", at_least=at_least)
+    for name, values in rates.items():
+        if DIRECT in rates and name != BARE and not name.startswith("maskray"):
+            at_least = None if NOT_NEEDED in name else 1.0
+            out.add(f"{DIRECT} / {name}", ratios(rates[DIRECT], values), "×", at_least=at_least)
+    out.show()
+
+
+def all_sides(files: Path, images: int, folder: Path) -> dict[str, Callable[[], float]]:
+    """Name and measurement of each side."""
+    config, spec = make_spec(make_dataset(files), global_batch=GROUP_ROWS, steps=images // GROUP_ROWS)
+    loaders = {
+        BARE: bare(spec),
+        "maskray, LocalStream": local(spec),
+        DIRECT: direct(spec, config.data, folder),
+        **contenders(files),
+    }
+    sides: dict[str, Callable[[], float]] = {name: Steady(loader, images) for name, loader in loaders.items()}
+    sides["maskray, Ray Train"] = lambda: trained(spec, config.data, folder)
+    return sides
+
+
+@dataclass(frozen=True)
+class Steady:
+    """Images a second from a loader once it runs."""
+
+    loader: Loader
+    images: int
+
+    def __call__(self) -> float:
+        times: list[float] = []
+        for size in self.loader():  # all of it, or workers would go on beside the next side
+            assert size == GROUP_ROWS
+            times.append(time.perf_counter())
+        return rate_of(times[: self.images // GROUP_ROWS])
+
+
+def rate_of(times: Sequence[float]) -> float:
+    """Images a second of all but the first quarter of batches that came at these seconds."""
+    first = len(times) // 4
+    return (len(times) - 1 - first) * GROUP_ROWS / (times[-1] - times[first])
+
+
+class Positions(Dataset[torch.Tensor]):
+    """The stream as a map-style dataset: an item is a whole row group."""
+
+    def __init__(self, spec: StreamSpec) -> None:
+        self._spec, self._dataset = spec, spec.open_dataset()
+
+    def __len__(self) -> int:
+        return self._spec.total_steps * self._spec.groups_per_step
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        return torch.from_numpy(load_unit(self._spec, self._dataset, position).images_NCHW)
+
+
+def bare(spec: StreamSpec) -> Loader:
+    """The yardstick."""
+    loader = DataLoader(Positions(spec), batch_size=None, **PROCESSES)
+    return lambda: (len(images) for images in loader)
+
+
+def local(spec: StreamSpec) -> Loader:
+    """Threads of this process."""
+
+    def batches() -> Iterator[int]:
+        with LocalStream(spec, threads=2) as units:
+            for unit in units:
+                yield len(unit.images_NCHW)
+
+    return batches
+
+
+def direct(spec: StreamSpec, data: DataConfig, folder: Path) -> Loader:
+    """Ray Data's own iterator, without Train's splitter."""
+
+    def batches() -> Iterator[int]:
+        # What maskray sets for its execution must not reach those of others.
+        with ray.data.DataContext.current(ray.data.DataContext.get_current().copy()):
+            (open_dataset,) = stream.datasets(spec, Storage(folder / "none"), 1, data).values()
+            units = open_dataset()
+        units.context.execution_options.preserve_order = True
+        rows = units.iter_batches(batch_size=None, prefetch_batches=data.prefetch_groups)
+        for row in rows:
+            yield row["images"].shape[1]
+
+    return batches
+
+
+def trained(spec: StreamSpec, data: DataConfig, folder: Path) -> float:
+    """Through Ray Train's splitter, measured by the worker."""
+    return rate_of(arrivals(spec, data, folder))
+
+
+if __name__ == "__main__":
+    main()
