@@ -25,8 +25,9 @@ from collections.abc import Callable
 from itertools import count, islice
 
 import torch
-from corpus import GROUP_ROWS, WORK, make_dataset, make_files, make_spec
+from corpus import GROUP_ROWS, make_dataset, make_spec
 from measure import Report, alternate, arguments, ratios
+from photographs import WORK, make_files
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 

@@ -24,9 +24,10 @@ import embedded
 import ray.data
 import torch
 from contenders import PROCESSES, Loader, contenders
-from corpus import GROUP_ROWS, WORK, make_dataset, make_files, make_spec
+from corpus import GROUP_ROWS, make_dataset, make_spec
 from measure import Report, alternate, arguments, ratios
 from on_train import arrivals
+from photographs import WORK, make_files
 from torch.utils.data import DataLoader, Dataset
 
 from maskray.config.schema import DataConfig

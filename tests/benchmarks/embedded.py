@@ -21,8 +21,9 @@ os.environ.pop("RAY_ADDRESS", None)
 
 import ray
 import ray.data
-from corpus import ROOT
 from on_train import CONSUMER
+
+import maskray
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def cluster(*, cpus: int, object_store_bytes: int) -> Iterator[Path]:
     """A cluster on this machine; a folder that is deleted at the end."""
     # Short: Ray puts sockets there, whose paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        path = f"{ROOT / 'platform'}:{Path(__file__).parent}"
+        path = f"{Path(maskray.__file__).parents[1]}:{Path(__file__).parent}"
         ray.init(
             address="local",
             num_cpus=cpus,
