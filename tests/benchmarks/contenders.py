@@ -10,9 +10,10 @@ gets, but shows what is left of the difference once the decoder is the same.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,13 @@ from torchvision.transforms import v2
 from maskray.data import decode
 
 BATCH, WORKERS, SHARDS = 64, 2, 16
-Loader = Callable[[], Iterator[int]]
+Loader = Callable[[], Generator[int]]
 """Starts a pass; the number of images in each batch as it arrives."""
 
-# As workers: forked from a process that runs Ray's threads they could hang.
-PROCESSES: dict[str, Any] = {
-    "num_workers": WORKERS,
-    "persistent_workers": True,
-    "multiprocessing_context": "forkserver",
-}
+# Forked from a process that runs Ray's threads, workers could hang. They end with their pass: those of all sides at
+# once would take gigabytes. What they import is loaded in the server that they are forked from.
+PROCESSES: dict[str, Any] = {"num_workers": WORKERS, "multiprocessing_context": "forkserver"}
+multiprocessing.set_forkserver_preload(["torch", "torchvision.transforms.v2", "torchcodec.decoders", "ray.train"])
 
 
 def contenders(files: Path) -> dict[str, Loader]:
@@ -65,7 +64,7 @@ def contenders(files: Path) -> dict[str, Loader]:
 def counted(loader: Any) -> Loader:
     """A DataLoader's passes."""
 
-    def batches() -> Iterator[int]:
+    def batches() -> Generator[int]:
         for batch in loader:
             yield len(batch[0] if isinstance(batch, list | tuple) else batch["image"])
 
@@ -204,7 +203,7 @@ def stacked(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def read_images(files: Path, transform: Any) -> Loader:
     """Files to images to crops in one fused task, files in random order."""
 
-    def batches() -> Iterator[int]:
+    def batches() -> Generator[int]:
         images = ray.data.read_images(str(files), mode="RGB", shuffle="files")
         crops = images.map_batches(partial(cropped, transform), batch_size=BATCH)
         for batch in crops.iter_batches(batch_size=BATCH, prefetch_batches=8):

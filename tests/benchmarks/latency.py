@@ -53,25 +53,20 @@ def main() -> None:
         firsts = [arrivals(short, config.data, folder)[0] for _ in range(options.repeats)]
         report.add("first batch, through Ray Train", firsts, "s", at_most=4.0)
 
-        executions = {"tasks_per_execution": EXECUTION * GROUPS_PER_STEP // config.data.groups_per_task}
-        if "tasks_per_execution" not in DataConfig.model_fields:
-            report.note("This version cannot shorten executions: there was no border of one.")
-            executions = {}
         config, spec = make_spec(
             dataset,
             global_batch=GROUPS_PER_STEP * GROUP_ROWS,
             steps=options.executions * EXECUTION,
-            **executions,
+            tasks_per_execution=EXECUTION * GROUPS_PER_STEP // config.data.groups_per_task,
         )
-        free = [Waits.of(arrivals(spec, config.data, folder), 0.0, bool(executions)) for _ in range(options.repeats)]
+        free = [Waits.of(arrivals(spec, config.data, folder)) for _ in range(options.repeats)]
         pause = BUSY * statistics.median(w.median for w in free)
-        busy = [Waits.of(arrivals(spec, config.data, folder, pause), pause, bool(executions)) for _ in free]
+        busy = [Waits.of(arrivals(spec, config.data, folder, pause)) for _ in free]
     for name, waits in (("as fast as they come", free), ("busy trainer", busy)):
         report.add(f"{name}: median step", [w.median for w in waits], "s")
         report.add(f"{name}: worst at a pass's border", [w.at_passes for w in waits], "× median", at_most=2.0)
-        if executions:
-            at_executions = [w.at_executions for w in waits]
-            report.add(f"{name}: worst at an execution's border", at_executions, "× median", at_most=2.0)
+        at_executions = [w.at_executions for w in waits]
+        report.add(f"{name}: worst at an execution's border", at_executions, "× median", at_most=2.0)
         report.add(f"{name}: worst of the other steps", [w.elsewhere for w in waits], "× median")
     report.show()
 
@@ -81,7 +76,7 @@ def first_batch(spec: StreamSpec, data: DataConfig, folder: Path) -> float:
     start = time.perf_counter()
     (open_dataset,) = stream.datasets(spec, Storage(folder / "none"), 1, data).values()
     units = open_dataset()
-    units.context.execution_options.preserve_order = True
+    units.context.execution_options = stream.execution_options(data)
     first = 0.0
     for _ in units.iter_batches(batch_size=None, prefetch_batches=data.prefetch_groups):
         first = first or time.perf_counter() - start
@@ -97,8 +92,8 @@ class Waits(NamedTuple):
     elsewhere: float
 
     @classmethod
-    def of(cls, times: list[float], pause: float, executions: bool) -> Waits:
-        """From the seconds at which units arrived and those that the trainer was busy after each step."""
+    def of(cls, times: list[float]) -> Waits:
+        """From the seconds at which units arrived."""
         ends = np.array(times[GROUPS_PER_STEP - 1 :: GROUPS_PER_STEP])
         steps = np.diff(ends)  # the first step is the start of it all
         median = float(np.median(steps))
@@ -107,7 +102,7 @@ class Waits(NamedTuple):
         def near(every: int) -> np.ndarray:
             return (number % every == 0) | (number % every == every - 1)
 
-        at_executions = near(EXECUTION) & executions
+        at_executions = near(EXECUTION)
         at_passes = near(PASS) & ~at_executions
         worst = [float(steps[at].max(initial=0.0)) / median for at in (at_passes, at_executions)]
         elsewhere = float(steps[~at_passes & ~at_executions].max()) / median

@@ -85,7 +85,7 @@ def read(rows: int) -> None:
     with embedded.cluster(cpus=2, object_store_bytes=OBJECT_STORE_BYTES) as folder:
         (open_dataset,) = stream.datasets(spec, Storage(folder / "none"), 1, config.data).values()
         units = open_dataset()
-        units.context.execution_options.preserve_order = True
+        units.context.execution_options = stream.execution_options(config.data)
         prefetch = config.data.prefetch_groups
         number = sum(1 for _ in units.iter_batches(batch_size=None, prefetch_batches=prefetch))
     assert number >= num_groups
