@@ -2,8 +2,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+DATA_BENCHMARKS := decode delivery memory latency
 
-.PHONY: demo test check chaos bench schema ui clean
+.PHONY: demo test check chaos bench bench-data schema ui clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +31,10 @@ bench: $(VENV)/.installed  ## see tests/benchmarks/RESULTS.md
 	$(BIN)/python tests/benchmarks/plan.py
 	$(BIN)/python tests/benchmarks/cache.py
 	$(BIN)/python tests/benchmarks/footers.py
+
+bench-data: $(VENV)/.installed  ## the data path against others: half an hour on two quiet cores
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	for name in $(DATA_BENCHMARKS); do $(BIN)/python tests/benchmarks/$$name.py --json runs/bench/results.jsonl || exit 1; done
 
 schema: $(VENV)/.installed  ## JSON Schema for editors
 	$(BIN)/maskray schema > configs/schema.json
