@@ -105,7 +105,7 @@ def _images(path: Path, number: int) -> Iterator[tuple[bytes, int, int]]:
 def _shard(storage: Storage, options: argparse.Namespace) -> ParquetPlace:
     images = list(_images(options.images, options.rows))
     rows = (
-        Row(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG", image, i % 1000, width, height)
+        Row(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG", image, i % 1000, width, height, 3, bytes(32))
         for i in range(options.groups * options.rows)
         for image, width, height in [images[i % len(images)]]
     )
