@@ -2,8 +2,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+DATA_BENCHMARKS := decode delivery memory latency
 
-.PHONY: demo test check chaos bench bench-ingest schema ui clean
+.PHONY: demo test check chaos bench bench-data bench-ingest schema ui clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,12 +24,17 @@ check: $(VENV)/.installed  ## format, lint, types, guards
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/guards
 
-chaos: $(VENV)/.installed  ## the long form: five kills of workers for each of W = 1, 2, 4, and two stops of the driver
+chaos: $(VENV)/.installed  ## the long form: five kills of workers and five of the driver, for each of W = 1, 2, 4; a SIGTERM
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.installed  ## see tests/benchmarks/RESULTS.md
 	$(BIN)/python tests/benchmarks/plan.py
 	$(BIN)/python tests/benchmarks/cache.py
+	$(BIN)/python tests/benchmarks/footers.py
+
+bench-data: $(VENV)/.installed  ## the data path against others: half an hour on two quiet cores
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	for name in $(DATA_BENCHMARKS); do $(BIN)/python tests/benchmarks/$$name.py --json runs/bench/results.jsonl || exit 1; done
 
 bench-ingest: $(VENV)/.installed  ## IMAGENET: a tar of pictures; CIFAR: a tar.gz of small ones in class folders
 	$(BIN)/python tests/benchmarks/ingest.py $(if $(IMAGENET),--imagenet $(IMAGENET)) $(if $(CIFAR),--cifar $(CIFAR))

@@ -86,6 +86,17 @@ def bucket(object_store: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
+def digits_in_bucket(digits: Path, bucket: str) -> str:
+    """URI of the digits' dataset in a bucket."""
+    from maskray.data.storage import Storage
+
+    target = Storage(f"{bucket}/digits")
+    for path in sorted(p for p in digits.rglob("*") if p.is_file()):
+        target.write_bytes(path.relative_to(digits).as_posix(), path.read_bytes())
+    return target.uri
+
+
+@pytest.fixture
 def proxy(object_store: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """A proxy before the object store, which the environment leads to; it lets everything through until told."""
     with FaultyProxy(object_store, {}) as proxy:

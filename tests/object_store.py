@@ -86,6 +86,8 @@ class FaultyProxy:
         """By method."""
         self.faults: Counter[str] = Counter()
         """By kind."""
+        self.sent_bytes = 0
+        """Of bodies."""
         self.script: list[str | None] = []
         """How the next requests fail, before any is drawn."""
         self._random, self._lock = random.Random(seed), threading.Lock()
@@ -111,6 +113,7 @@ class FaultyProxy:
         with self._lock:
             self.requests.clear()
             self.faults.clear()
+            self.sent_bytes = 0
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -188,6 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content[:sent])
+            self.server.proxy.sent_bytes += len(content[:sent])
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Nothing: the counts say it."""

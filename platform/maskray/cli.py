@@ -370,10 +370,14 @@ def _show(summary: Summary, config: RunConfig) -> None:
             f"--set init_from={config.storage.path}/{summary.run_name}/<checkpoint>.\n"
         )
     facts = Table.grid(padding=(0, 3))
-    facts.add_row("run", f"{summary.run_name}, {summary.steps} steps in {summary.seconds:.0f} s")
-    facts.add_row("loss", f"{summary.first_loss:.4f} first, {summary.last_loss:.4f} last")
-    facts.add_row("MLflow run", f"{summary.run_id} (experiment {config.tracking.experiment})")
-    facts.add_row("model", f'models:/{summary.model_name}/{summary.model_version} for mlflow.pyfunc.load_model("…")')
+    if summary.is_known:
+        facts.add_row("run", f"{summary.run_name}, {summary.steps} steps in {summary.seconds:.0f} s")
+        facts.add_row("loss", f"{summary.first_loss:.4f} first, {summary.last_loss:.4f} last")
+        facts.add_row("MLflow run", f"{summary.run_id} (experiment {config.tracking.experiment})")
+        model = f"models:/{summary.model_name}/{summary.model_version}"
+        facts.add_row("model", f'{model} for mlflow.pyfunc.load_model("…")')
+    else:
+        facts.add_row("run", f"{summary.run_name}, {summary.steps} steps; MLflow knows the rest")
     embedded = config.tracking.uri is None
     interface = f"{_program()} ui --storage {shlex.quote(config.storage.path)}"
     facts.add_row("look at it", interface if embedded else summary.tracking_uri)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 import socket
 import tempfile
 import time
@@ -42,6 +44,8 @@ log = logging.getLogger(__name__)
 FINISHED, LAUNCHER, DATASET = "finished.json", "launcher", "dataset"
 HOST_TAG = "maskray.host"
 _CHECKED_BYTES = 2**30
+_CREDENTIALS = re.compile(r"secret_key=|//[^/@]*:[^/@]*@")
+_SUMMARY_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,19 @@ class Summary:
 
     def dump(self) -> bytes:
         """As JSON."""
-        return json.dumps(asdict(self), indent=1).encode()
+        return json.dumps({"schema_version": _SUMMARY_VERSION, **asdict(self)}, indent=1).encode()
 
     @staticmethod
     def load(content: bytes) -> Summary:
-        """From JSON, of a run that was finished before."""
+        """From JSON, of a run that was finished before.
+
+        Raises:
+            ValueError: no JSON, or of another schema version.
+            LookupError, TypeError: not as it was written.
+        """
         raw = json.loads(content)
+        if (version := raw.pop("schema_version")) != _SUMMARY_VERSION:
+            raise ValueError(f"schema version {version}, where this version of maskray reads {_SUMMARY_VERSION}")
         judged = raw["judgement"]
         if judged is not None:
             for name in (n for n in ("before", "after", "pixels") if judged[n] is not None):
@@ -115,6 +126,18 @@ class Summary:
                 judged[name] = Scores(Accuracy(*few), every)
             raw["judgement"] = Judgement(**judged)
         return Summary(**(raw | {"already_finished": True}))
+
+    @staticmethod
+    def unknown(prepared: Prepared) -> Summary:
+        """Of a run that was finished before and whose own summary cannot be read."""
+        name, steps, uri = prepared.plan.run_name, prepared.plan.total_steps, shown(prepared.store.uri)
+        nan = float("nan")
+        return Summary(name, "unknown", uri, steps, nan, nan, nan, None, "unknown", "unknown", already_finished=True)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is more to say than that the run is finished."""
+        return not math.isnan(self.seconds)
 
 
 def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
@@ -153,7 +176,13 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
 
 def finished(prepared: Prepared) -> Summary | None:
     """What a run that has ended said at its end; None where it has not."""
-    return Summary.load(prepared.run.read_bytes(FINISHED)) if prepared.run.exists(FINISHED) else None
+    try:
+        return Summary.load(prepared.run.read_bytes(FINISHED))
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        log.warning("The run is finished, but %s cannot be read: %r", prepared.run.join(FINISHED), error)
+        return Summary.unknown(prepared)
 
 
 def refuse_if_running(prepared: Prepared) -> None:
@@ -173,14 +202,14 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
         TrainingError: the run itself went wrong.
     """
     # The lease comes first: what the launcher waits for may be what the run itself holds.
-    with lease.hold(prepared.run, prepared.plan.run_name):
+    with lease.hold(prepared.run, prepared.plan.run_name) as held:
         done = finished(prepared)  # by the launch that had the lease until now
         if done is not None:
             return done
         launcher.preflight(prepared)
         _keep_to(launcher, prepared)
         prepared.run.write_bytes(DATASET, prepared.dataset.manifest.fingerprint.encode())
-        with _tracked(prepared) as run_id:
+        with _tracked(prepared, held) as run_id:
             start = time.monotonic()
             launcher.train(prepared, run_id)
             seconds = time.monotonic() - start
@@ -219,7 +248,7 @@ def unstored_metrics() -> TrackingError:
 
 
 @contextmanager
-def _tracked(prepared: Prepared) -> Iterator[str]:
+def _tracked(prepared: Prepared, held: lease.Lease) -> Iterator[str]:
     """The run's one MLflow run, whose status is true at the end: FINISHED, FAILED or KILLED."""
     store = prepared.store
     mlflow_runs.reconcile(store, lambda tags: _is_abandoned(tags, prepared.plan.fingerprint))
@@ -227,6 +256,8 @@ def _tracked(prepared: Prepared) -> Iterator[str]:
     try:
         yield run_id
     except BaseException as error:
+        if held.lost_to is not None:  # the run goes on, in other hands
+            raise
         try:
             if isinstance(error, Exception):
                 mlflow_runs.close_run(store, run_id, "FAILED", str(error))
@@ -328,9 +359,13 @@ def _log_start(prepared: Prepared, run_id: str, judgement: Judgement) -> None:
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     def moved(section: Any, key: str) -> Any:
         value = getattr(section, key)
-        if value is not None and "secret_key=" in value:
+        if value is not None and _CREDENTIALS.search(value):
             raise ConfigError(
-                "credentials do not belong into a config", key=key, fix="set AWS_SECRET_ACCESS_KEY instead"
+                "credentials do not belong into a config, which is kept with the run",
+                key=key,
+                found=shown(value.partition("?")[0]),
+                allowed="s3://bucket/prefix",
+                fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead",
             )
         return section if value is None else section.model_copy(update={key: Storage(value).uri})
 

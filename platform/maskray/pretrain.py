@@ -25,7 +25,7 @@ from maskray.training import checkpoint, loop
 from maskray.training.context import RunContext, Snapshot
 from maskray.training.optim import Schedule, build_optimizer
 from maskray.training.step import TrainStep
-from maskray.training.throughput import Meter, matmul_rate
+from maskray.training.throughput import Meter, hardware, matmul_rate
 
 PACKAGES = ("maskray", "torch", "torchvision", "torchcodec", "timm", "numpy")  # what the bits of a run depend on
 
@@ -55,7 +55,8 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
 
     def facts(done: int) -> checkpoint.Facts:
         packages = {name: _version(name) for name in PACKAGES}
-        return checkpoint.Facts(done, plan.fingerprint, context.world_size, threads, packages, tracker.pending())
+        known = (plan.fingerprint, context.world_size, threads, packages, tracker.pending(), dict(rates))
+        return checkpoint.Facts(done, *known)
 
     def snapshot(done: int) -> Snapshot:
         return checkpoint.HostCopy(model, optimizer, facts(done), dump(config)).write
@@ -65,26 +66,25 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
             picture = reconstruct(model, normalize, objective, fixed_images, config.mask, config.seed)
             tracker.figure("pretrain/reconstruction", picture.figure(f"{plan.run_name}, step {done}"), done)
 
-    start_step = 0
+    start_step, rates = 0, dict[str, float]()
     with context.latest_checkpoint() as folder:
         if folder is not None:
             then = checkpoint.restore(folder, model, optimizer, fingerprint=plan.fingerprint, device=context.device)
             checkpoint.warn_of_differences(then, facts(then.step))
             tracker.restore(then.pending_metrics)
-            start_step = then.step
+            start_step, rates = then.step, dict(then.matmul_rates)
 
+    on = hardware(context.device, threads)
+    if on not in rates:  # once a run: measured again, it would be another, and MFU's curve would jump
+        rates[on] = matmul_rate(context.device, config.training.precision)
+    tracker.tag("maskray.mfu_of", f"{rates[on]:.4g} FLOP/s in a matrix product ({on})")
     fixed_images = first_images(dataset, config)
     costs = cost(config.model, config.data.image_size, config.data.channels, spec.num_visible)
     parts = loop.Parts(
         spec=spec,
         step=step,
         schedule=schedule,
-        meter=Meter(
-            plan.global_batch,
-            context.world_size,
-            costs.training_flops,
-            matmul_rate(context.device, config.training.precision),
-        ),
+        meter=Meter(plan.global_batch, context.world_size, costs.training_flops, rates[on]),
         snapshot=snapshot,
         probe=probe,
         ledger=_ledger(config.training.ledger, context.rank),

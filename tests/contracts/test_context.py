@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from maskray import pretrain as pretraining
 from maskray.config.resolve import resolve
 from maskray.data.shards import Dataset
 from maskray.data.stream import StreamSpec
@@ -209,6 +210,23 @@ def test_metrics_that_were_not_stored_travel_in_the_checkpoint(run, quiet):
     stopped.store.away = False
     stopped.launch()
     check_against(stopped, uninterrupted(run, quiet))
+
+
+def test_mfu_is_a_share_of_the_same_rate_after_a_restart(run, monkeypatch):
+    """Measured again on a busier machine it would be another, and the curve would jump."""
+    rates = iter([1e9, 2e9])
+    monkeypatch.setattr(pretraining, "matmul_rate", lambda *_: next(rates))
+    stopped = run("stopped")
+    stopped.killed(Fragile(stopped.store, log=10))
+    first = dict(stopped.store.tags)
+    stopped.launch()
+    assert stopped.store.tags == first
+    assert first["maskray.mfu_of"].startswith("1e+09 FLOP/s")
+    stopped.config = stopped.config.model_copy(
+        update={"training": stopped.config.training.model_copy(update={"threads": 2})}
+    )
+    stopped.launch()  # on other hardware it is measured
+    assert stopped.store.tags["maskray.mfu_of"].startswith("2e+09 FLOP/s")
 
 
 def test_a_finished_run_trains_no_more(run, quiet):

@@ -14,6 +14,7 @@ from maskray.data.stream import StreamSpec, Unit, steps
 def spec(k, group_rows, views, total):
     return StreamSpec(
         path="nowhere",
+        version="none",
         seed=0,
         image_size=(2, 2),
         channels=1,

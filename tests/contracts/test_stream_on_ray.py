@@ -4,15 +4,18 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from maskray.config.resolve import resolve
+from maskray.data.local import LocalStream
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
-from maskray.data.stream import LocalStream, StreamSpec, Unit
+from maskray.data.stream import StreamSpec, Unit
 from maskray.on_ray import stream
+from object_store import FaultyProxy
 
 pytestmark = pytest.mark.ray
 
@@ -77,6 +80,30 @@ def test_ray_data_and_the_in_process_walk_are_equal_to_the_bit(
             assert np.array_equal(mine.visible_NHW, theirs.visible_NHW)
             assert np.array_equal(mine.weights_N, theirs.weights_N)
             assert mine.keys == theirs.keys
+
+
+def test_an_object_store_that_fails_changes_nothing(
+    tiny, tmp_path, ray_cluster, monkeypatch, digits_in_bucket: str, proxy: FaultyProxy
+):
+    config = tiny(optim={"steps": 30})
+    dataset = Dataset.open(config.data.path)
+    spec = StreamSpec.of(config, resolve(config, dataset.facts()), dataset)
+    # The processes of the cluster were started before the environment led to the bucket.
+    uri = digits_in_bucket.replace("s3://", "s3://maskray:maskray@")
+    uri += f"?endpoint_override={proxy.url.removeprefix('http://')}&scheme=http&region=us-east-1"
+    proxy.forget()
+    proxy.shares = dict.fromkeys(("throttle", "reset", "short"), 0.05 / 3)
+    (got,) = delivered(replace(spec, path=uri), Storage(tmp_path), config.data, 1, 0, monkeypatch)
+    proxy.shares = {}
+    with LocalStream(spec, dataset) as local:
+        wanted = list(local)
+    assert [(u.position, u.keys) for u in got] == [(u.position, u.keys) for u in wanted]
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert np.array_equal(mine.images_NCHW, theirs.images_NCHW)
+        assert np.array_equal(mine.visible_NHW, theirs.visible_NHW)
+        assert np.array_equal(mine.weights_N, theirs.weights_N)
+    assert proxy.requests["GET"] > len(wanted)
+    assert proxy.faults.total() > 0, "else this test shows nothing"
 
 
 def segment_positions(segments: stream.Segments, start: int, workers: int) -> Iterator[int]:

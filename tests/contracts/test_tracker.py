@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Case:
     stored: Callable[[str], list[tuple[int, float, int]]]
     """(step, value, time) of a key, in the order of storing where the store knows it."""
     figures: Callable[[], list[tuple[str, int]]]
+    tags: Callable[[], Mapping[str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def memory_case() -> Case:
         open_away=lambda: MemoryTracker(MemoryStore(away=True)),
         stored=lambda key: [(p.step, p.value, p.timestamp_ms) for p in store.points if p.key == key],
         figures=lambda: sorted(store.figures),
+        tags=lambda: store.tags,
     )
 
 
@@ -76,7 +78,13 @@ def mlflow_case(store: Store) -> Case:
         parts = [p.removeprefix("images/").split("+") for p in paths]
         return sorted((name, int(step)) for name, _, step, *_ in parts)
 
-    return Case(lambda: MlflowTracker(store.uri, run_id), lambda: MlflowTracker(nobody, run_id), stored, figures)
+    return Case(
+        open=lambda: MlflowTracker(store.uri, run_id),
+        open_away=lambda: MlflowTracker(nobody, run_id),
+        stored=stored,
+        figures=figures,
+        tags=lambda: client.get_run(run_id).data.tags,
+    )
 
 
 def png() -> bytes:
@@ -99,6 +107,15 @@ def test_all_is_stored_in_order(case: Case) -> None:
         assert steps == list(range(1, 1501))
     times = [time for *_, time in case.stored("pretrain/loss")]
     assert times == sorted(times)
+
+
+def test_the_last_word_of_a_tag_stays(case: Case) -> None:
+    for text in ("slow", "fast"):
+        tracker = case.open()
+        tracker.tag("maskray.mfu_of", text)
+        assert tracker.close()
+        tracker.tag("maskray.mfu_of", "after the end")
+    assert case.tags()["maskray.mfu_of"] == "fast"
 
 
 def test_flush_stores_and_goes_on(case: Case) -> None:

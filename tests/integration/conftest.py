@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +21,25 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from maskray.data.storage import TEMPORARY
+from maskray.training.checkpoint import WEIGHTS
+
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 240
+HUNG = "hung"
+# Python runs it at the start of every process. Uploads copy files so; the last of them, state.json, never comes.
+HANGING_DISK = """
+import pathlib, shutil, time
+
+copy = shutil.copyfileobj
+
+def copy_when_the_disk_is_there(source, target, *arguments, **options):
+    while str(getattr(source, "name", "")).endswith({weights!r}) and pathlib.Path({hung!r}).exists():
+        time.sleep(0.01)
+    copy(source, target, *arguments, **options)
+
+shutil.copyfileobj = copy_when_the_disk_is_there
+"""
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -79,22 +97,37 @@ class Launches:
     def wait_for_step(self, process: subprocess.Popen[bytes], step: int) -> None:
         self._wait(process, lambda: self.last_step() >= step)
 
-    def wait_for_upload(self, process: subprocess.Popen[bytes], after_step: int) -> str:
-        """Until a checkpoint is on its way: its folder is there, and Train has not got it on record."""
-        self.wait_for_step(process, after_step)
-        known = {f.name for f in self.run.glob("step_*")}
-        self._wait(process, lambda: any(f.name not in known for f in self.run.glob("step_*")))
-        return next(f.name for f in self.run.glob("step_*") if f.name not in known)
+    @contextmanager
+    def hung_upload(self, process: subprocess.Popen[bytes]) -> Iterator[Path]:
+        """The folder of a checkpoint whose upload does not get on while the block runs; none was killed before."""
 
-    def is_registered(self, folder: str) -> bool:
-        """Whether Train has the checkpoint on record."""
-        return f'"{folder}"' in (self.run / "checkpoint_manager_snapshot.json").read_text()
+        def hung() -> list[Path]:
+            return [partial.parent for partial in self.run.glob(f"step_*/{TEMPORARY}*{WEIGHTS}")]
+
+        disk = self.folder / HUNG
+        disk.touch()
+        self._wait(process, hung)
+        (folder,) = hung()
+        yield folder
+        disk.unlink()
 
     def wait_for_workers(self, process: subprocess.Popen[bytes]) -> None:
         """Until there are workers that were not killed before, and they have trained a step."""
         self._wait(process, lambda: {p.pid for p in self.workers(process)} - self.killed != set())
         trained = len(self.lines())
         self._wait(process, lambda: len(self.lines()) > trained)
+
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGKILL of the driver, until its cluster is gone too: a worker may live on for seconds."""
+        cluster = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        psutil.wait_procs(cluster, timeout=PATIENCE_SECONDS)
+
+    def cut_the_record(self) -> None:
+        """What a kill in the middle of writing leaves of Train's record."""
+        record = self.run / "checkpoint_manager_snapshot.json"
+        record.write_bytes(record.read_bytes()[:100])
 
     def workers(self, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """Train workers of this launch."""
@@ -139,7 +172,7 @@ class Launches:
             if any(self.environment["RAY_TMPDIR"] in part for part in p.info["cmdline"] or []):
                 p.kill()
 
-    def _wait(self, process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+    def _wait(self, process: subprocess.Popen[bytes], ready: Callable[[], object]) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not ready():
             assert process.poll() is None, f"ended too early\n{self.output()}"
@@ -160,7 +193,7 @@ def launches(digits: Path, tmp_path: Path) -> Iterator[Callable[..., Launches]]:
             config = folder / "config.yaml"
             config.write_text(yaml.safe_dump(_config(digits, folder, workers)))
             environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))} | {
-                "PYTHONPATH": str(ROOT / "platform"),
+                "PYTHONPATH": str(_source_root(folder)),
                 "RAY_AUTH_MODE": "disabled",
                 "RAY_TMPDIR": ray_folder,
                 "OMP_NUM_THREADS": "1",
@@ -171,6 +204,15 @@ def launches(digits: Path, tmp_path: Path) -> Iterator[Callable[..., Launches]]:
         yield make
         for launch in made:
             launch.stop()
+
+
+def _source_root(folder: Path) -> Path:
+    """The package, on a disk that hangs while there is a file `HUNG`: the driver and all of Ray's processes see it."""
+    root = folder / "platform"
+    root.mkdir()
+    (root / "maskray").symlink_to(ROOT / "platform" / "maskray")
+    (root / "sitecustomize.py").write_text(HANGING_DISK.format(hung=str(folder / HUNG), weights=WEIGHTS))
+    return root
 
 
 def _config(digits: Path, folder: Path, workers: int) -> dict:

@@ -1,5 +1,6 @@
 """A user's mistakes on the command line: exit code 2 and one readable paragraph, before anything is started."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
@@ -88,6 +90,23 @@ def test_a_flipped_byte_in_a_shard(refuse: Say, copied: Path):
     shard.write_bytes(content)
     said = refuse(f"data.path={copied}", key="data.path", found=shard.name)
     assert "checksum" in said
+
+
+@pytest.mark.ray
+def test_a_shard_that_only_a_task_of_ray_data_finds_damaged(refuse: Say, copied: Path):
+    shard = copied / "train" / "00000.parquet"
+    content, footer = bytearray(shard.read_bytes()), pq.read_metadata(shard)
+    for number in range(footer.num_row_groups):
+        chunk = footer.row_group(number).column(1)
+        content[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 1
+    shard.write_bytes(content)
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["sha256"] = hashlib.sha256(content).hexdigest()
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    settings = (f"data.path={copied}", "data.stream=ray", "cluster.embedded_cpus=4")
+    said = refuse(*settings, launcher="ray", key="data.path", found="CRC")
+    assert re.search(r"row group \d+ of train/00000.parquet cannot be read", said)
+    assert "data.unreadable: skip" in said
 
 
 def test_mlflow_that_does_not_answer(refuse: Say):

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
-from maskray import launch
+from maskray import cli, launch
 from maskray.bare import BareLauncher
 from maskray.config.schema import RunConfig
-from maskray.errors import ClusterError
+from maskray.errors import ClusterError, ConfigError
 from maskray.launch import Prepared, Summary
 from maskray.training import lease
 
@@ -40,3 +40,38 @@ def test_a_run_that_another_launch_has_finished_meanwhile_is_not_run_again(prepa
     summary = launch.launch(prepared, Full())
     assert summary.already_finished
     assert summary.run_name == "tiny-0123"
+
+
+def test_a_launch_that_lost_its_run_leaves_the_mlflow_run_to_the_one_that_has_it(prepared: Prepared):
+    held, run_ids = lease.Lease(), []
+
+    def train() -> None:
+        with launch._tracked(prepared, held) as run_id:
+            run_ids.append(run_id)
+            held.lost_to = lease.Holder.this_process()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert prepared.store.client().get_run(run_ids[0]).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b'{"schema_version": 99}', b'{"schema_version": 1, "x": 2}'])
+def test_a_summary_that_cannot_be_read_is_of_a_finished_run_all_the_same(prepared: Prepared, content: bytes, capsys):
+    prepared.run.write_bytes(launch.FINISHED, content)
+    summary = launch.finished(prepared)
+    assert summary is not None
+    assert summary.already_finished
+    assert not summary.is_known
+    cli._show(summary, prepared.config)
+    said = capsys.readouterr().out
+    assert prepared.plan.run_name in said
+    assert "nothing to do" in said
+    assert "nan" not in said
+
+
+@pytest.mark.parametrize("path", ["s3://AKIA:hidden@bucket/runs", "s3://bucket/runs?access_key=a&secret_key=hidden"])
+def test_credentials_in_a_config_are_refused_and_not_repeated(tiny: Callable[..., RunConfig], path: str):
+    with pytest.raises(ConfigError, match=r"credentials .*Found: s3://.*AWS_SECRET_ACCESS_KEY") as caught:
+        launch.prepare(tiny(storage={"path": path}))
+    assert "hidden" not in str(caught.value)

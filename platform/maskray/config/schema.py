@@ -128,7 +128,8 @@ class DataConfig(Section):
     """Threads a worker decodes with under `stream: local`."""
     unreadable: Literal["stop", "skip"] = operational("stop")
     """A row group that stays missing, damaged or unreachable ends the run with its shard's name; `skip` trains on: its
-    images keep their slots with weight 0, counted in `throughput/views_without_image`. Evaluation always stops."""
+    images keep their slots with weight 0, counted in `throughput/views_without_image`, and no host cache is made. What
+    needs all images stops in either case: evaluation, and `cache: device`."""
 
     @model_validator(mode="after")
     def _ray_data_keeps_nothing(self) -> Self:

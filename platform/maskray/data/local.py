@@ -17,7 +17,7 @@ from maskray.data import device as on_device
 from maskray.data.cache import WholeImages, cache_folder, open_cache
 from maskray.data.shards import Dataset, decoded_bytes
 from maskray.data.stream import StreamSpec, Unit, augment, load_unit
-from maskray.errors import DataError, StorageError
+from maskray.errors import DataError, StorageError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ def _on_host(spec: StreamSpec, data: DataConfig, dataset: Dataset) -> WholeImage
         return open_cache(dataset, spec.channels, cache_folder(data.cache_folder))
     except (StorageError, DataError) as error:
         # What cannot be read is never kept: it may be there again in the next pass.
-        may_do_without = spec.unreadable == "skip" if isinstance(error, DataError) else data.cache == "auto"
+        gap = DataError | UnreachableError
+        may_do_without = spec.unreadable == "skip" if isinstance(error, gap) else data.cache == "auto"
         if not may_do_without:
             raise
         logger.warning("Images are decoded again in each pass: %s", error)

@@ -20,7 +20,7 @@ from pyarrow import fs
 
 SCHEME = "s3://"
 _STREAM_TRIES = 6
-_HANDLES_KEPT = 4096
+_HANDLES_KEPT = 2**16  # of 0.7 kB each
 
 # pyarrow tells what was answered in its text alone; HEAD has no body, so there is no more than the HTTP status.
 _PASSING = re.compile(

@@ -36,7 +36,7 @@ from maskray.data.manifest import (
 )
 from maskray.data.row_groups import ParquetPlace, read_row_group
 from maskray.data.storage import Storage
-from maskray.errors import DataError, UnreachableError
+from maskray.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -212,18 +212,15 @@ class Dataset:
         """One row group, by a read of its range alone; every page's checksum is verified.
 
         Raises:
-            DataError: the shard is missing, damaged, or in an object store that does not answer.
+            DataError: the shard is missing or damaged.
+            UnreachableError: the object store did not answer, however often it was asked.
             StorageError: the storage refuses to be read.
         """
         shard, within, first_row = self._locate(group, split)
-        problem = f"row group {within} of {shard.name} cannot be read"
         try:
             table = self._read(shard, within)
-        except UnreachableError as error:
-            again = "launch again when the object store answers: the run goes on where it stopped"
-            raise DataError(f"{self.storage.uri}: {problem}", found=error.found, fix=again) from error
         except OSError as error:
-            raise self._damaged(shard, problem, str(error)) from error
+            raise self._damaged(shard, f"row group {within} of {shard.name} cannot be read", str(error)) from error
         labels = table["label"].to_numpy() if self.manifest.class_names else None
         return Group(
             rows=np.arange(first_row, first_row + table.num_rows),

@@ -27,6 +27,8 @@ PATIENCE = Patience()
 _SPOOLED_BYTES = 16 * 2**20
 _COPIED_BYTES = 8 * 2**20
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+
 
 class Storage:
     """A folder or bucket prefix. Names are relative to it, with `/` between their parts. Picklable.
@@ -187,15 +189,18 @@ class Storage:
         target = Path(self._path(name))
         with self._explained("create", name):
             target.parent.mkdir(parents=True, exist_ok=True)
+            whole = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{target.name}")
             try:
-                # Unbuffered: the content goes in one write, so a reader that sees the file sees all of it or nothing.
-                handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                whole.write_bytes(content)
+                target.hardlink_to(whole)  # a reader that sees the file sees all of it
             except FileExistsError:
                 return False
-            try:
-                os.write(handle, content)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return _create_in_place(target, content)
             finally:
-                os.close(handle)
+                whole.unlink(missing_ok=True)
         return True
 
     def _create_object(self, name: str, content: bytes) -> bool:
@@ -258,6 +263,16 @@ class Storage:
 
     def _place(self, name: str) -> str:
         return self.join(name) if name else self.uri
+
+
+def _create_in_place(target: Path, content: bytes) -> bool:
+    """For a file system without hard links: for a moment the file is there and empty."""
+    try:
+        with target.open("xb", buffering=0) as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _advice(error: OSError, is_local: bool, unreachable: bool) -> str:

@@ -25,7 +25,7 @@ from maskray.data import crop, decode
 from maskray.data.manifest import SplitName
 from maskray.data.plan import Plan, share, shared_rounds
 from maskray.data.shards import Dataset, Group
-from maskray.errors import DataError, StreamError
+from maskray.errors import DataError, StreamError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,8 @@ def load_unit(spec: StreamSpec, dataset: Dataset, position: int) -> Unit:
     """Read, decode, crop, flip and mask the row group at a position of the plan: a pure function.
 
     Raises:
-        DataError: the shard cannot be read, and `spec.unreadable` is "stop".
+        DataError: the shard is missing or damaged, and `spec.unreadable` is "stop".
+        UnreachableError: the object store did not answer, and `spec.unreadable` is "stop".
         StorageError: the storage refuses to be read.
     """
     pass_, number = spec.plan.locate(position)
@@ -145,7 +146,7 @@ def read_images(spec: StreamSpec, dataset: Dataset, number: int) -> tuple[Array,
     """
     try:
         group = dataset.read_group(number)
-    except DataError as error:
+    except (DataError, UnreachableError) as error:
         if spec.unreadable == "stop":
             raise
         logger.warning("%s It counts for nothing", error)

@@ -23,6 +23,7 @@ from mlflow.types import Schema, TensorSpec
 
 from maskray.errors import TrackingError
 from maskray.publish import export
+from maskray.tracking.mlflow_store import shown
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -85,7 +86,7 @@ def register_encoder(uri: str, run_id: str, folder: Path, name: str, card: Model
         raise TrackingError(
             "MLflow does not take the encoder",
             key="tracking.register_as",
-            found=f"{name}: {error}",
+            found=f"{name}: {shown(str(error))}",
             fix="a name may hold no / and no :" if set("/:") & set(name) else None,
         ) from error
 

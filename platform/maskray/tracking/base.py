@@ -60,6 +60,10 @@ class Tracker(Protocol):
         """Something that happened, for people: a rewind with its range, a stop with its reason."""
         ...
 
+    def tag(self, name: str, text: str) -> None:
+        """A fact about the run, over what the name said before."""
+        ...
+
     def pending(self) -> list[Any]:
         """Points that are not known to be stored, as plain data: they belong into the checkpoint."""
         ...
@@ -84,6 +88,7 @@ class MemoryStore:
     points: list[Point] = field(default_factory=list)
     figures: dict[tuple[str, int], bytes] = field(default_factory=dict)
     events: list[tuple[str, str]] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
     away: bool = False
     """Nothing is stored while this is true."""
 
@@ -119,6 +124,11 @@ class MemoryTracker:
         """See `Tracker`."""
         if not self.closed:
             self.store.events.append((name, text))
+
+    def tag(self, name: str, text: str) -> None:
+        """See `Tracker`."""
+        if not self.closed:
+            self.store.tags[name] = text
 
     def pending(self) -> list[Any]:
         """See `Tracker`."""
@@ -167,6 +177,9 @@ class Observer:
     def event(self, name: str, text: str) -> None:
         """Dropped."""
 
+    def tag(self, name: str, text: str) -> None:
+        """Dropped."""
+
     def pending(self) -> list[Any]:
         """None, ever."""
         return []
@@ -204,6 +217,11 @@ class Fanout:
         """Tell all."""
         for tracker in self._trackers:
             tracker.event(name, text)
+
+    def tag(self, name: str, text: str) -> None:
+        """Tell all."""
+        for tracker in self._trackers:
+            tracker.tag(name, text)
 
     def pending(self) -> list[Any]:
         """Of the one that keeps points."""

@@ -90,7 +90,7 @@ def ensure_run(store: Store, card: RunCard) -> str:
         client.log_inputs(run_id, [_dataset_input(card.dataset)])
         client.log_text(run_id, card.config_yaml, "config.yaml")
     except MlflowException as error:
-        raise TrackingError("MLflow does not take the run", found=f"{card.name}: {error}") from error
+        raise TrackingError("MLflow does not take the run", found=f"{card.name}: {shown(str(error))}") from error
     return run_id
 
 
@@ -108,7 +108,9 @@ def close_run(store: Store, run_id: str, status: Literal["FINISHED", "FAILED", "
             add_note(client, run_id, status.lower(), message)
         client.set_terminated(run_id, status)
     except MlflowException as error:
-        raise TrackingError("the end of the run could not be told to MLflow", found=f"{run_id}: {error}") from error
+        raise TrackingError(
+            "the end of the run could not be told to MLflow", found=f"{run_id}: {shown(str(error))}"
+        ) from error
 
 
 def add_note(client: MlflowClient, run_id: str, name: str, text: str) -> None:
@@ -143,7 +145,7 @@ def first_and_last(store: Store, run_id: str, key: str) -> tuple[float, float]:
     try:
         history = store.client().get_metric_history(run_id, key)
     except MlflowException as error:
-        raise TrackingError("MLflow does not give a metric", found=f"{key} of {run_id}: {error}") from error
+        raise TrackingError("MLflow does not give a metric", found=f"{key} of {run_id}: {shown(str(error))}") from error
     if not history:
         raise TrackingError("MLflow has no values of a metric", found=f"{key} of {run_id}")
     ordered = sorted(history, key=lambda point: point.step)

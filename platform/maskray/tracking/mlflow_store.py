@@ -81,7 +81,7 @@ def has_embedded_store(storage_path: str) -> bool:
 
 
 def shown(uri: str) -> str:
-    """A URI without its password."""
+    """A URI, or a text with one in it, without its password."""
     return re.sub(r"//[^/@]*@", "//***@", uri)
 
 
@@ -181,7 +181,7 @@ def _probe_port(uri: str) -> None:
         raise TrackingError(
             "no database answers there",
             key="tracking.uri",
-            found=f"{shown(uri)} ({error})",
+            found=f"{shown(uri)} ({shown(str(error))})",
             fix="start it, or check host, port and network",
         ) from error
 
@@ -209,7 +209,7 @@ def _is_json(text: str) -> bool:
 
 def reason(error: Exception) -> str:
     """The innermost cause that an error of `requests` spells out."""
-    text = str(error)
+    text = shown(str(error))
     found = re.findall(r"(Connection refused|Name or service not known|Temporary failure in name resolution|timed out"
                        r"|No route to host|Network is unreachable|certificate verify failed)", text)  # fmt: skip
     return found[-1] if found else text[:200]
@@ -225,7 +225,7 @@ def _open(uri: str, experiment: str, artifacts: str | None) -> Store:
     except MlflowException as error:
         fix = "mlflow db upgrade " + shown(uri) if "out-of-date database schema" in str(error) else None
         raise TrackingError(
-            "MLflow's store cannot be used", key="tracking.uri", found=f"{shown(uri)} ({error})", fix=fix
+            "MLflow's store cannot be used", key="tracking.uri", found=f"{shown(uri)} ({shown(str(error))})", fix=fix
         ) from error
     if found.lifecycle_stage != "active":
         raise TrackingError(

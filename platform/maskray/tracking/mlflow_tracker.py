@@ -27,6 +27,7 @@ from mlflow.utils.rest_utils import http_request
 
 from maskray.tracking.base import Point, points_of
 from maskray.tracking.mlflow_runs import FIGURES, add_note
+from maskray.tracking.mlflow_store import shown
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ MAX_BATCH = 1000
 MAX_POINTS = 100_000
 """Points held while the server is away: days of a run. Then the oldest go."""
 MAX_EXTRAS = 100
-"""Figures and events held while the server is away. Then the oldest go."""
+"""Figures, events and tags held while the server is away. Then the oldest go."""
 MAX_ATTEMPTS = 5
-"""At a figure or event that the server answers with an error. Points are tried for as long as the run lives."""
+"""At a figure, event or tag that the server answers with an error. Points are tried for as long as the run lives."""
 LINGER_SECONDS = 0.5
 """Points are gathered for so long before a batch is sent."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
@@ -50,7 +51,7 @@ HOPELESS = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PER
 
 @dataclass
 class _Extra:
-    """A figure or an event."""
+    """A figure, an event or a tag."""
 
     what: str
     send: Callable[[], None]
@@ -67,7 +68,7 @@ class MlflowTracker:
     """
 
     def __init__(self, uri: str, run_id: str, *, system_metrics_seconds: float | None = None) -> None:
-        self._uri, self._run_id = uri, run_id
+        self._uri, self._shown_uri, self._run_id = uri, shown(uri), run_id
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         self._system_seconds = system_metrics_seconds
         self._changed = threading.Condition()
@@ -103,6 +104,10 @@ class MlflowTracker:
         """See `Tracker`. It is added to the run's description."""
         self._append_extra(_Extra(f"event {name}", lambda: add_note(self._client, self._run_id, name, text)))
 
+    def tag(self, name: str, text: str) -> None:
+        """See `Tracker`."""
+        self._append_extra(_Extra(f"tag {name}", lambda: self._client.set_tag(self._run_id, name, text)))
+
     def pending(self) -> list[Any]:
         """See `Tracker`."""
         with self._changed:
@@ -133,7 +138,9 @@ class MlflowTracker:
             extras = [extra.what for extra in self._extras]
             self._changed.notify_all()
         if not stored:
-            log.error("MLflow at %s did not take %d points, and %s", self._uri, lost, ", ".join(extras) or "no figures")
+            log.error(
+                "MLflow at %s did not take %d points, and %s", self._shown_uri, lost, ", ".join(extras) or "no figures"
+            )
         self._thread.join(timeout=1.0)  # it may be in a request: it ends by itself, and is no reason to wait
         return stored and self._dropped == 0
 
@@ -198,15 +205,16 @@ class MlflowTracker:
             try:
                 self._check_reachable()
                 act()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - said in words: a traceback would repeat the URI's password
+                text = shown(str(error))
                 if getattr(error, "error_code", None) in HOPELESS:
-                    log.exception("MLflow refuses %s of run %s for good", what, self._run_id)
+                    log.error("MLflow refuses %s of run %s for good: %s", what, self._run_id, text)
                     return False
                 if attempt == 0:
-                    log.warning("MLflow at %s does not take %s, trying again: %s", self._uri, what, error)
+                    log.warning("MLflow at %s does not take %s, trying again: %s", self._shown_uri, what, text)
             else:
                 if attempt:
-                    log.warning("MLflow at %s is back", self._uri)
+                    log.warning("MLflow at %s is back", self._shown_uri)
                 return True
             if self._pauses(pause_after(attempt)):
                 return False
@@ -261,12 +269,13 @@ class MlflowTracker:
             try:
                 self._check_reachable()
                 extra.send()
-            except Exception:
+            except Exception as error:  # noqa: BLE001 - as above
                 extra.attempts += 1
                 if extra.attempts < MAX_ATTEMPTS:
                     self._pauses(FIRST_PAUSE)
                     return  # points first, then again
-                log.exception("MLflow at %s does not take the %s; given up", self._uri, extra.what)
+                why = shown(str(error))
+                log.error("MLflow at %s does not take the %s; given up: %s", self._shown_uri, extra.what, why)
                 self._dropped += 1
             with self._changed:
                 if self._extras and self._extras[0] is extra:

@@ -16,7 +16,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Facts:
     packages: Mapping[str, str]
     pending_metrics: list[Any]
     """Metric points that the tracker had not stored when the checkpoint was taken."""
+    matmul_rates: Mapping[str, float] = field(default_factory=dict)
+    """FLOP/s of matrix products that were measured, by hardware: MFU is a share of the same all through a run."""
 
 
 class HostCopy:

@@ -1,7 +1,8 @@
 """One launch at a time: a file in the run's folder that says who has it, renewed while it runs.
 
 A launch that was killed leaves its lease behind. It counts for nothing once its heartbeat is two minutes old, or at
-once where its process was on this machine and is gone.
+once where its process was on this machine and is gone. A launch that was taken for dead, because its machine slept, and
+finds its lease in other hands stops itself.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -16,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import psutil
 
@@ -40,16 +43,18 @@ class Holder:
     process_started: float
     """Start of the process, in seconds since 1970: a number of a process is used again, with another start."""
     heartbeat: float
+    pid_namespace: str = ""
+    """Where the number means this process: containers may share a host name and not their processes."""
 
     @classmethod
     def this_process(cls) -> Holder:
         """A new holder: this process."""
         started = psutil.Process().create_time()
-        return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), started, time.time())
+        return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), started, time.time(), _pid_namespace())
 
     def is_alive(self) -> bool:
         """Whether the holder may still be running."""
-        if self.host == socket.gethostname():
+        if (self.host, self.pid_namespace) == (socket.gethostname(), _pid_namespace()):
             try:
                 process = psutil.Process(self.pid)
                 # In a container without an init nobody collects the dead: they stay listed for ever.
@@ -58,6 +63,21 @@ class Holder:
             except psutil.NoSuchProcess:
                 return False
         return time.time() - self.heartbeat < STALE_SECONDS
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:  # no Linux
+        return ""
+
+
+class Lease:
+    """A held lease."""
+
+    def __init__(self) -> None:
+        self.lost_to: Holder | None = None
+        """Who has taken the run over: what it holds, its MLflow run too, is theirs now."""
 
 
 def holder_of(run: Storage) -> Holder | None:
@@ -86,19 +106,28 @@ def refuse_if_held(run: Storage, name: str) -> None:
 
 
 @contextmanager
-def hold(run: Storage, name: str) -> Iterator[None]:
-    """Hold a run's lease, with a heartbeat from a thread.
+def hold(run: Storage, name: str) -> Iterator[Lease]:
+    """Hold a run's lease, with a heartbeat from a thread. Where it is lost, the process gets a SIGTERM.
 
     Raises:
-        RunConflictError: somebody else has it.
+        RunConflictError: somebody else has it, or has taken it over.
     """
-    me = Holder.this_process()
+    me, held = Holder.this_process(), Lease()
     _take(run, name, me)
     stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(run, me, stop), name="maskray-lease", daemon=True)
+    beat = threading.Thread(target=_beat, args=(run, me, held, stop), name="maskray-lease", daemon=True)
     beat.start()
     try:
-        yield
+        yield held
+    except BaseException as error:
+        if held.lost_to is None:
+            raise
+        raise RunConflictError(
+            f"the run {name} was taken over by another launch, which took this one for dead",
+            key="name",
+            found=f"process {held.lost_to.pid} on {held.lost_to.host}",
+            fix="leave the run to that launch, or stop it there; a machine that sleeps for two minutes loses its runs",
+        ) from error
     finally:
         stop.set()
         beat.join()
@@ -119,19 +148,22 @@ def _take(run: Storage, name: str, me: Holder) -> None:
         refuse_if_held(run, name)
         log.warning("Taking over the run %s: its last launch ended without a word", name)
         run.write_bytes(LEASE, content)  # over the old one: were it deleted first, a third launch could slip in
-    # Several may take over in the same moment, or create on S3: the last to write has it, and all look again.
+    # Several may take over in the same moment, or create in an object store without conditional writes: the last to
+    # write has it, and all look again.
     time.sleep(SETTLE_SECONDS)
     found = holder_of(run)
     if found is None or found.token != me.token:
         raise RunConflictError(f"the run {name} is being started by somebody else", fix="wait for it")
 
 
-def _beat(run: Storage, me: Holder, stop: threading.Event) -> None:
+def _beat(run: Storage, me: Holder, held: Lease, stop: threading.Event) -> None:
     while not stop.wait(BEAT_SECONDS):
         try:
             found = holder_of(run)
-            if found is not None and found.token != me.token:  # this machine slept, and another took the run over
-                log.error("Process %d on %s has taken this run over: stop one of the two", found.pid, found.host)
+            if found is not None and found.token != me.token:
+                held.lost_to = found
+                # To the main thread, whatever it waits for. Two launches of a run would write over each other.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
                 return
             renewed = replace(me, heartbeat=time.time())
             run.write_bytes(LEASE, json.dumps(asdict(renewed)).encode())

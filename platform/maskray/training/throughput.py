@@ -32,6 +32,11 @@ def matmul_rate(device: torch.device, precision: Literal["fp32", "bf16"]) -> flo
     return 2.0 * size**3 / best
 
 
+def hardware(device: torch.device, threads: int) -> str:
+    """What a rate was measured on, in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, threads {threads}"
+
+
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -12,7 +12,7 @@ from maskray.data.retry import Patience
 from maskray.data.row_groups import Footers, ParquetPlace, read_row_group
 from maskray.data.shards import Dataset, Row, write_shard
 from maskray.data.storage import Storage
-from maskray.errors import DataError, StorageError
+from maskray.errors import StorageError, UnreachableError
 
 COLUMNS, GROUPS = ("key", "image", "label"), 128
 
@@ -160,8 +160,9 @@ def test_no_answer_and_a_refusal_are_told_apart(folder, bucket, proxy, ingest_he
     dataset = Dataset.open(f"{bucket}/shards")
     monkeypatch.setattr(storage_module, "PATIENCE", Patience(tries=2, first_wait_seconds=0.01))
     proxy.shares = {"throttle": 1.0}
-    with pytest.raises(DataError, match=r"row group 0 of train/00000.parquet cannot be read.*when the object store"):
+    with pytest.raises(UnreachableError, match=r"cannot read .*train/00000.parquet.*check that the object store"):
         dataset.read_group(0)
     proxy.shares = {"refuse": 1.0}
-    with pytest.raises(StorageError, match=r"cannot read .*train/00000.parquet.*credentials"):
+    with pytest.raises(StorageError, match=r"cannot read .*train/00000.parquet.*credentials") as caught:
         dataset.read_group(0)
+    assert not isinstance(caught.value, UnreachableError)

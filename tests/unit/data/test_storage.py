@@ -1,8 +1,12 @@
 """Files appear whole or not at all, and what goes wrong is said."""
 
+import contextlib
+import errno
 import os
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +103,36 @@ def test_of_many_only_one_creates(place):
         won = list(pool.map(lambda i: storage.create_exclusive("lease", b"%d" % i), range(32)))
     assert sum(won) == 1
     assert storage.read_bytes("lease") == b"%d" % won.index(True)
+
+
+def test_a_lock_is_never_seen_half_made(tmp_path):
+    storage, seen, done = Storage(tmp_path), set(), threading.Event()
+
+    def watch():
+        while not done.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                seen.add((tmp_path / "lease").read_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(500):
+        assert storage.create_exclusive("lease", b"me")
+        storage.delete("lease")
+    done.set()
+    watcher.join()
+    assert seen == {b"me"}
+    assert storage.list_names() == []
+
+
+def test_a_lock_is_made_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "not here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    storage = Storage(tmp_path)
+    assert storage.create_exclusive("lease", b"me")
+    assert not storage.create_exclusive("lease", b"you")
+    assert storage.read_bytes("lease") == b"me"
 
 
 def test_places_join_and_travel(tmp_path, monkeypatch):

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from maskray.config.schema import VitConfig, VitDecoder
+from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
 from maskray.models.build import build_model
-from maskray.models.foreign import load_weights, weights_digest
+from maskray.models.foreign import WEIGHTS_FILE, load_weights, weights_digest
 from maskray.models.vit import position_table
 
 CONFIG = VitConfig(patch=4, width=32, depth=2, heads=4, decoder=VitDecoder(width=16, depth=1, heads=2))
@@ -85,13 +86,26 @@ def test_positions_of_the_same_oblong_grid_are_left_alone(tmp_path):
     assert torch.equal(model.pos_embed, position_table(32, (2, 8)))
 
 
-def test_a_uri_is_read_as_a_path_is(source, tmp_path):
-    path = tmp_path / "weights.safetensors"
-    save_file(source, path)
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "step_000000004-a"])
+def test_any_place_is_read_as_a_local_path_is(source, place, tmp_path, name):
+    """A bucket too; the name of a file, or of a checkpoint's folder."""
+    local = tmp_path / ("weights.pth" if name.endswith(".pth") else "weights.safetensors")
+    (torch.save if name.endswith(".pth") else save_file)(source, local)
+    storage = Storage(f"{place}/elsewhere")
+    storage.write_bytes(name if "." in name else f"{name}/{WEIGHTS_FILE}", local.read_bytes())
     model = build(seed=2)
-    load_weights(model, path.as_uri())
+    load_weights(model, storage.join(name))
     assert torch.equal(model.pos_embed, source["pos_embed"])
-    assert weights_digest(path.as_uri()) == weights_digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert weights_digest(storage.join(name)) == hashlib.sha256(local.read_bytes()).hexdigest()
+
+
+def test_weights_that_are_nowhere_are_named(place):
+    path = f"{place}/gone.pth"
+    for read in (weights_digest, lambda p: load_weights(build(), p)):
+        with pytest.raises(
+            CheckpointError, match=r"init_from: .*cannot be read.*gone\.pth.*What to do: check the path"
+        ):
+            read(path)
 
 
 def refused(weights, tmp_path, match, model=None):

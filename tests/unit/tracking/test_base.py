@@ -24,6 +24,7 @@ def test_fanout_tells_all_and_keeps_pending_of_the_one_that_stores() -> None:
     both.log({"pretrain/loss": 1.0}, 3)
     both.figure("reconstruction", b"png", 3)
     both.event("rewind", "steps 1 to 3")
+    both.tag("maskray.mfu_of", "one core")
     assert seen == [3]
     assert [plain[0] for plain in both.pending()] == ["pretrain/loss"]
     assert not both.flush(0.1)
@@ -32,6 +33,7 @@ def test_fanout_tells_all_and_keeps_pending_of_the_one_that_stores() -> None:
     assert [p.step for p in stored.store.points] == [3]
     assert stored.store.figures == {("reconstruction", 3): b"png"}
     assert stored.store.events == [("rewind", "steps 1 to 3")]
+    assert stored.store.tags == {"maskray.mfu_of": "one core"}
 
 
 def test_fanout_restores_into_the_one_that_stores() -> None:

@@ -88,6 +88,15 @@ def test_a_run_that_is_gone_does_not_end_training(store: Store, caplog: pytest.L
     assert no_threads_left()
 
 
+def test_a_password_in_the_uri_is_not_logged(nobody: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        tracker = MlflowTracker(nobody.replace("//", "//me:hidden@"), "run")
+        tracker.log({"pretrain/loss": 1.0}, 1)
+        assert not tracker.close(2)
+    assert "MLflow at http://***@127.0.0.1" in caplog.text
+    assert "hidden" not in caplog.text
+
+
 def test_what_is_no_number_is_said_and_left_out(store: Store, run_id: str, caplog: pytest.LogCaptureFixture) -> None:
     with closing(MlflowTracker(store.uri, run_id)) as tracker:
         tracker.log({"pretrain/loss": "high"}, 1)  # type: ignore[dict-item]

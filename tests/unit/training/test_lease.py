@@ -107,6 +107,17 @@ def test_a_number_that_another_process_has_now_is_not_the_holder(run):
         assert holder_of(run).token != "old"
 
 
+def test_a_number_of_another_container_means_nothing_here(run):
+    """Containers may share a host name: its process 1 is not ours, alive or not."""
+    there = replace(Holder.this_process(), pid_namespace="pid:[1]")
+    leave(run, replace(there, pid=1, process_started=0.0))
+    with pytest.raises(RunConflictError):
+        hold(run, "digits").__enter__()
+    leave(run, replace(there, heartbeat=time.time() - lease.STALE_SECONDS - 1))
+    with hold(run, "digits"):
+        pass
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"token": "x"}'])
 def test_a_lease_that_cannot_be_read_holds_nothing(run, content):
     run.write_bytes(LEASE, content)
@@ -196,14 +207,33 @@ def test_the_heart_beats(run, monkeypatch):
         assert replace(holder_of(run), heartbeat=0) == replace(first, heartbeat=0)
 
 
-def test_a_lease_that_was_lost_is_not_taken_back(run, elsewhere, monkeypatch, caplog):
+class Stopped(BaseException):
+    """What a handler of SIGTERM raises, as the command line's does."""
+
+
+@pytest.fixture
+def sigterm_stops():
+    def stop(number, frame):
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_launch_that_lost_its_lease_stops_and_does_not_take_it_back(run, elsewhere, monkeypatch, sigterm_stops):
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
-    with hold(run, "digits"):
-        other = leave(run, replace(elsewhere, token="theirs"))
-        wait_until(lambda: "has taken this run over" in caplog.text)
-        assert holder_of(run) == other
-    assert holder_of(run) == other  # and not given back for them
-    assert "Process 1 on another-host has taken this run over: stop one of the two" in caplog.text
+    theirs = replace(elsewhere, token="theirs")
+
+    def launch():
+        with hold(run, "digits"):
+            leave(run, theirs)
+            threading.Event().wait(10)  # as a driver waits for its workers
+
+    with pytest.raises(RunConflictError, match=r"taken over.*Found: process 1 on another-host") as caught:
+        launch()
+    assert isinstance(caught.value.__cause__, Stopped)
+    assert holder_of(run) == theirs  # and not given back for them
 
 
 def test_a_heartbeat_that_fails_is_tried_again(run, monkeypatch, caplog):
