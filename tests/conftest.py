@@ -52,7 +52,8 @@ TINY = {
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits as a dataset: row groups of 16, a fifth held out."""
-    from maskray.data.ingest import ingest, thread_mapper
+    from maskray.data.ingest import ingest
+    from maskray.data.mapper import thread_mapper
 
     folder = tmp_path_factory.mktemp("data") / "digits"
     config = IngestConfig(source="digits", destination=str(folder), group_rows=16, held_out_fraction=0.2)

@@ -27,8 +27,9 @@ from maskray.config.resolve import resolve  # noqa: E402
 from maskray.config.schema import IngestConfig, RunConfig  # noqa: E402
 from maskray.data.cache import cache_folder, open_cache  # noqa: E402
 from maskray.data.device import moved  # noqa: E402
-from maskray.data.ingest import ingest, thread_mapper  # noqa: E402
+from maskray.data.ingest import ingest  # noqa: E402
 from maskray.data.local import open_units  # noqa: E402
+from maskray.data.mapper import thread_mapper  # noqa: E402
 from maskray.data.shards import Dataset  # noqa: E402
 from maskray.data.stream import StreamSpec, Unit, steps  # noqa: E402
 

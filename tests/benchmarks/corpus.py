@@ -8,7 +8,8 @@ from typing import Any
 from maskray.config.load import merge, parse
 from maskray.config.resolve import resolve
 from maskray.config.schema import IngestConfig, RunConfig
-from maskray.data.ingest import ingest, thread_mapper
+from maskray.data.ingest import ingest
+from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
 from maskray.data.stream import StreamSpec
 

@@ -29,7 +29,8 @@ import torch
 
 from maskray.config.schema import IngestConfig
 from maskray.data import decode
-from maskray.data.ingest import ingest, thread_mapper
+from maskray.data.ingest import ingest
+from maskray.data.mapper import thread_mapper
 from maskray.data.survey import shortened
 
 CORES = len(os.sched_getaffinity(0))

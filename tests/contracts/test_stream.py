@@ -18,8 +18,9 @@ from maskray.config.schema import DataConfig, IngestConfig, RandomMask, RandomRe
 from maskray.data import device, row_groups
 from maskray.data.cache import open_cache
 from maskray.data.device import device_units
-from maskray.data.ingest import ingest, thread_mapper
+from maskray.data.ingest import ingest
 from maskray.data.local import LocalStream, open_units
+from maskray.data.mapper import thread_mapper
 from maskray.data.plan import Plan, share
 from maskray.data.shards import MANIFEST, Dataset, Row, write_shard
 from maskray.data.stream import StreamSpec, decode_group, load_unit, steps, walk

@@ -17,14 +17,14 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {platform!r})
 from maskray.config.schema import IngestConfig
-from maskray.data import ingest, survey
+from maskray.data import ingest, mapper, survey
 
 survey.CHUNK_IMAGES = ingest.CHUNK_IMAGES = {chunk}
 config = IngestConfig(
     source={source!r}, destination={destination!r}, group_rows=8, groups_per_shard=2, held_out_fraction=0.2,
     resize_short=48, deduplicate=True, max_bad_fraction=0.1,
 )
-ingest.ingest(config, ingest.thread_mapper(2), lambda *told: print(*told, flush=True))
+ingest.ingest(config, mapper.thread_mapper(2), lambda *told: print(*told, flush=True))
 """
 
 

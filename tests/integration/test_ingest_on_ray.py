@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from maskray.config.schema import IngestConfig
-from maskray.data.ingest import ingest, thread_mapper
+from maskray.data.ingest import ingest
+from maskray.data.mapper import thread_mapper
 from maskray.errors import DataError
 from maskray.on_ray.ingest import ray_mapper
 

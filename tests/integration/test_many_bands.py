@@ -7,7 +7,8 @@ import tifffile
 
 from maskray import bare
 from maskray.config.schema import IngestConfig
-from maskray.data.ingest import ingest, thread_mapper
+from maskray.data.ingest import ingest
+from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
 from maskray.errors import DataError
 from maskray.launch import prepare

@@ -13,7 +13,8 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from maskray.config.schema import IngestConfig
-from maskray.data.ingest import ingest, thread_mapper
+from maskray.data.ingest import ingest
+from maskray.data.mapper import thread_mapper
 from maskray.on_ray.ingest import ray_mapper
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 import torch
 
 from maskray.config.load import fingerprint
-from maskray.data.ingest import thread_mapper
+from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset, decoded_bytes
 from maskray.data.storage import TEMPORARY, Storage
 from maskray.data.stream import Images, decode_group

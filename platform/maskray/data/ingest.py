@@ -36,7 +36,6 @@ from maskray.data.manifest import (
 )
 from maskray.data.mapper import Mapper as Mapper
 from maskray.data.mapper import Progress as Progress
-from maskray.data.mapper import thread_mapper as thread_mapper
 from maskray.data.parts import FOLDER, Parts
 from maskray.data.sources import Source, open_source
 from maskray.data.storage import TEMPORARY, Storage

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from maskray.config.schema import IngestConfig
-from maskray.data.ingest import ingest, thread_mapper
+from maskray.data.ingest import ingest
+from maskray.data.mapper import thread_mapper
 
 
 def _picture(number, height=24, width=32):

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from maskray.config.schema import IngestConfig
-from maskray.data.ingest import ingest, thread_mapper
+from maskray.data.ingest import ingest
+from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
 from maskray.data.survey import split_of
 from maskray.errors import DataError, StorageError
