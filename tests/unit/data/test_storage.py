@@ -1,10 +1,10 @@
 """Files appear whole or not at all, and what goes wrong is said."""
 
-import contextlib
 import errno
 import os
 import pickle
-import threading
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -105,23 +105,33 @@ def test_of_many_only_one_creates(place):
     assert storage.read_bytes("lease") == b"%d" % won.index(True)
 
 
+WATCH = """
+import pathlib, sys
+lock, done, seen = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), set()
+print("watching", flush=True)
+while not done.exists():
+    try:
+        seen.add(lock.read_bytes())
+    except FileNotFoundError:
+        pass
+seen.add(lock.read_bytes())
+print(sorted(seen))
+"""
+
+
 def test_a_lock_is_never_seen_half_made(tmp_path):
-    storage, seen, done = Storage(tmp_path), set(), threading.Event()
-
-    def watch():
-        while not done.is_set():
-            with contextlib.suppress(FileNotFoundError):
-                seen.add((tmp_path / "lease").read_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for _ in range(500):
-        assert storage.create_exclusive("lease", b"me")
-        storage.delete("lease")
-    done.set()
-    watcher.join()
-    assert seen == {b"me"}
-    assert storage.list_names() == []
+    storage, done = Storage(tmp_path / "locks"), tmp_path / "done"
+    command = [sys.executable, "-c", WATCH, str(tmp_path / "locks" / "lease"), str(done)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout is not None
+        assert watcher.stdout.readline() == "watching\n"
+        for _ in range(1000):
+            assert storage.create_exclusive("lease", b"me")
+            storage.delete("lease")
+        storage.create_exclusive("lease", b"me")
+        done.touch()
+        assert watcher.stdout.read() == "[b'me']\n"
+    assert storage.list_names() == ["lease"]
 
 
 def test_a_lock_is_made_where_there_are_no_hard_links(tmp_path, monkeypatch):
