@@ -73,7 +73,9 @@ _PILLOW_MODES = {1: "L", 3: "RGB"}
 _MAX_PILLOW_BANDS = 4
 
 _REASON = 200  # letters at most
-_JPEG_SCAN = re.compile(rb"\xff\xda")  # four times as fast as bytes.count
+_JPEG_SCAN = b"\xff\xda"
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_NO_SEGMENT = frozenset((0x00, 0x01, *range(0xD0, 0xD9), 0xFF))
 _MAX_JPEG_SCANS = 200  # progressive ones have about ten; each costs a pass over the whole picture
 # What libjpeg leaves where the data of a picture ended early: no coefficients, so 128 in each component, as gray, RGB
 # and (the other two) CMYK and YCCK come out of it.
@@ -142,8 +144,8 @@ def _header(data: bytes) -> tuple[int, int, int]:
     try:
         if kind == "NPY":
             return _npy_header(data)[0]
-        if kind == "JPEG" and len(_JPEG_SCAN.findall(data)) > _MAX_JPEG_SCANS:
-            raise UndecodableError(f"it has more than {_MAX_JPEG_SCANS} scans")
+        if kind == "JPEG":  # a sixth of Pillow's time
+            return _jpeg_header(data)
         if kind == "TIFF":  # Pillow knows four bands at most
             page = _tiff_page(data)
             colours = 3 if page.colormap is not None else page.samplesperpixel
@@ -302,6 +304,29 @@ def _decode_npy(data: bytes) -> torch.Tensor:
         raise UndecodableError(f"{len(pixels)} bytes of pixels, {np.prod(shape)} expected")
     pixels_HWC = pixels.reshape(shape, order="F" if is_fortran else "C")
     return torch.from_numpy(np.moveaxis(pixels_HWC, -1, 0).copy())
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, int]:
+    """ITU-T T.81, annex B.2: markers up to the first scan, skipping what libjpeg skips."""
+    at, frame, is_progressive = 2, None, False
+    while True:
+        at = data.index(b"\xff", at)
+        marker = data[at + 1]
+        if marker in _JPEG_NO_SEGMENT:
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker in _JPEG_FRAMES:
+            frame = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9]), data[at + 9]
+            is_progressive = marker & 0x03 == 2
+        elif marker == _JPEG_SCAN[1]:
+            break
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    if frame is None:
+        raise UndecodableError("its first scan comes before its size")
+    # One scan of all components: what comes after it is never looked at.
+    if (is_progressive or data[at + 4] < frame[2]) and data.count(_JPEG_SCAN) > _MAX_JPEG_SCANS:
+        raise UndecodableError(f"it has more than {_MAX_JPEG_SCANS} scans")
+    return frame
 
 
 def _webp_header(data: bytes) -> tuple[int, int, int]:

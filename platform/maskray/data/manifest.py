@@ -28,6 +28,7 @@ QUARANTINE = "quarantine.parquet"
 SplitName = Literal["train", "held_out"]
 SPLITS: tuple[SplitName, ...] = ("train", "held_out")
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 # Where images came from and when they were touched says nothing about what they are; nor do the sizes and checksums of
 # shards, in whose footers pyarrow writes its version: `content` is over the images themselves.
@@ -35,6 +36,7 @@ _NOT_IDENTITY = ("fingerprint",)
 _NOT_IDENTITY_OF_A_SHARD = ("size", "sha256")
 _NOT_IDENTITY_OF_AN_ORIGIN = ("source", "stamp", "skipped")
 _LUMA = (299, 587, 114)  # of red, green and blue in gray, in thousandths: ITU-R 601
+_LUMA_C = np.array(_LUMA, dtype=np.float64)
 _SAFE_ROWS = 256  # sums of one image are below 2**50, so those of so many fit into 64 bits
 
 
@@ -80,6 +82,12 @@ class Origin:
     """SHA-256 over keys, labels and the stored images' own SHA-256, in the order of keys."""
 
 
+def grid_of(image_CHW: Bytes) -> Bytes:
+    """The pixels that statistics are of, (C, P): all up to about 64 × 64, else every (side // 64)-th row and column."""
+    step_h, step_w = (max(1, side // 64) for side in image_CHW.shape[1:])
+    return image_CHW[:, ::step_h, ::step_w].reshape(len(image_CHW), -1)
+
+
 @dataclass(frozen=True)
 class PixelSums:
     """Exact sums over pixels, whatever the order of adding: what mean and std follow from.
@@ -95,22 +103,16 @@ class PixelSums:
     """Σ x² over the pixels, for each channel."""
 
     @staticmethod
-    def of(image_CHW: np.ndarray[Any, np.dtype[np.uint8]]) -> PixelSums:
-        """Of one image: all pixels up to about 64 × 64, else every (side // 64)-th row and column."""
-        step_h, step_w = (max(1, side // 64) for side in image_CHW.shape[1:])
-        grid_CP = image_CHW[:, ::step_h, ::step_w].reshape(len(image_CHW), -1)
+    def of(grid_CP: Bytes) -> PixelSums:
+        """Of one image, from its pixels on a grid."""
         # Whole numbers below 2**53 are exact in float64. Not by a matrix product: BLAS starts threads in every job.
-        values_CP = np.empty((4 if len(grid_CP) in (1, 3) else len(grid_CP), grid_CP.shape[1]))
-        if len(grid_CP) in (1, 3):
-            values_CP[:3] = grid_CP
-            np.einsum("c,cp->p", np.array(_LUMA, dtype=np.float64), values_CP[:3], out=values_CP[3])
-        else:
-            values_CP[:] = grid_CP
-        return PixelSums(
-            grid_CP.shape[1],
-            tuple(int(x) for x in values_CP.sum(axis=1)),
-            tuple(int(x) for x in np.einsum("cp,cp->c", values_CP, values_CP)),
-        )
+        has_gray = len(grid_CP) in (1, 3)
+        values_CP = np.empty((4 if has_gray else len(grid_CP), grid_CP.shape[1]))
+        values_CP[: 3 if has_gray else None] = grid_CP
+        if has_gray:
+            np.einsum("c,cp->p", _LUMA_C, values_CP[:3], out=values_CP[3])
+        sums_C, squares_C = values_CP.sum(axis=1), np.einsum("cp,cp->c", values_CP, values_CP)
+        return PixelSums(grid_CP.shape[1], tuple(map(int, sums_C.tolist())), tuple(map(int, squares_C.tolist())))
 
     @staticmethod
     def total(pixels_N: Ints, values_NC: Ints, squares_NC: Ints) -> PixelSums:

@@ -20,7 +20,7 @@ import torch
 from maskray.config.schema import IngestConfig
 from maskray.data import decode
 from maskray.data.crop import crop_resize
-from maskray.data.manifest import SPLITS, Ints, PixelSums, SplitName
+from maskray.data.manifest import SPLITS, Bytes, Ints, PixelSums, SplitName, grid_of
 from maskray.data.mapper import Mapper, Progress, read_ahead
 from maskray.data.parts import Parts
 from maskray.data.sources import Entry, Place, Source
@@ -240,7 +240,8 @@ def _look(data: bytes | OSError, known: bytes | None, job: _SurveyJob) -> tuple[
     if job.resize_short is not None and min(image_CHW.shape[1:]) > job.resize_short:
         image_CHW = shortened(image_CHW, job.resize_short)
         encoded = decode.encode(image_CHW, job.quality)
-    sums = PixelSums.of(image_CHW.numpy())
+    grid_CP = grid_of(image_CHW.numpy())
+    sums = PixelSums.of(grid_CP)
     seen = _Seen(
         verdict=Verdict.GOOD,
         sha256=sha256,
@@ -249,7 +250,7 @@ def _look(data: bytes | OSError, known: bytes | None, job: _SurveyJob) -> tuple[
         width=image_CHW.shape[2],
         channels=channels,
         bands=len(image_CHW),
-        gray=_is_gray(image_CHW),
+        gray=_is_gray(grid_CP) and _is_gray(image_CHW.numpy()),  # most show their colour on the grid
         pixels=sums.pixels,
         values=sums.values,
         squares=sums.squares,
@@ -275,12 +276,11 @@ def shortened(image_CHW: torch.Tensor, short: int) -> torch.Tensor:
     return crop_resize(image_CHW, np.array((0, 0, height, width)), size_HW, flip=False)
 
 
-def _is_gray(image_CHW: torch.Tensor) -> bool:
-    if len(image_CHW) != 3:
-        return len(image_CHW) == 1
-    red, green, blue = image_CHW
-    middle = len(red) // 2  # nearly all colour images show it in one row
-    return torch.equal(red[middle], green[middle]) and torch.equal(red, green) and torch.equal(green, blue)
+def _is_gray(pixels: Bytes) -> bool:
+    """Whether all channels, along the first axis, are one."""
+    return len(pixels) == 1 or (
+        len(pixels) == 3 and np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[1], pixels[2])
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict

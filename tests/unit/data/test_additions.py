@@ -9,7 +9,7 @@ import pytest
 
 from maskray.data.check import check
 from maskray.data.garbage import delete_garbage, find_garbage
-from maskray.data.manifest import PixelSums, versions
+from maskray.data.manifest import PixelSums, grid_of, versions
 from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
@@ -88,7 +88,7 @@ def test_statistics_are_those_of_all_images(folder, tmp_path, ingest_here, more)
     from maskray.data.decode import decode
 
     groups = groups_of(tmp_path / "shards")
-    sums = [PixelSums.of(decode(data, 3).numpy()) for _, images, _ in groups for data in images]
+    sums = [PixelSums.of(grid_of(decode(data, 3).numpy())) for _, images, _ in groups for data in images]
     assert second.sums == sum(sums[1:], sums[0])
     assert second.splits["train"].pixels == sum(s.pixels for s in sums)
 
