@@ -78,7 +78,8 @@ def killed_many_times(pictures, tmp_path, kills):
     shares = [(i + draws.random()) / kills * 0.95 for i in range(kills)]  # one in each part of its length
     hits, began = zip(*(kill(pictures, tmp_path / "killed", s, draws.uniform(0, 0.03)) for s in shares), strict=True)
     assert sum(hits) > kills / 2
-    assert max(b["check"] for b in began) > 0, "nothing was taken over"
+    # A kill that came after the manifest leaves the next run nothing to check.
+    assert max(b.get("check", 0) for b in began) > 0, "nothing was taken over"
     assert finish(pictures, tmp_path / "killed") == expected
     assert {path.parts[0] for path in expected} == {
         *("manifest.json", "versions", "train", "held_out", "quarantine.parquet")
