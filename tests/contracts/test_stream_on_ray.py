@@ -20,8 +20,10 @@ from object_store import FaultyProxy
 pytestmark = pytest.mark.ray
 
 
-def delivered(spec: StreamSpec, run: Storage, data, workers: int, start_step: int, monkeypatch) -> list[list[Unit]]:
-    """What each of `workers` readers of the splitters that Train uses gets."""
+def delivered(
+    spec: StreamSpec, run: Storage, data, workers: int, start_step: int, monkeypatch, last_waits_seconds: float = 0.0
+) -> list[list[Unit]]:
+    """What each of `workers` readers of the splitters that Train uses gets; the last may wait behind its first row."""
     monkeypatch.setattr(stream, "registered_step", lambda _: start_step)
     shards = {}
     for name, open_dataset in stream.datasets(spec, run, workers, data).items():
@@ -33,13 +35,14 @@ def delivered(spec: StreamSpec, run: Storage, data, workers: int, start_step: in
     def read(rank: int) -> None:
         for unit in stream.units(spec, rank, workers, data, start_step, lambda name: shards[name][rank]):
             got[rank].append(unit._replace(images_NCHW=unit.images_NCHW.copy()))
-            time.sleep(random.random() * 0.01)
+            is_late = rank == workers - 1 and len(got[rank]) == 1
+            time.sleep(last_waits_seconds if is_late else random.random() * 0.01)
 
-    readers = [threading.Thread(target=read, args=(rank,)) for rank in range(workers)]
+    readers = [threading.Thread(target=read, args=(rank,), daemon=True) for rank in range(workers)]
     for reader in readers:
         reader.start()
     for reader in readers:
-        reader.join()
+        reader.join(60)
     return got
 
 
@@ -80,6 +83,15 @@ def test_ray_data_and_the_in_process_walk_are_equal_to_the_bit(
             assert np.array_equal(mine.visible_NHW, theirs.visible_NHW)
             assert np.array_equal(mine.weights_N, theirs.weights_N)
             assert mine.keys == theirs.keys
+
+
+def test_an_execution_is_kept_for_a_worker_that_is_far_behind(tiny, tmp_path, ray_cluster, monkeypatch):
+    data = {"views_per_image": 2, "tasks_per_execution": 3, "groups_per_task": 4, "prefetch_groups": 1}
+    config = tiny(optim={"steps": 12, "global_batch": 128}, data=data)  # four executions of twelve row groups
+    dataset = Dataset.open(config.data.path)
+    spec = StreamSpec.of(config, resolve(config, dataset.facts()), dataset)
+    got = delivered(spec, Storage(tmp_path), config.data, 2, 0, monkeypatch, last_waits_seconds=6)
+    assert [[u.position for u in units] for units in got] == [list(spec.positions(rank, 2, 0)) for rank in range(2)]
 
 
 def test_an_object_store_that_fails_changes_nothing(

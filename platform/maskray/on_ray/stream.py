@@ -125,8 +125,10 @@ def units(
                         following.start()
                 if position >= start:
                     yield _to_unit(row)
-        if rank == 0 and index > 0:  # every worker is past that one: they are never more than a step apart
-            executions[index - 1].release()
+        # This one began when all workers had asked for it, each of them while it read the one before: so every worker,
+        # however far behind, is past the one before that.
+        if rank == 0 and index > 1:
+            executions[index - 2].release()
 
 
 class _Execution:
