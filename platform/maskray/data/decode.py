@@ -71,6 +71,7 @@ _SIGNATURE = re.compile(b"|".join(b"(?P<%s>%s)" % (n.encode(), s) for n, s in _S
 _CODEC_MODES = {1: "GRAY", 3: "RGB"}
 _PILLOW_MODES = {1: "L", 3: "RGB"}
 _MAX_PILLOW_BANDS = 4
+_UNSPECIFIED = 0  # TIFF 6.0, ExtraSamples
 
 _REASON = 200  # letters at most
 _JPEG_SCAN = b"\xff\xda"
@@ -236,9 +237,11 @@ def _with_pillow(jpeg: bytes) -> np.ndarray[Any, Any]:
 
 
 def _decode_with_pillow(kind: str, data: bytes, channels: int) -> torch.Tensor:
-    bands = measure(data)[2] if kind == "TIFF" else 1
-    if bands > _MAX_PILLOW_BANDS:
-        raise UndecodableError(f"it has {bands} bands, {channels} are asked for")
+    if kind == "TIFF":
+        page = _tiff_page(data)
+        # A band more than colours that is not said to be alpha may be infrared: Pillow would drop it without a word.
+        if page.samplesperpixel > _MAX_PILLOW_BANDS or _UNSPECIFIED in page.extrasamples:
+            raise UndecodableError(f"it has {page.samplesperpixel} bands, {channels} are asked for")
     with _READERS[kind](io.BytesIO(data), "") as opened:
         upright: Image = ImageOps.exif_transpose(opened)
         if upright.mode.startswith("I;16"):  # convert() would clip it to 255

@@ -166,6 +166,18 @@ def test_a_tiff_of_many_bands(number, planar, compression):
     assert measure(data) == (20, 30, number)
 
 
+@pytest.mark.parametrize(("extra", "is_alpha"), [("unspecified", False), ("unassalpha", True), ("assocalpha", True)])
+def test_a_fourth_band_is_dropped_only_if_it_is_alpha(extra, is_alpha):
+    pixels, buffer = bands(4), io.BytesIO()
+    tifffile.imwrite(buffer, np.moveaxis(pixels, 0, -1), photometric="rgb", extrasamples=[extra])
+    np.testing.assert_array_equal(decode(buffer.getvalue(), 4).numpy(), pixels)
+    if is_alpha:
+        assert decode(buffer.getvalue(), 3).shape == (3, *pixels.shape[1:])
+    else:
+        with pytest.raises(UndecodableError, match="it has 4 bands, 3 are asked for"):
+            decode(buffer.getvalue(), 3)
+
+
 def test_a_tiff_of_many_bands_is_turned_upright():
     for orientation, turn in UPRIGHT.items():
         data = multi_band_tiff(bands(5), extratags=[(274, "H", 1, orientation, True)])
