@@ -52,6 +52,9 @@ PairOfInts = tuple[PositiveInt, PositiveInt]
 SizeHW = Annotated[PairOfInts, BeforeValidator(_pair, json_schema_input_type=PositiveInt | PairOfInts)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+MAX_CHANNELS = 64
+"""Bands of an image at most."""
+
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -91,7 +94,7 @@ class DataConfig(Section):
     """Fingerprint of the version to train on, where images were added to the dataset; None takes the newest."""
     image_size: SizeHW = (224, 224)
     """[height, width] in pixels that the model sees; one number for a square."""
-    channels: Annotated[int, Field(ge=1, le=64)] = 3
+    channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] = 3
     """1 gray or 3 RGB: images are converted. Any other number: the bands that the dataset's images have."""
     crop: Crop = RandomResizedCrop()
     flip_probability: Fraction = 0.5

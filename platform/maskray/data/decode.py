@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from PIL import (
 from PIL.Image import Image, fromarray
 from torchcodec import decoders
 from torchcodec.encoders import JpegEncoder
+
+from maskray.config.schema import MAX_CHANNELS
 
 _CODECS: dict[str, Callable[..., torch.Tensor]] = {
     "JPEG": decoders.decode_jpeg,
@@ -71,12 +73,16 @@ _SIGNATURE = re.compile(b"|".join(b"(?P<%s>%s)" % (n.encode(), s) for n, s in _S
 _CODEC_MODES = {1: "GRAY", 3: "RGB"}
 _PILLOW_MODES = {1: "L", 3: "RGB"}
 _MAX_PILLOW_BANDS = 4
-_UNSPECIFIED = 0  # TIFF 6.0, ExtraSamples
+# TIFF 6.0, and its supplements 1 and 2.
+_TIFF_COLOURS = {2: 3, 5: 4, 6: 3, 8: 3, 9: 3, 10: 3}  # by photometric interpretation; others have one
+_TIFF_ALPHA = (1, 2)  # of ExtraSamples
 
 _REASON = 200  # letters at most
+_PIXEL_BYTES = 8  # that `max_pixels` allows for: four bands of sixteen bits
 _JPEG_SCAN = b"\xff\xda"
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_NO_SEGMENT = frozenset((0x00, 0x01, *range(0xD0, 0xD9), 0xFF))
+_LONGEST_JPEG = 65_500  # JPEG_MAX_DIMENSION of libjpeg
 _MAX_JPEG_SCANS = 200  # progressive ones have about ten; each costs a pass over the whole picture
 # What libjpeg leaves where the data of a picture ended early: no coefficients, so 128 in each component, as gray, RGB
 # and (the other two) CMYK and YCCK come out of it.
@@ -116,7 +122,7 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
     except UndecodableError:
         raise
     except Exception as error:  # damaged files raise nearly anything
-        raise UndecodableError(_reason(error)) from error
+        raise UndecodableError(reason_of(error)) from error
     if len(image_CHW) != channels:
         raise UndecodableError(f"it has {len(image_CHW)} bands, {channels} are asked for")
     return image_CHW
@@ -129,39 +135,53 @@ def measure(data: bytes, max_pixels: int | None = None) -> tuple[int, int, int]:
 
     Args:
         data: an encoded image.
-        max_pixels: height × width at most.
+        max_pixels: height × width at most; with all bands eight bytes for each.
 
     Raises:
-        UndecodableError: not an image, without a whole header, larger, or made to take for ever.
+        UndecodableError: not an image, without a whole header, larger, of more bands than `data.channels` allows, or
+            made to take for ever.
     """
-    height, width, channels = _header(data)
+    height, width, channels, sample_bytes = _header(data)
+    if channels > MAX_CHANNELS:
+        raise UndecodableError(f"it has {channels} bands, more than {MAX_CHANNELS}")
     if max_pixels is not None and height * width > max_pixels:
         raise UndecodableError(f"{width} x {height} pixels are more than max_pixels {max_pixels}")
+    if max_pixels is not None and height * width * channels * sample_bytes > _PIXEL_BYTES * max_pixels:
+        raise UndecodableError(
+            f"{width} x {height} pixels of {channels} bands take more than {_PIXEL_BYTES} bytes for each of "
+            f"max_pixels {max_pixels}"
+        )
     return height, width, channels
 
 
-def _header(data: bytes) -> tuple[int, int, int]:
+class _Header(NamedTuple):
+    height: int
+    width: int
+    channels: int
+    sample_bytes: int = 1
+    """Of a pixel in a band. Two are not told from one where there are no more than four bands."""
+
+
+def _header(data: bytes) -> _Header:
     kind = _kind_of(data)
     try:
         if kind == "NPY":
-            return _npy_header(data)[0]
+            return _Header(*_npy_header(data)[0])
         if kind == "JPEG":  # a sixth of Pillow's time
-            return _jpeg_header(data)
+            return _Header(*_jpeg_header(data))
         if kind == "TIFF":  # Pillow knows four bands at most
-            page = _tiff_page(data)
-            colours = 3 if page.colormap is not None else page.samplesperpixel
-            return page.imagelength, page.imagewidth, colours
+            return _tiff_header(data)
         if kind == "HEIC":
-            return _heic_header(data)
+            return _Header(*_heic_header(data))
         if kind == "WEBP":  # Pillow would take memory for the picture
-            return _webp_header(data)
+            return _Header(*_webp_header(data))
         opened = _READERS[kind](io.BytesIO(data), "")
     except UndecodableError:
         raise
     except Exception as error:  # as in decode
-        raise UndecodableError(f"its {kind} header is damaged or cut short ({_reason(error)})"[:_REASON]) from error
+        raise UndecodableError(f"its {kind} header is damaged or cut short ({reason_of(error)})"[:_REASON]) from error
     width, height = opened.size
-    return height, width, 3 if opened.mode == "P" else len(opened.getbands())
+    return _Header(height, width, 3 if opened.mode == "P" else len(opened.getbands()))
 
 
 def encode(image_CHW: torch.Tensor, quality: int) -> bytes:
@@ -170,9 +190,15 @@ def encode(image_CHW: torch.Tensor, quality: int) -> bytes:
     Args:
         image_CHW: uint8.
         quality: of the JPEG, 1 to 100.
+
+    Raises:
+        ValueError: it is longer than a JPEG can be.
     """
     buffer = io.BytesIO()
     if len(image_CHW) in _CODEC_MODES:
+        height, width = image_CHW.shape[1:]
+        if max(height, width) > _LONGEST_JPEG:
+            raise ValueError(f"{width} x {height} pixels do not fit into a JPEG, which has {_LONGEST_JPEG} at most")
         JpegEncoder(image_CHW).to_file_like(buffer, quality=quality)
     else:
         np.save(buffer, np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy()), allow_pickle=False)
@@ -237,12 +263,12 @@ def _with_pillow(jpeg: bytes) -> np.ndarray[Any, Any]:
 
 
 def _decode_with_pillow(kind: str, data: bytes, channels: int) -> torch.Tensor:
-    if kind == "TIFF":
-        page = _tiff_page(data)
-        # A band more than colours that is not said to be alpha may be infrared: Pillow would drop it without a word.
-        if page.samplesperpixel > _MAX_PILLOW_BANDS or _UNSPECIFIED in page.extrasamples:
-            raise UndecodableError(f"it has {page.samplesperpixel} bands, {channels} are asked for")
+    page = _tiff_page(data) if kind == "TIFF" else None
+    if page is not None:
+        _refuse_more_bands_than_colours(page, channels)
     with _READERS[kind](io.BytesIO(data), "") as opened:
+        if page is not None and sorted(opened.size) != sorted((page.imagewidth, page.imagelength)):
+            raise UndecodableError("its header gives two sizes")  # one for `measure`, and one for Pillow
         upright: Image = ImageOps.exif_transpose(opened)
         if upright.mode.startswith("I;16"):  # convert() would clip it to 255
             upright = fromarray(_to_eight_bits(np.asarray(upright)))
@@ -262,6 +288,23 @@ def _tiff_page(data: bytes) -> Any:
     import tifffile  # few need it, and its import takes a while
 
     return tifffile.TiffFile(io.BytesIO(data)).pages[0]
+
+
+def _tiff_header(data: bytes) -> _Header:
+    page = _tiff_page(data)
+    size = page.imagelength, page.imagewidth, page.samplesperpixel
+    if not all(isinstance(number, int) and number > 0 for number in size):  # a tag may hold anything
+        raise UndecodableError("its header gives no whole numbers for its size")
+    height, width, bands = size
+    channels = 3 if page.colormap is not None else bands
+    return _Header(height, width, channels, 1 if page.dtype is None else page.dtype.itemsize)
+
+
+def _refuse_more_bands_than_colours(page: Any, channels: int) -> None:
+    """A band more that is not said to be alpha may be infrared: Pillow would drop it without a word."""
+    alpha = [kind for kind in page.extrasamples if kind in _TIFF_ALPHA]
+    if page.samplesperpixel > min(_MAX_PILLOW_BANDS, _TIFF_COLOURS.get(page.photometric, 1) + len(alpha)):
+        raise UndecodableError(f"it has {page.samplesperpixel} bands, {channels} are asked for")
 
 
 def _decode_tiff(data: bytes) -> torch.Tensor:
@@ -366,7 +409,7 @@ def _heic_header(data: bytes) -> tuple[int, int, int]:
     return *max(sizes, key=lambda size: size[0] * size[1]), 3
 
 
-def _reason(error: Exception) -> str:
-    """The message without the place in torchcodec's source and without its advice."""
+def reason_of(error: Exception) -> str:
+    """An error's message to show, without the place in torchcodec's source and without its advice."""
     text = re.sub(r"^.*?\.cpp:\d+, ", "", str(error).strip().partition("\n")[0])
     return re.sub(r"<_?io\.BytesIO object at \w+>", "the file", text)[:_REASON] or type(error).__name__

@@ -232,10 +232,14 @@ def _look(data: bytes | OSError, known: bytes | None, job: _SurveyJob) -> tuple[
     if known is not None:
         return _Seen(Verdict.KNOWN if sha256 == known else Verdict.CHANGED), None
     try:
-        channels = decode.measure(data, job.max_pixels)[2]
-        image_CHW = _decoded(data, channels)
-    except decode.UndecodableError as error:
-        return _Seen(Verdict.BAD, str(error)), None
+        return _looked_into(data, sha256, job)
+    except Exception as error:  # noqa: BLE001 - whatever is odd about one image, the others must not suffer for it
+        return _Seen(Verdict.BAD, decode.reason_of(error)), None
+
+
+def _looked_into(data: bytes, sha256: bytes, job: _SurveyJob) -> tuple[_Seen, bytes | None]:
+    channels = decode.measure(data, job.max_pixels)[2]
+    image_CHW = _decoded(data, channels)
     encoded = data if job.keeps_bytes else None
     if job.resize_short is not None and min(image_CHW.shape[1:]) > job.resize_short:
         image_CHW = shortened(image_CHW, job.resize_short)

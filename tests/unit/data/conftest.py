@@ -1,5 +1,7 @@
 """Real encoded images, made here, and datasets of them."""
 
+import contextlib
+import faulthandler
 import io
 
 import numpy as np
@@ -21,6 +23,24 @@ def _encoded(image, kind="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _no_hang(seconds):
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="session")
+def no_hang():
+    """`with no_hang(seconds)`: the process ends with the stacks of all threads rather than hang.
+
+    A decoder in C hears no other call.
+    """
+    return _no_hang
 
 
 @pytest.fixture(scope="session")

@@ -166,16 +166,21 @@ def test_a_tiff_of_many_bands(number, planar, compression):
     assert measure(data) == (20, 30, number)
 
 
-@pytest.mark.parametrize(("extra", "is_alpha"), [("unspecified", False), ("unassalpha", True), ("assocalpha", True)])
+@pytest.mark.parametrize(
+    ("extra", "is_alpha"), [("unspecified", False), ("unassalpha", True), ("assocalpha", True), (None, False)]
+)
 def test_a_fourth_band_is_dropped_only_if_it_is_alpha(extra, is_alpha):
     pixels, buffer = bands(4), io.BytesIO()
-    tifffile.imwrite(buffer, np.moveaxis(pixels, 0, -1), photometric="rgb", extrasamples=[extra])
-    np.testing.assert_array_equal(decode(buffer.getvalue(), 4).numpy(), pixels)
+    tifffile.imwrite(buffer, np.moveaxis(pixels, 0, -1), photometric="rgb", extrasamples=[extra or "unassalpha"])
+    data = buffer.getvalue()
+    if extra is None:  # its tag becomes one that nobody knows
+        data = data.replace(struct.pack("<HHI", 338, 3, 1), struct.pack("<HHI", 337, 3, 1))
+    np.testing.assert_array_equal(decode(data, 4).numpy(), pixels)
     if is_alpha:
-        assert decode(buffer.getvalue(), 3).shape == (3, *pixels.shape[1:])
+        assert decode(data, 3).shape == (3, *pixels.shape[1:])
     else:
         with pytest.raises(UndecodableError, match="it has 4 bands, 3 are asked for"):
-            decode(buffer.getvalue(), 3)
+            decode(data, 3)
 
 
 def test_a_tiff_of_many_bands_is_turned_upright():
@@ -263,6 +268,11 @@ def test_other_numbers_of_channels_are_encoded_without_loss(number):
     assert torch.equal(decode(encode(image_CHW, 90), number), image_CHW)
 
 
+def test_a_picture_longer_than_a_jpeg_can_be_is_not_encoded():
+    with pytest.raises(ValueError, match="70000 x 4 pixels do not fit into a JPEG, which has 65500 at most"):
+        encode(torch.zeros(3, 4, 70_000, dtype=torch.uint8), 90)
+
+
 def _png(image):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -285,6 +295,52 @@ def test_files_cut_short_are_refused_with_a_reason(picture, encoded, kind):
 def test_what_is_no_image_is_refused(data):
     with pytest.raises(UndecodableError):
         decode(data, 3)
+
+
+def tiff(width, height, bands=1, bits=8, more=()):
+    """A header alone. `more` are entries (tag, type, count, value)."""
+    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, 1)]
+    entries += [(273, 4, 1, 8), (277, 3, 1, bands), (279, 4, 1, 1)]
+    packed = b"".join(struct.pack("<HHII", *e) for e in sorted([*entries, *more], key=lambda e: e[0]))
+    return b"II*\0" + struct.pack("<I", 12) + bytes(4) + struct.pack("<H", len(entries) + len(more)) + packed + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (tiff(13_000, 13_000, 1000), "it has 1000 bands, more than 64"),
+        (npy(np.zeros((1, 1, 40_000), np.uint8)), "it has 40000 bands, more than 64"),
+        (
+            tiff(13_000, 13_000, 9),
+            r"13000 x 13000 pixels of 9 bands take more than 8 bytes for each of max_pixels 1\d+",
+        ),
+        (tiff(13_000, 13_000, 5, bits=16), "of 5 bands take more than 8 bytes"),
+        (tiff(13_000, 14_000), "13000 x 14000 pixels are more than max_pixels 1"),
+    ],
+)
+def test_bands_count_as_pixels_do(data, reason):
+    with pytest.raises(UndecodableError, match=reason):
+        measure(data, 178_956_970)
+    assert measure(tiff(13_000, 13_000, 4, bits=16), 178_956_970) == (13_000, 13_000, 4)
+
+
+@pytest.mark.parametrize("tag", [256, 257, 277])
+@pytest.mark.parametrize(("kind", "count", "value"), [(3, 2, 0), (2, 4, 0), (11, 1, 0), (4, 1, 0)])
+def test_a_size_that_is_no_number_is_refused(tag, kind, count, value):
+    entries = bytearray(tiff(16, 16))
+    at = entries.index(struct.pack("<HH", tag, 3 if tag == 277 else 4))
+    entries[at : at + 12] = struct.pack("<HHII", tag, kind, count, value)
+    with pytest.raises(UndecodableError):
+        measure(bytes(entries), 1000)
+
+
+@pytest.mark.parametrize("tag", [256, 257])
+def test_a_second_size_does_not_get_round_max_pixels(tag):
+    once, nowhere = struct.pack("<HHII", tag, 4, 1, 16), struct.pack("<HHII", tag, 16, 1, 0)
+    data = tiff(16, 16, more=[(tag, 4, 1, 16)]).replace(once, nowhere, 1)
+    assert measure(data, 1000) == (16, 16, 1)
+    with pytest.raises(UndecodableError, match="its header gives two sizes"):  # Pillow takes the file's first bytes
+        decode(data, 1)
 
 
 def test_pixels_without_a_known_range_are_refused(encoded):

@@ -1,7 +1,5 @@
 """Files that mean harm, or look as if: each bad one is listed with a reason, each good one arrives with its pixels."""
 
-import contextlib
-import faulthandler
 import gc
 import io
 import os
@@ -24,16 +22,6 @@ from maskray.data.shards import Dataset
 MAX_PIXELS = 178_956_970
 # Pillow warns of what it finds odd in damaged headers, once a place in its code.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-
-
-@contextlib.contextmanager
-def no_hang(seconds):
-    """The process ends with the stacks of all threads rather than hang: a decoder in C hears no other call."""
-    faulthandler.dump_traceback_later(seconds, exit=True)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def chunk(kind, content):
@@ -81,6 +69,12 @@ def little_tiff(width, height, offset_of_next=0):
         + directory
         + struct.pack("<I", offset_of_next)
     )
+
+
+def _tiff_tag(data, tag, value, kind=3):
+    """The same TIFF with another entry for a tag."""
+    at = data.index(struct.pack("<H", tag), 16)
+    return data[:at] + struct.pack("<HHII", tag, kind, 1, value) + data[at + 12 :]
 
 
 def npy(array, **options):
@@ -141,6 +135,11 @@ def bad_files(picture, encoded):
         "bomb.bmp": bmp[:18] + struct.pack("<ii", 50_000, 50_000) + bmp[26:],
         "bomb.ppm": b"P6 100000 100000 255\n",
         "bomb.npy": npy_of_shape("99999, 99999, 3"),
+        "bomb of bands.tif": _tiff_tag(little_tiff(9_000, 9_000), 277, 60),
+        "bands.tif": _tiff_tag(little_tiff(9, 9), 277, 65),
+        "bands.npy": npy(np.zeros((1, 1, 40_000), np.uint8)),
+        "two widths.tif": little_tiff(64, 64).replace(struct.pack("<HHI", 256, 4, 1), struct.pack("<HHI", 256, 4, 2)),
+        "width in letters.tif": _tiff_tag(little_tiff(64, 64), 256, 64, kind=2),
         "short strip.tif": little_tiff(64, 64),
         "directory in a circle.tif": b"II*\0\x08\0\0\0\0\0\x08\0\0\0",
         "floats.tif": _tiff(np.ones((4, 4), np.float32)),
@@ -254,7 +253,9 @@ def quarantine_of(path):
     return {r["key"]: r["reason"] for r in pq.read_table(path / "quarantine.parquet").to_pylist()}
 
 
-def test_each_bad_file_is_listed_and_each_good_one_arrives(tmp_path, monkeypatch, picture, encoded, ingest_here):
+def test_each_bad_file_is_listed_and_each_good_one_arrives(
+    tmp_path, monkeypatch, picture, encoded, ingest_here, no_hang
+):
     monkeypatch.chdir(tmp_path)
     root, scratch = tmp_path / "in", tmp_path / "scratch"
     scratch.mkdir()
@@ -342,7 +343,7 @@ def mutants(picture, encoded):
     return out
 
 
-def test_mutated_jpegs_neither_crash_nor_hang_nor_leak(mutants, capfd):
+def test_mutated_jpegs_neither_crash_nor_hang_nor_leak(mutants, capfd, no_hang):
     process, level = psutil.Process(), 0
     decoded = 0
     with no_hang(300):
@@ -364,7 +365,7 @@ def test_mutated_jpegs_neither_crash_nor_hang_nor_leak(mutants, capfd):
     assert 0.2 < decoded / (3 * MUTANTS) < 0.9, "mutants of which some live"
 
 
-def test_mutated_jpegs_are_delivered_or_listed(mutants, tmp_path, ingest_here):
+def test_mutated_jpegs_are_delivered_or_listed(mutants, tmp_path, ingest_here, no_hang):
     with tarfile.open(tmp_path / "mutants.tar", "w") as tar:
         for name, (data, _) in mutants.items():
             info = tarfile.TarInfo(name)

@@ -83,6 +83,18 @@ def test_each_picture_is_decoded_once(folder, tmp_path, ingest_here, monkeypatch
     assert len(decoded) == 50
 
 
+def test_a_picture_that_cannot_be_re_encoded_is_set_aside_alone(tmp_path, ingest_here, picture):
+    (tmp_path / "in").mkdir()
+    for i in range(10):
+        picture(i).save(tmp_path / f"in/{i}.png")
+    Image.new("RGB", (90_000, 10)).save(tmp_path / "in/long.png")  # 72,000 pixels wide where it is 8 high
+    manifest = ingest_here(tmp_path / "in", tmp_path / "out", resize_short=8, max_bad_fraction=0.1)
+    assert sum(split.rows for split in manifest.splits.values()) == 10
+    (row,) = pq.read_table(tmp_path / "out/quarantine.parquet").to_pylist()
+    assert row["key"] == "long.png"
+    assert row["reason"] == "72000 x 8 pixels do not fit into a JPEG, which has 65500 at most"
+
+
 # ----------------------------------------------------------------------------------------------------------- duplicates
 
 
