@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from maskray.data.shards import Dataset
 from maskray.data.sources import open_source
 from maskray.errors import DataError
 
@@ -124,6 +125,24 @@ def test_one_folder_around_all_is_no_class(tmp_path, images, caplog):
 
 
 @pytest.mark.parametrize("suffix", MAKERS)
+def test_a_folder_named_by_a_dot_is_none_and_hides_nothing(tmp_path, images, suffix):
+    one, two = list(images.values())[:2]
+    MAKERS[suffix](tmp_path / f"a{suffix}", {"k/a.png": one, "k/./b.png": two, "k/.c/d.png": one, ".//e.png": one})
+    assert [e.key for e in open_source(str(tmp_path / f"a{suffix}")).entries] == ["k/a.png", "k/b.png", "e.png"]
+
+
+@pytest.mark.parametrize("suffix", MAKERS)
+def test_members_that_are_no_images_by_their_names_are_counted(tmp_path, images, suffix, caplog):
+    texts = {f"{i}.txt": b"a cat" for i in range(3)} | {"c": b"x", "0.cls": b"1", ".hidden": b"x"}
+    MAKERS[suffix](tmp_path / f"a{suffix}", images | texts)
+    assert len(open_source(str(tmp_path / f"a{suffix}")).entries) == len(images)
+    (said,) = (m for m in caplog.messages if "left out for" in m)
+    assert said.endswith(
+        f"a{suffix}: 4 files are left out for their suffixes, which are not those of images: 3 .txt, 1 without one"
+    )
+
+
+@pytest.mark.parametrize("suffix", MAKERS)
 @pytest.mark.parametrize("name", ["/etc/x.png", "../x.png", "a/../../x.png", r"..\x.png", r"C:\x.png", r"\x.png"])
 def test_names_that_lead_out_are_refused_by_name(tmp_path, images, suffix, name):
     MAKERS[suffix](tmp_path / f"a{suffix}", images | {name: b"x"})
@@ -192,6 +211,18 @@ def test_long_and_foreign_names_in_each_form_of_tar(tmp_path, images, form):
     assert contents(source) == samples
 
 
+def test_a_name_in_a_tar_that_is_not_utf8_is_escaped(tmp_path, images, ingest_here):
+    path = tmp_path / "a.tar"
+    make_tar(path, images | {"café.png": images["cats/0.png"]}, format=tarfile.GNU_FORMAT, encoding="latin-1")
+    key = r"caf\xe9.png"
+    assert contents(open_source(str(path))) == images | {key: images["cats/0.png"]}
+    ingest_here(path, tmp_path / "shards", held_out_fraction=0)
+    assert key in {k for group in Dataset.open(str(tmp_path / "shards")).iter_groups() for k in group.keys}
+    make_tar(path, {"../é.png": b"x"}, format=tarfile.GNU_FORMAT, encoding="latin-1")
+    with pytest.raises(DataError, match=r"leads out of it. Found: \.\./\\xe9\.png"):
+        open_source(str(path))
+
+
 def test_links_and_devices_in_a_tar_are_listed_and_not_followed(tmp_path, images):
     path = make_tar(tmp_path / "a.tar", images)
     kinds = {"soft": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "pipe": tarfile.FIFOTYPE, "device": tarfile.CHRTYPE}
@@ -242,21 +273,33 @@ def test_a_zip_bomb_is_not_blown_up(tmp_path, monkeypatch):
         source.read(source.entries[0])
 
 
-def test_a_zip_written_as_a_stream_has_its_sizes_behind_the_data(tmp_path, images):
-    class Pipe(io.RawIOBase):
-        def __init__(self, target):
-            self.target = target
+class Pipe(io.RawIOBase):
+    """What cannot be gone back in."""
 
-        def writable(self):
-            return True
+    def __init__(self, target):
+        self.target = target
 
-        def write(self, data):
-            return self.target.write(data)
+    def writable(self):
+        return True
 
-    with (tmp_path / "a.zip").open("wb") as target, zipfile.ZipFile(Pipe(target), "w", zipfile.ZIP_DEFLATED) as archive:
+    def write(self, data):
+        return self.target.write(data)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_written_as_a_stream_has_its_sizes_and_checksums_behind_the_data(tmp_path, images, method):
+    path = tmp_path / "a.zip"
+    with path.open("wb") as target, zipfile.ZipFile(Pipe(target), "w", method) as archive:
         for name, content in images.items():
             archive.writestr(name, content)
-    assert contents(open_source(str(tmp_path / "a.zip"))) == images
+    assert contents(open_source(str(path))) == images
+    data = bytearray(path.read_bytes())
+    data[data.index(b"dogs/1.png") + 100] ^= 8
+    path.write_bytes(data)
+    source = open_source(str(path))
+    damaged = next(e for e in source.entries if e.key == "dogs/1.png")
+    with pytest.raises(OSError, match=r"its checksum is wrong|cannot be decompressed|cut short"):
+        source.read(damaged)
 
 
 def test_a_long_name_in_a_zip(tmp_path, images):

@@ -54,6 +54,20 @@ def test_hidden_and_other_files_are_left_out(tmp_path, picture, encoded):
     assert [e.key for e in open_source(str(tmp_path)).entries] == ["1.png"]
 
 
+def test_files_that_are_left_out_are_counted_by_their_suffixes(tmp_path, picture, encoded, caplog):
+    for key in ("a.png", "b.jfif", "c", "d.JPG.orig", "e.JPG.orig", ".f.png"):
+        (tmp_path / key).write_bytes(encoded(picture(1)))
+    assert [e.key for e in open_source(str(tmp_path)).entries] == ["a.png", "b.jfif"]
+    (said,) = caplog.messages
+    assert said == (
+        f"{tmp_path}: 3 files are left out for their suffixes, which are not those of images: 2 .orig, 1 without one"
+    )
+    for number in range(6):
+        (tmp_path / f"g.{number}").write_bytes(b"")
+    open_source(str(tmp_path))
+    assert caplog.messages[-1].endswith("images: 2 .orig, 1 without one, 1 .0, 1 .1, 1 .2, …")
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path, picture, encoded):
     (tmp_path / "in/a").mkdir(parents=True)
     (tmp_path / "out").mkdir()
@@ -128,6 +142,9 @@ def test_what_is_no_source_is_refused(tmp_path):
     ):
         open_source("/no/where")
     (tmp_path / "notes.txt").write_text("hello")
+    too_long = "n" * 300
+    with pytest.raises(DataError, match=rf"there is no such folder or file. Found: .*{too_long}"):
+        open_source(str(tmp_path / too_long))
     for wrong in ("notes.txt", "*.tar", "no*.txt"):
         with pytest.raises(DataError, match=r"there are no images in it"):
             open_source(str(tmp_path / wrong))

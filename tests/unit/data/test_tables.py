@@ -1,6 +1,7 @@
 """Tables of paths, and Parquet with images in it."""
 
 import json
+import os
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,16 @@ def test_a_csv_of_paths_and_numbers(files, images):
     assert [source.read(e) for e in source.entries[:3]] == [images[0], images[11], images[1]]
     with pytest.raises(FileNotFoundError):
         source.read(source.entries[3])
+
+
+def test_a_path_that_no_file_can_have_is_its_own_matter(files, images):
+    (files / "t.csv").write_text(f"path\npictures/0.png\n{'n' * 300}.png\nzero\0byte.png\npictures\npictures/1.png\n")
+    source = open_source(str(files / "t.csv"))
+    good, *bad, last = source.entries
+    assert [source.read(good), source.read(last)] == images[:2]
+    for entry in bad:
+        with pytest.raises(OSError, match=r"too long|no file can have this name|no regular file"):
+            source.read(entry)
 
 
 def test_a_tsv_with_names_in_any_case(files, images):
@@ -245,3 +256,22 @@ def test_rows_of_parquet_are_not_read_a_second_time_by_ingest(tmp_path, images, 
         for k, d in zip(g.keys, g.images, strict=True)
     }
     assert [rows[e.key] for e in source.entries] == images
+
+
+def test_images_of_a_damaged_row_group_are_their_own_matter(tmp_path, images):
+    path, rng = tmp_path / "t.parquet", random.Random(0)
+    pq.write_table(pa.table({"image": [{"bytes": data, "path": None} for data in images]}), path, row_group_size=4)
+    chunk, whole, failed = pq.read_metadata(path).row_group(1).column(0), path.read_bytes(), 0
+    for number in range(150):
+        content = bytearray(whole)
+        for _ in range(3):
+            content[chunk.dictionary_page_offset + rng.randrange(100)] = rng.randrange(256)
+        path.write_bytes(content)
+        os.utime(path, ns=(number, number))
+        source = open_source(str(path))
+        assert [source.read(e) for e in source.entries[:4]] == images[:4]
+        try:
+            source.read(source.entries[4])
+        except OSError:  # and nothing else
+            failed += 1
+    assert failed > 10

@@ -6,12 +6,13 @@ A source is a list of entries and a way to read one. To add one: a function that
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
 from maskray.data.sources.archives import compressed_tar, open_archives
-from maskray.data.sources.base import IMAGE_SUFFIXES, Entry, Place, Source
+from maskray.data.sources.base import IMAGE_SUFFIXES, Entry, Place, Source, say_left_out, suffix_of
 from maskray.data.sources.digits import open_digits
 from maskray.data.sources.files import Files, Listed, folder_of, place_of
 from maskray.data.sources.folder import open_folder
@@ -52,8 +53,7 @@ def open_source(text: str) -> Source:
         raise compressed_tar(text)
     files = folder_of(text)
     if files is not None:
-        listed = files.find(lambda name: _kind_of(name) in _OF_A_FOLDER)
-        return _open_kind(files, listed, text)
+        return _open_folder(files, text)
     files, name = place_of(text)
     if "*" in name:
         return _open_kind(files, _matching(files, name), text)
@@ -68,8 +68,22 @@ def open_source(text: str) -> Source:
     return _open_kind(files, [one], text)
 
 
+def _open_folder(files: Files, text: str) -> Source:
+    left_out: Counter[str] = Counter()
+
+    def is_wanted(name: str) -> bool:
+        wanted = _kind_of(name) in _OF_A_FOLDER
+        if not wanted:
+            left_out[suffix_of(name)] += 1
+        return wanted
+
+    source = _open_kind(files, files.find(is_wanted), text)
+    say_left_out(left_out, text)
+    return source
+
+
 def _kind_of(name: str) -> str | None:
-    return _KINDS.get(PurePosixPath(name).suffix.lower())
+    return _KINDS.get(suffix_of(name))
 
 
 def _matching(files: Files, pattern: str) -> list[Listed]:

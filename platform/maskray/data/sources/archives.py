@@ -14,10 +14,10 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from maskray.data.sources.base import (
@@ -28,11 +28,14 @@ from maskray.data.sources.base import (
     Label,
     Place,
     Source,
+    as_utf8,
     class_folders,
     is_hidden,
     make_source,
     read_label,
+    say_left_out,
     stamp_of,
+    suffix_of,
 )
 from maskray.data.sources.files import Files, Listed
 from maskray.errors import DataError, MaskrayError
@@ -60,6 +63,7 @@ class _Member(NamedTuple):
     """Bytes in the archive."""
     label: Label = None
     """What a label's member says."""
+    crc32: int | None = None
 
 
 def open_archives(files: Files, listed: Sequence[Listed]) -> Source:
@@ -74,12 +78,16 @@ def open_archives(files: Files, listed: Sequence[Listed]) -> Source:
         members = list(pool.map(lambda item: _members_of(files, item), listed))
     images: list[tuple[str, Place]] = []
     said: list[Label] = []
+    left_out: Counter[str] = Counter()
     for archive, found in zip(listed, members, strict=True):
-        label_of = {_sample(m.name): m.label for m in found if _suffix(m.name) in _LABEL_SUFFIXES}
+        label_of = {_sample(m.name): m.label for m in found if suffix_of(m.name) in _LABEL_SUFFIXES}
         for m in sorted(found, key=lambda m: m.at):
-            if _suffix(m.name) in IMAGE_SUFFIXES:
-                images.append((m.name, Place(archive.name, m.at, m.size)))
+            if suffix_of(m.name) in IMAGE_SUFFIXES:
+                images.append((m.name, Place(archive.name, m.at, m.size, m.crc32)))
                 said.append(label_of.get(_sample(m.name)))
+            elif suffix_of(m.name) not in _LABEL_SUFFIXES:
+                left_out[suffix_of(m.name)] += 1
+    say_left_out(left_out, f"{files}/{listed[0].name}" if len(listed) == 1 else files)
     has_labels = any(label is not None for label in said)
     labels = said if has_labels else class_folders([name for name, _ in images])
     # One archive is the source itself; of many, each is a folder of it.
@@ -89,10 +97,6 @@ def open_archives(files: Files, listed: Sequence[Listed]) -> Source:
         for (name, place), label in zip(images, labels, strict=True)
     ]
     return make_source(keyed, _Reader(files), stamp_of(listed))
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
 
 
 def _sample(name: str) -> str:
@@ -120,11 +124,11 @@ def _members_of(files: Files, archive: Listed) -> list[_Member]:
 
 
 def _plain(name: str) -> str:
-    return name.removeprefix("./")
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _checked(name: str, place: str) -> str:
-    parts = re.split(r"[/\\]", name)
+    parts, name = re.split(r"[/\\]", name), as_utf8(name)  # in this order: escapes have backslashes
     if parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:", name):
         raise DataError(
             f"a member of {place} has a name that leads out of it",
@@ -139,7 +143,7 @@ def _checked(name: str, place: str) -> str:
 def _label_in(data: bytes, name: str) -> Label:
     """What a label's member says; None where that is nothing that could be a label."""
     text = data.decode("utf-8", "replace")
-    if _suffix(name) == ".cls":
+    if suffix_of(name) == ".cls":
         return read_label(text)
     try:
         said: Any = json.loads(text)
@@ -168,7 +172,7 @@ def _tar_members(file: BinaryIO, size: int, place: str) -> Iterator[_Member]:
                 yield _Member(name, _NO_BYTES, 0)
             elif member.offset_data + member.size > size:
                 raise tarfile.ReadError(f"it ends within {name}")
-            elif _suffix(name) in _LABEL_SUFFIXES and member.size <= _MAX_LABEL_BYTES:
+            elif suffix_of(name) in _LABEL_SUFFIXES and member.size <= _MAX_LABEL_BYTES:
                 file.seek(member.offset_data)
                 label = _label_in(file.read(member.size), name)
                 yield _Member(name, member.offset_data, member.size, label)
@@ -205,22 +209,21 @@ def _zip_members(file: BinaryIO, size: int, place: str) -> Iterator[_Member]:
             if info.is_dir():
                 continue
             label = None
-            if _suffix(name) in _LABEL_SUFFIXES and info.file_size <= _MAX_LABEL_BYTES:
+            if suffix_of(name) in _LABEL_SUFFIXES and info.file_size <= _MAX_LABEL_BYTES:
                 label = _label_in(archive.read(info), name)
-            yield _Member(name, info.header_offset, info.compress_size, label)
+            yield _Member(name, info.header_offset, info.compress_size, label, info.CRC)
 
 
 def _read_zipped(files: Files, place: Place) -> bytes:
     """A member by its own header, in one read: the list of all members would be read again in every task.
 
-    The sizes in that header may be missing (they may follow the data), so the list's is the one that counts.
+    Sizes and checksum may be missing in that header (they may follow the data), so the list's are those that count.
     """
     wanted = _ZIP_HEADER + _ZIP_SLACK + place.size
     data = files.read(place.file, place.at, wanted, exact=False)
     if data[:4] != b"PK\x03\x04" or len(data) < _ZIP_HEADER:
         raise OSError(errno.EIO, "there is no zip header where one should be")
     flags, method = int.from_bytes(data[6:8], "little"), int.from_bytes(data[8:10], "little")
-    crc = int.from_bytes(data[14:18], "little")
     start = _ZIP_HEADER + int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")
     if start + place.size > len(data):
         data = files.read(place.file, place.at, start + place.size)
@@ -230,7 +233,7 @@ def _read_zipped(files: Files, place: Place) -> bytes:
     if method not in (_ZIP_STORED, _ZIP_DEFLATED):
         raise OSError(errno.EINVAL, f"zip's compression method {method} is not known, only store and deflate")
     content = packed if method == _ZIP_STORED else _inflate(packed)
-    if not flags & 0x8 and zlib.crc32(content) != crc:
+    if zlib.crc32(content) != place.crc32:
         raise OSError(errno.EIO, "its checksum is wrong")
     return content
 

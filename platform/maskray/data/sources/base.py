@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from maskray.errors import DataError
@@ -15,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset(
     f".{kind}"
-    for kind in ("jpg jpeg jpe png webp gif avif heic heif bmp tif tiff ppm pgm pbm jp2 npy").split()  # noqa: SIM905
+    for kind in ("jpg jpeg jpe jfif png webp gif avif heic heif bmp tif tiff ppm pgm pbm jp2 npy").split()  # noqa: SIM905
 )
 MAX_IMAGE_BYTES = 2**30
 """Longer files are no images that fit into a row of a shard; what is longer is never read."""
@@ -24,6 +26,7 @@ Label = int | str | None
 """As the source says it: a number, a name, or nothing."""
 
 _MOST_NUMBERED_CLASSES = 2**16  # numbers above are identifiers: they become names
+_SUFFIXES_SHOWN = 5
 
 
 class Place(NamedTuple):
@@ -35,6 +38,8 @@ class Place(NamedTuple):
     """Where in it: the offset in bytes of a member of an archive, the row of a table."""
     size: int = 0
     """Bytes, where the listing says."""
+    crc32: int | None = None
+    """Of the image, where the listing says."""
 
 
 class Entry(NamedTuple):
@@ -120,9 +125,33 @@ def refuse_too_large(size: int) -> None:
         raise OSError(errno.EFBIG, f"it is larger than {MAX_IMAGE_BYTES} bytes")
 
 
+def suffix_of(name: str) -> str:
+    """In lower case, with its dot; empty where there is none."""
+    return PurePosixPath(name).suffix.lower()
+
+
+def say_left_out(suffixes: Counter[str], place: object) -> None:
+    """Warn of files that nobody looks into, by their suffixes: there may be images under names of other kinds."""
+    if suffixes:
+        order = sorted(suffixes, key=lambda suffix: (-suffixes[suffix], suffix))
+        shown = ", ".join(f"{suffixes[suffix]} {suffix or 'without one'}" for suffix in order[:_SUFFIXES_SHOWN])
+        logger.warning(
+            "%s: %d files are left out for their suffixes, which are not those of images: %s%s",
+            place,
+            suffixes.total(),
+            shown,
+            ", …" if len(suffixes) > _SUFFIXES_SHOWN else "",
+        )
+
+
+def as_utf8(name: str) -> str:
+    """A name with those of its bytes escaped that are not UTF-8, in which no key could hold them."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def is_hidden(name: str) -> bool:
-    """Whether a part of a path begins with a dot."""
-    return any(part.startswith(".") for part in name.split("/"))
+    """Whether a part of a path begins with a dot, and is more than that."""
+    return any(part.startswith(".") and part != "." for part in name.split("/"))
 
 
 def read_label(text: str) -> Label:

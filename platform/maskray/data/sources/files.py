@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
-from maskray.data.sources.base import MAX_IMAGE_BYTES, is_hidden, refuse_too_large
+from maskray.data.sources.base import MAX_IMAGE_BYTES, as_utf8, is_hidden, refuse_too_large
 from maskray.errors import DataError, StorageError
 
 S3 = "s3://"
@@ -47,7 +47,7 @@ class Files(Protocol):
         ...
 
     def look_at(self, name: str) -> Listed | None:
-        """One file; None where there is none (a folder is none)."""
+        """One file; None where there is none (a folder is none) or it may not be looked at."""
         ...
 
     def read(self, name: str, at: int = 0, size: int | None = None, *, exact: bool = True) -> bytes:
@@ -81,7 +81,7 @@ def folder_of(text: str) -> Files | None:
         bucket = BucketFiles(base.removeprefix(S3).strip("/"), options)
         return bucket if bucket.is_folder() else None
     path = Path(text.removeprefix("file://")).expanduser().absolute()
-    return LocalFiles(str(path)) if path.is_dir() else None
+    return LocalFiles(str(path)) if _leads_to(path.is_dir) else None
 
 
 def _exactly(data: bytes, size: int) -> bytes:
@@ -118,7 +118,7 @@ class LocalFiles:
                 raise _too_many_ways(folder)
             for entry in scanned:
                 # A name that is not UTF-8 has no key: under the escaped one it is not found, and so it is set aside.
-                name = prefix + os.fsencode(entry.name).decode("utf-8", "backslashreplace")
+                name = prefix + as_utf8(entry.name)
                 if entry.name.startswith("."):
                     continue
                 if _leads_to(entry.is_dir):
@@ -130,13 +130,19 @@ class LocalFiles:
 
     def look_at(self, name: str) -> Listed | None:
         """A regular file."""
-        path = Path(self.root, name)
-        return _listed(name, path.stat()) if path.is_file() else None
+        try:
+            info = Path(self.root, name).stat()
+        except (OSError, ValueError):  # the latter of a name with a zero byte
+            return None
+        return _listed(name, info) if stat.S_ISREG(info.st_mode) else None
 
     def read(self, name: str, at: int = 0, size: int | None = None, *, exact: bool = True) -> bytes:
         """Never waits for a pipe."""
         # Without blocking: the opening of a pipe that nobody writes to would wait for ever.
-        handle = os.open(Path(self.root, name), os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            handle = os.open(Path(self.root, name), os.O_RDONLY | os.O_NONBLOCK)
+        except ValueError as error:  # a zero byte
+            raise OSError(errno.EINVAL, "no file can have this name") from error
         try:
             info = os.fstat(handle)
             if not stat.S_ISREG(info.st_mode):
@@ -167,7 +173,7 @@ def _scan(folder: Path) -> tuple[_Identity, list[os.DirEntry[str]]]:
 def _leads_to(kind: Callable[[], bool]) -> bool:
     try:
         return kind()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link that leads to itself, a name that is too long, a folder that is closed
         return False
 
 

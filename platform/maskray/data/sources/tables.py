@@ -260,9 +260,12 @@ class _RowReader:
 
     def read_group(self, name: str, group: int) -> Any:
         """The column of images of a row group."""
-        with self.files.open(name) as raw, pq.ParquetFile(raw) as file:
-            # Threads are the caller's.
-            return file.read_row_group(group, columns=[self.column], use_threads=False)[self.column]
+        try:
+            with self.files.open(name) as raw, pq.ParquetFile(raw) as file:
+                # Threads are the caller's.
+                return file.read_row_group(group, columns=[self.column], use_threads=False)[self.column]
+        except pa.ArrowException as error:
+            raise OSError(errno.EIO, f"its row group is damaged ({error})") from error
 
 
 @lru_cache(maxsize=_FOOTERS_KEPT)
