@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -9,7 +10,9 @@ from maskray.data.manifest import Shard, versions
 from maskray.data.mapper import Mapper, Progress
 from maskray.data.shards import no_manifest, sha256_of
 from maskray.data.storage import Storage
-from maskray.errors import DataError
+from maskray.errors import DataError, StorageError, UnreachableError
+
+logger = logging.getLogger(__name__)
 
 
 def check(path: str, mapper: Mapper, report: Progress) -> list[Shard]:
@@ -17,6 +20,7 @@ def check(path: str, mapper: Mapper, report: Progress) -> list[Shard]:
 
     Raises:
         DataError: there is no dataset, or shards are not as they were written; names them.
+        UnreachableError: the object store did not answer, however often it was asked.
     """
     storage = Storage(path)
     every = versions(storage)
@@ -34,14 +38,19 @@ def check(path: str, mapper: Mapper, report: Progress) -> list[Shard]:
 
 
 def find_damaged(storage: Storage, shards: Iterable[Shard], mapper: Mapper, report: Progress) -> list[Shard]:
-    """The shards that are not as they were written, or missing."""
+    """The shards that are missing, not as they were written, or cannot be read; a warning says of each what it is.
+
+    Raises:
+        UnreachableError: the object store did not answer, however often it was asked: that says nothing of a shard.
+    """
     jobs = [_VerifyJob(storage, shard) for shard in shards]
     damaged = []
     report(0, len(jobs), "verify")
-    for done, is_whole in enumerate(mapper(_is_whole, jobs), 1):
+    for done, problem in enumerate(mapper(_problem_of, jobs), 1):
         report(done, len(jobs), "verify")
-        if not is_whole:
+        if problem is not None:
             damaged.append(jobs[done - 1].shard)
+            logger.warning("%s: %s", damaged[-1].name, problem)
     return damaged
 
 
@@ -50,8 +59,11 @@ class _VerifyJob(NamedTuple):
     shard: Shard
 
 
-def _is_whole(job: _VerifyJob) -> bool:
+def _problem_of(job: _VerifyJob) -> str | None:
     try:
-        return sha256_of(job.storage, job.shard.name) == job.shard.sha256
-    except FileNotFoundError:
-        return False
+        found = sha256_of(job.storage, job.shard.name)
+    except UnreachableError:
+        raise
+    except (OSError, StorageError) as error:
+        return str(error)
+    return None if found == job.shard.sha256 else "its checksum is wrong"

@@ -52,8 +52,6 @@ SHARD_SCHEMA = pa.schema(
     ]
 )
 
-_CHUNK_BYTES = 8 * 2**20
-
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
@@ -124,11 +122,10 @@ class _HashingSink:
 
 
 def sha256_of(storage: Storage, name: str) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file. Raises as `Storage.read_range` does."""
     digest = hashlib.sha256()
-    with storage.open_input_file(name) as file:
-        while piece := file.read(_CHUNK_BYTES):
-            digest.update(piece)
+    for piece in storage.read_pieces(name):
+        digest.update(piece)
     return digest.hexdigest()
 
 
@@ -253,12 +250,17 @@ class Dataset:
 
         Raises:
             DataError: a shard is not as it was written.
+            UnreachableError: the object store did not answer, however often it was asked.
+            StorageError: the storage refuses to be read.
         """
         done = 0
         for shard in self.manifest.shards:
             if max_bytes is not None and done and done + shard.size > max_bytes:
                 break
-            found = sha256_of(self.storage, shard.name)
+            try:
+                found = sha256_of(self.storage, shard.name)
+            except OSError as error:
+                raise self._damaged(shard, f"{shard.name} cannot be read", str(error)) from error
             if found != shard.sha256:
                 raise self._damaged(shard, f"the checksum of {shard.name} is wrong", found)
             done += shard.size

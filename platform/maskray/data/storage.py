@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import tempfile
@@ -72,10 +73,16 @@ class Storage:
     def __reduce__(self) -> tuple[Any, ...]:
         return Storage, (self.uri,)
 
+    @property
+    def address(self) -> tuple[str, str]:
+        """The path or URI, and its options with their `?`. In the name of a local folder a `?` is a letter."""
+        base, mark, options = (self.uri, "", "") if self.is_local else self.uri.partition("?")
+        return base, mark + options
+
     def join(self, *names: str) -> str:
         """The path or URI of a name below this place."""
-        base, mark, options = self.uri.partition("?")
-        return "/".join([base.rstrip("/"), *names]) + mark + options
+        base, options = self.address
+        return "/".join([base.rstrip("/"), *names]) + options
 
     def child(self, *names: str) -> Storage:
         """The place below this one."""
@@ -112,6 +119,13 @@ class Storage:
                 return s3.read_exactly(file, offset, length)
 
         return self._persistently("read", name, read)
+
+    def read_pieces(self, name: str) -> Iterator[bytes]:
+        """All of a file, a piece at a time, for what may not fit into memory. Raises as `read_range` does."""
+        with self._persistently("read", name, lambda: self._fs.open_input_file(self._path(name))) as file:
+            for at in range(0, file.size(), _COPIED_BYTES):
+                length = min(_COPIED_BYTES, file.size() - at)
+                yield self._persistently("read", name, functools.partial(s3.read_exactly, file, at, length))
 
     def open_input_file(self, name: str) -> Any:
         """A pyarrow file for reads at any offset; close it. Raises as `read_bytes` does."""

@@ -96,10 +96,10 @@ def weights_digest(path: str | Path | None) -> str | None:
 def _file_at(path: str | Path) -> tuple[Storage, str]:
     """The folder and name of the file of weights that a path or URI of a file, or of a checkpoint's folder, means."""
     place = Storage(path)
-    base, mark, options = place.uri.partition("?")
+    base, options = place.address
     folder, _, name = base.rpartition("/")
     is_file = not Path(base).is_dir() if place.is_local else name.endswith(SUFFIXES)
-    return (Storage(folder + mark + options), name) if is_file else (place, WEIGHTS_FILE)
+    return (Storage(folder + options), name) if is_file else (place, WEIGHTS_FILE)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ def storage(bucket, proxy):
 
 VERBS = {
     "read_bytes": lambda s: s.read_bytes("x") == b"0123456789" * 100,
+    "read_pieces": lambda s: b"".join(s.read_pieces("x")) == b"0123456789" * 100,
     "read_range": lambda s: s.read_range("x", 510, 20) == b"0123456789" * 2,
     "exists": lambda s: s.exists("x") and not s.exists("y"),
     "list_sizes": lambda s: s.list_sizes() == {"x": 1000},
@@ -96,7 +97,7 @@ def test_a_mistake_is_said_at_once(proxy, place, verb, found):
     assert RETRIES.count == before
 
 
-@pytest.mark.parametrize("verb", ["read_bytes", "read_range", "exists", "list_sizes", "delete"])
+@pytest.mark.parametrize("verb", ["read_bytes", "read_pieces", "read_range", "exists", "list_sizes", "delete"])
 def test_a_refusal_is_said_at_once(storage, proxy, verb):
     before, proxy.shares = RETRIES.count, {"refuse": 1.0}
     proxy.forget()
@@ -104,3 +105,9 @@ def test_a_refusal_is_said_at_once(storage, proxy, verb):
         VERBS[verb](storage)
     assert not isinstance(caught.value, UnreachableError)
     assert (RETRIES.count, proxy.requests.total()) == (before, 1)
+
+
+def test_a_refusal_amid_a_file_is_said_too(storage, proxy):
+    pieces, proxy.script = storage.read_pieces("x"), [None, "refuse"]  # its size, its first piece
+    with pytest.raises(StorageError, match=r"cannot read s3://.*/a/x\. Found: .*ACCESS_DENIED"):
+        next(pieces)

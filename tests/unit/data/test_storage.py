@@ -55,6 +55,9 @@ def test_a_large_file_comes_back(place):
             stream.write(content[at : at + 2**20])
     assert storage.list_sizes() == {"x": len(content)}
     assert storage.read_bytes("x") == content
+    pieces = list(storage.read_pieces("x"))
+    assert b"".join(pieces) == content
+    assert len(pieces) > 1
     assert storage.read_range("x", 15 * 2**20, 1000) == content[15 * 2**20 :][:1000]
 
 
@@ -156,6 +159,13 @@ def test_places_join_and_travel(tmp_path, monkeypatch):
     assert Storage(f"file://{tmp_path}/runs").read_bytes("a/b") == b"1"
 
 
+def test_a_question_mark_in_the_name_of_a_folder_is_a_letter(tmp_path):
+    storage = Storage(tmp_path / "a?b=c")
+    assert storage.join("x", "y") == f"{tmp_path}/a?b=c/x/y"
+    storage.child("x").write_bytes("y", b"1")
+    assert (tmp_path / "a?b=c/x/y").read_bytes() == b"1"
+
+
 def test_a_bucket_keeps_its_options_when_joined():
     storage = Storage("s3://bucket/prefix?endpoint_override=localhost:1&scheme=http&region=x")
     assert not storage.is_local
@@ -200,6 +210,8 @@ def test_a_missing_file_is_said(place):
         Storage(f"{place}/a").read_bytes("nothing")
     with pytest.raises(FileNotFoundError):
         Storage(f"{place}/a").read_range("nothing", 0, 1)
+    with pytest.raises(FileNotFoundError):
+        list(Storage(f"{place}/a").read_pieces("nothing"))
 
 
 def test_a_missing_file_is_told_from_one_that_cannot_be_read(tmp_path):

@@ -99,6 +99,12 @@ def test_any_place_is_read_as_a_local_path_is(source, place, tmp_path, name):
     assert weights_digest(storage.join(name)) == hashlib.sha256(local.read_bytes()).hexdigest()
 
 
+def test_a_folder_of_weights_may_have_a_question_mark_in_its_name(tmp_path):
+    (tmp_path / "a?b").mkdir()
+    (tmp_path / "a?b/weights.safetensors").write_bytes(b"x")
+    assert weights_digest(tmp_path / "a?b/weights.safetensors") == hashlib.sha256(b"x").hexdigest()
+
+
 def test_weights_that_are_nowhere_are_named(place):
     path = f"{place}/gone.pth"
     for read in (weights_digest, lambda p: load_weights(build(), p)):
