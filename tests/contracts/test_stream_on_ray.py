@@ -1,19 +1,22 @@
 """One order: what Ray Data delivers is, bit for bit, what the in-process walk delivers."""
 
 import random
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from maskray.config.resolve import resolve
 from maskray.data.local import LocalStream
+from maskray.data.retry import RETRIES
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
-from maskray.data.stream import StreamSpec, Unit
+from maskray.data.stream import StreamSpec, Unit, steps
 from maskray.on_ray import stream
 from object_store import FaultyProxy
 
@@ -85,6 +88,27 @@ def test_ray_data_and_the_in_process_walk_are_equal_to_the_bit(
             assert mine.keys == theirs.keys
 
 
+def test_what_tasks_could_not_read_is_said_where_it_is_trained_on(
+    tiny, digits, tmp_path, ray_cluster, monkeypatch, caplog
+):
+    shutil.copytree(digits, tmp_path / "digits")
+    data = {"path": str(tmp_path / "digits"), "unreadable": "skip"}
+    config = tiny(optim={"steps": 3, "global_batch": 64}, data=data)
+    dataset = Dataset.open(config.data.path)
+    spec = StreamSpec.of(config, resolve(config, dataset.facts()), dataset)
+    number, path = spec.plan.locate(5)[1], tmp_path / "digits/train/00000.parquet"
+    chunk, content = pq.read_metadata(path).row_group(number).column(1), bytearray(path.read_bytes())
+    content[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 1
+    path.write_bytes(content)
+    (got,) = delivered(spec, Storage(tmp_path), config.data, 1, 0, monkeypatch)
+    with LocalStream(spec, dataset) as local:
+        assert [u.warnings for u in got] == [u.warnings for u in local]
+    caplog.clear()
+    list(steps(iter(got), spec, 0, 1, 0))
+    (said,) = caplog.messages
+    assert f"row group {number} of train/00000.parquet cannot be read" in said
+
+
 def test_an_execution_is_kept_for_a_worker_that_is_far_behind(tiny, tmp_path, ray_cluster, monkeypatch):
     data = {"views_per_image": 2, "tasks_per_execution": 3, "groups_per_task": 4, "prefetch_groups": 1}
     config = tiny(optim={"steps": 12, "global_batch": 128}, data=data)  # four executions of twelve row groups
@@ -105,7 +129,9 @@ def test_an_object_store_that_fails_changes_nothing(
     uri += f"?endpoint_override={proxy.url.removeprefix('http://')}&scheme=http&region=us-east-1"
     proxy.forget()
     proxy.shares = dict.fromkeys(("throttle", "reset", "short"), 0.05 / 3)
+    before = RETRIES.count
     (got,) = delivered(replace(spec, path=uri), Storage(tmp_path), config.data, 1, 0, monkeypatch)
+    assert RETRIES.count > before, "the tasks' retries are counted here"
     proxy.shares = {}
     with LocalStream(spec, dataset) as local:
         wanted = list(local)

@@ -87,9 +87,5 @@ class Parts:
             return None
         return Shard(**raw["shard"]), raw["content"]
 
-    def remove(self) -> None:
-        """Delete all parts."""
-        self.storage.delete(FOLDER)
-
     def _name(self, *parts: str) -> str:
         return "/".join((FOLDER, self.digest, *parts))

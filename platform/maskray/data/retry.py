@@ -35,15 +35,15 @@ class Patience:
 
 
 class Retries:
-    """Counts what was tried again in this process. Thread-safe."""
+    """Counts what was tried again in this process, and for it by tasks. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock, self._count = threading.Lock(), 0
 
-    def add(self) -> None:
-        """One more."""
+    def add(self, number: int = 1) -> None:
+        """So many more."""
         with self._lock:
-            self._count += 1
+            self._count += number
 
     @property
     def count(self) -> int:

@@ -10,7 +10,7 @@ Shape letters: N views of a row group (row r, view v at r·V + v), B images of a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self
@@ -125,6 +125,8 @@ class Unit(NamedTuple):
     weights_N: Array
     """float32: 1, or 0 for an image that could not be read or decoded and is black."""
     keys: list[str]
+    warnings: tuple[str, ...] = ()
+    """What could not be read or decoded, and why. To be said where it is trained on: nobody sees the logs of tasks."""
 
 
 def load_unit(spec: StreamSpec, dataset: Dataset, position: int) -> Unit:
@@ -136,26 +138,39 @@ def load_unit(spec: StreamSpec, dataset: Dataset, position: int) -> Unit:
         StorageError: the storage refuses to be read.
     """
     pass_, number = spec.plan.locate(position)
-    return augment(spec, position, pass_, *read_images(spec, dataset, number))
+    found = read_images(spec, dataset, number)
+    unit = augment(spec, position, pass_, found.rows, found.keys, found.images)
+    return unit._replace(warnings=tuple(found.warnings))
 
 
-def read_images(spec: StreamSpec, dataset: Dataset, number: int) -> tuple[Array, list[str], Images]:
-    """Rows, keys and decoded images of a row group. One that cannot be read has none, if the spec lets it pass.
+class Decoded(NamedTuple):
+    """One row group, decoded. R rows."""
+
+    rows: Array
+    """(R,) row numbers in the split."""
+    keys: list[str]
+    images: Images
+    warnings: list[str]
+    """What could not be read or decoded, and why."""
+
+
+def read_images(spec: StreamSpec, dataset: Dataset, number: int) -> Decoded:
+    """The decoded images of a row group. One that cannot be read has none, if the spec lets it pass.
 
     Raises as `load_unit` does.
     """
+    warnings: list[str] = []
     try:
         group = dataset.read_group(number)
     except (DataError, UnreachableError) as error:
         if spec.unreadable == "stop":
             raise
-        logger.warning("%s It counts for nothing", error)
         rows, stand_ins = dataset.slots(number)
-        return rows, stand_ins, [None] * len(rows)
-    return group.rows, group.keys, decode_group(group, spec.channels)
+        return Decoded(rows, stand_ins, [None] * len(rows), [f"{error} It counts for nothing"])
+    return Decoded(group.rows, group.keys, decode_group(group, spec.channels, warnings.append), warnings)
 
 
-def decode_group(group: Group, channels: int) -> Images:
+def decode_group(group: Group, channels: int, warn: Callable[[str], object] = logger.warning) -> Images:
     """Each image of a row group; one that cannot be decoded is None, and a warning names it."""
     images: Images = []
     for key, data in zip(group.keys, group.images, strict=True):
@@ -163,7 +178,7 @@ def decode_group(group: Group, channels: int) -> Images:
             images.append(decode.decode(data, channels))
         except decode.UndecodableError as error:
             # Ingest decoded it once, with another version or into other channels: it keeps its slot, without weight.
-            logger.warning("image %s cannot be decoded any more (%s): it counts for nothing", key, error)
+            warn(f"image {key} cannot be decoded any more ({error}): it counts for nothing")
             images.append(None)
     return images
 
@@ -235,7 +250,7 @@ def steps(
     start_step: int,
     micro_batch: int | None = None,
 ) -> Iterator[Step]:
-    """Group a worker's units into steps, each unit checked against the plan.
+    """Group a worker's units into steps, each unit checked against the plan, its warnings logged.
 
     A worker that lacks its last row group, because the workers do not divide the groups of a step, repeats its first
     with weight 0: so all workers do the same number of passes.
@@ -266,6 +281,8 @@ def _next_unit(units: Iterator[Unit], wanted: int, step: int, rank: int) -> Unit
     if unit is None or unit.position != wanted:
         got = "the end of the stream" if unit is None else f"position {unit.position}"
         raise StreamError(f"step {step}, rank {rank}: the plan asks for position {wanted}, the stream gave {got}")
+    for warning in unit.warnings:
+        logger.warning("%s", warning)
     return unit
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-WITHOUT_IMAGE = "throughput/views_without_image"
 MOST_WARNINGS = 100
 
 
@@ -18,8 +17,6 @@ class Board:
     def post(self, step: int, metrics: Mapping[str, float]) -> None:
         """From the first worker."""
         self._step, self._metrics = step, dict(metrics)
-        if metrics.get(WITHOUT_IMAGE):  # decoded by tasks of Ray Data, whose own word goes into Ray's log alone
-            self.warn(f"Images cannot be decoded any more and count for nothing; {WITHOUT_IMAGE} counts their views")
 
     def warn(self, text: str) -> None:
         """From any worker: all of them may say the same."""

@@ -31,6 +31,7 @@ import ray.data
 import ray.train
 
 from maskray.config.schema import DataConfig
+from maskray.data.retry import RETRIES
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec, Unit, load_unit
@@ -224,7 +225,9 @@ def _load(spec: StreamSpec, first: int, batch: dict[str, Any]) -> Iterator[Row]:
     """A task: several row groups, each given on as soon as it is ready."""
     dataset = _opened(spec)
     for offset in batch["id"]:
-        yield _to_row(load_unit(spec, dataset, first + int(offset)))
+        before = RETRIES.count
+        unit = load_unit(spec, dataset, first + int(offset))
+        yield _to_row(unit, RETRIES.count - before)
 
 
 @lru_cache(maxsize=1)
@@ -233,21 +236,25 @@ def _opened(spec: StreamSpec) -> Dataset:
     return spec.open_dataset()
 
 
-def _to_row(unit: Unit) -> Row:
+def _to_row(unit: Unit, retries: int) -> Row:
     return {
         "position": np.array([unit.position]),
         "images": unit.images_NCHW[None],
         "visible": unit.visible_NHW[None],
         "weights": unit.weights_N[None],
         "keys": np.array([json.dumps(unit.keys)]),
+        "warnings": np.array([json.dumps(unit.warnings)]),
+        "retries": np.array([retries]),
     }
 
 
 def _to_unit(row: Row) -> Unit:
+    RETRIES.add(int(row["retries"][0]))
     return Unit(
         position=int(row["position"][0]),
         images_NCHW=row["images"][0],
         visible_NHW=row["visible"][0],
         weights_N=row["weights"][0],
         keys=json.loads(str(row["keys"][0])),
+        warnings=tuple(json.loads(str(row["warnings"][0]))),
     )

@@ -100,7 +100,7 @@ def _stop_if_not_finite(report: StepReport, spec: StreamSpec, done: int, tracker
     first = report.first_bad_step * spec.groups_per_step
     positions = range(first, first + spec.groups_per_step)
     dataset = spec.open_dataset()
-    keys = [key for p in positions for key in read_images(spec, dataset, spec.plan.locate(p)[1])[1]]
+    keys = [key for p in positions for key in read_images(spec, dataset, spec.plan.locate(p)[1]).keys]
     shown = ", ".join(keys[:4]) + (f" … {keys[-1]} ({len(keys)} images)" if len(keys) > 4 else "")
     message = (
         f"Loss or gradient norm was not finite at step {report.first_bad_step} (seen at step {done}; no update was "

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from maskray.data.retry import RETRIES
+
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 _MATMUL_SECONDS = 0.25
 
@@ -54,6 +56,7 @@ class Meter:
     checkpoint_wait_seconds: float = 0.0
     steps: int = 0
     _start: float = field(default_factory=time.perf_counter)
+    _retries: int = field(default_factory=lambda: RETRIES.count)
 
     def read(self) -> dict[str, float]:
         """Metrics of the interval, under the names that the tracker shows."""
@@ -66,8 +69,9 @@ class Meter:
             "throughput/data_wait_seconds": self.data_wait_seconds,
             "throughput/data_wait_fraction": self.data_wait_seconds / seconds,
             "throughput/checkpoint_wait_seconds": self.checkpoint_wait_seconds,
+            "throughput/storage_retries": RETRIES.count - self._retries,
             "throughput/mfu": done / self.device_flops,
         }
         self.data_wait_seconds = self.checkpoint_wait_seconds = 0.0
-        self.steps, self._start = 0, now
+        self.steps, self._start, self._retries = 0, now, RETRIES.count
         return out

@@ -46,6 +46,13 @@ def test_what_passes_is_tried_again_and_said_and_counted(monkeypatch, caplog):
     ]
 
 
+def test_what_tasks_tried_again_is_counted_for_whom_they_work():
+    before = RETRIES.count
+    RETRIES.add(3)
+    RETRIES.add(0)
+    assert RETRIES.count - before == 3
+
+
 def test_what_will_not_pass_is_raised_at_once(monkeypatch, caplog):
     attempts = Attempts(monkeypatch, PassingError("busy"), PermissionError("no"))
     with pytest.raises(PermissionError):

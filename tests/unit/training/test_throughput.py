@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from maskray.data.retry import RETRIES
 from maskray.training import throughput
 from maskray.training.throughput import Meter, matmul_rate
 
@@ -21,6 +22,7 @@ def clock(monkeypatch):
 def test_rates_are_those_of_the_interval(clock):
     meter = Meter(global_batch=256, world_size=2, train_flops_per_image=1e6, device_flops=1e9, _start=clock.now)
     meter.steps, meter.data_wait_seconds, meter.checkpoint_wait_seconds = 10, 1.0, 0.5
+    RETRIES.add(3)
     clock.now += 4
     assert meter.read() == pytest.approx(
         {
@@ -28,6 +30,7 @@ def test_rates_are_those_of_the_interval(clock):
             "throughput/data_wait_seconds": 1.0,
             "throughput/data_wait_fraction": 0.25,
             "throughput/checkpoint_wait_seconds": 0.5,
+            "throughput/storage_retries": 3,
             "throughput/mfu": 320 * 1e6 / 1e9,  # of one of the two devices
         }
     )
@@ -36,6 +39,7 @@ def test_rates_are_those_of_the_interval(clock):
     second = meter.read()
     assert second["throughput/images_per_second"] == pytest.approx(256)
     assert second["throughput/data_wait_seconds"] == second["throughput/checkpoint_wait_seconds"] == 0
+    assert second["throughput/storage_retries"] == 0
 
 
 def test_an_interval_of_no_time_divides_by_nothing(clock):
