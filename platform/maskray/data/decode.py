@@ -34,6 +34,7 @@ from torchcodec import decoders
 from torchcodec.encoders import JpegEncoder
 
 from maskray.config.schema import MAX_CHANNELS
+from maskray.data import tiff
 
 _CODECS: dict[str, Callable[..., torch.Tensor]] = {
     "JPEG": decoders.decode_jpeg,
@@ -72,10 +73,6 @@ _SIGNATURE = re.compile(b"|".join(b"(?P<%s>%s)" % (n.encode(), s) for n, s in _S
 
 _CODEC_MODES = {1: "GRAY", 3: "RGB"}
 _PILLOW_MODES = {1: "L", 3: "RGB"}
-_MAX_PILLOW_BANDS = 4
-# TIFF 6.0, and its supplements 1 and 2.
-_TIFF_COLOURS = {2: 3, 5: 4, 6: 3, 8: 3, 9: 3, 10: 3}  # by photometric interpretation; others have one
-_TIFF_ALPHA = (1, 2)  # of ExtraSamples
 
 _REASON = 200  # letters at most
 _PIXEL_BYTES = 8  # that `max_pixels` allows for: four bands of sixteen bits
@@ -114,7 +111,7 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
         if kind == "NPY":
             image_CHW = _decode_npy(data)
         elif kind == "TIFF" and channels not in _PILLOW_MODES:
-            image_CHW = _decode_tiff(data)
+            image_CHW = torch.from_numpy(tiff.read(data))
         elif kind in _CODECS and not _is_animated(kind, data):
             image_CHW = _decode_with_torchcodec(kind, data, channels)
         else:
@@ -139,7 +136,7 @@ def measure(data: bytes, max_pixels: int | None = None) -> tuple[int, int, int]:
 
     Raises:
         UndecodableError: not an image, without a whole header, larger, of more bands than `data.channels` allows, or
-            made to take for ever.
+            made to take for ever or to inflate without end.
     """
     height, width, channels, sample_bytes = _header(data)
     if channels > MAX_CHANNELS:
@@ -151,7 +148,16 @@ def measure(data: bytes, max_pixels: int | None = None) -> tuple[int, int, int]:
             f"{width} x {height} pixels of {channels} bands take more than {_PIXEL_BYTES} bytes for each of "
             f"max_pixels {max_pixels}"
         )
+    if channels not in _PILLOW_MODES and _kind_of(data) == "TIFF":
+        _refuse_bomb(data)
     return height, width, channels
+
+
+def _refuse_bomb(data: bytes) -> None:
+    try:
+        tiff.refuse_bomb(tiff.first_page(data), data)
+    except Exception as error:  # as in decode
+        raise UndecodableError(reason_of(error)) from error
 
 
 class _Header(NamedTuple):
@@ -170,7 +176,7 @@ def _header(data: bytes) -> _Header:
         if kind == "JPEG":  # a sixth of Pillow's time
             return _Header(*_jpeg_header(data))
         if kind == "TIFF":  # Pillow knows four bands at most
-            return _tiff_header(data)
+            return _Header(*tiff.size_of(tiff.first_page(data)))
         if kind == "HEIC":
             return _Header(*_heic_header(data))
         if kind == "WEBP":  # Pillow would take memory for the picture
@@ -263,70 +269,20 @@ def _with_pillow(jpeg: bytes) -> np.ndarray[Any, Any]:
 
 
 def _decode_with_pillow(kind: str, data: bytes, channels: int) -> torch.Tensor:
-    page = _tiff_page(data) if kind == "TIFF" else None
+    page = tiff.first_page(data) if kind == "TIFF" else None
     if page is not None:
-        _refuse_more_bands_than_colours(page, channels)
+        tiff.refuse_hidden_bands(page, channels)
     with _READERS[kind](io.BytesIO(data), "") as opened:
         if page is not None and sorted(opened.size) != sorted((page.imagewidth, page.imagelength)):
             raise UndecodableError("its header gives two sizes")  # one for `measure`, and one for Pillow
         upright: Image = ImageOps.exif_transpose(opened)
         if upright.mode.startswith("I;16"):  # convert() would clip it to 255
-            upright = fromarray(_to_eight_bits(np.asarray(upright)))
+            upright = fromarray(tiff.to_eight_bits(np.asarray(upright)))
         elif upright.mode in ("I", "F"):
             raise UndecodableError(f"pixels of mode {upright.mode} (32 bits) have no known range")
         pixels = np.array(upright.convert(_PILLOW_MODES[channels]) if channels in _PILLOW_MODES else upright)
     tensor = torch.from_numpy(pixels)
     return tensor[None] if tensor.dim() == 2 else tensor.permute(2, 0, 1)
-
-
-def _to_eight_bits(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """round(255 · x / 65535), as libpng has it."""
-    return ((pixels.astype(np.uint32) * 255 + 32895) >> 16).astype(np.uint8)
-
-
-def _tiff_page(data: bytes) -> Any:
-    import tifffile  # few need it, and its import takes a while
-
-    return tifffile.TiffFile(io.BytesIO(data)).pages[0]
-
-
-def _tiff_header(data: bytes) -> _Header:
-    page = _tiff_page(data)
-    size = page.imagelength, page.imagewidth, page.samplesperpixel
-    if not all(isinstance(number, int) and number > 0 for number in size):  # a tag may hold anything
-        raise UndecodableError("its header gives no whole numbers for its size")
-    height, width, bands = size
-    channels = 3 if page.colormap is not None else bands
-    return _Header(height, width, channels, 1 if page.dtype is None else page.dtype.itemsize)
-
-
-def _refuse_more_bands_than_colours(page: Any, channels: int) -> None:
-    """A band more that is not said to be alpha may be infrared: Pillow would drop it without a word."""
-    alpha = [kind for kind in page.extrasamples if kind in _TIFF_ALPHA]
-    if page.samplesperpixel > min(_MAX_PILLOW_BANDS, _TIFF_COLOURS.get(page.photometric, 1) + len(alpha)):
-        raise UndecodableError(f"it has {page.samplesperpixel} bands, {channels} are asked for")
-
-
-def _decode_tiff(data: bytes) -> torch.Tensor:
-    """All bands of the first page, interleaved or one after another."""
-    page = _tiff_page(data)
-    if page.dtype not in (np.uint8, np.uint16):
-        raise UndecodableError(f"pixels of type {page.dtype} have no known range")
-    axes = {"YX": "SYX", "SYX": "SYX", "YXS": "YXS"}.get(page.axes)
-    if axes is None:
-        raise UndecodableError(f"its axes are {page.axes}, not height, width and bands")
-    pixels = page.asarray()
-    pixels = pixels if page.dtype == np.uint8 else _to_eight_bits(pixels)
-    pixels = pixels.reshape(-1, *pixels.shape[-2:]) if axes == "SYX" else np.moveaxis(pixels, -1, 0)
-    return _upright(torch.from_numpy(np.ascontiguousarray(pixels)), page.tags.valueof("Orientation", 1))
-
-
-def _upright(image_CHW: torch.Tensor, orientation: int) -> torch.Tensor:
-    """Turn an image as its EXIF orientation says, 1 to 8."""
-    if orientation >= 5:
-        image_CHW = image_CHW.transpose(1, 2)
-    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
-    return image_CHW.flip(flips)
 
 
 def _npy_header(data: bytes) -> tuple[tuple[int, int, int], bool, int]:

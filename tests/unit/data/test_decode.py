@@ -1,7 +1,10 @@
 """Bytes to pixels and back, for every format and mode."""
 
 import io
+import lzma
 import struct
+import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -183,6 +186,19 @@ def test_a_fourth_band_is_dropped_only_if_it_is_alpha(extra, is_alpha):
             decode(data, 3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "pack"), [(8, zlib.compress), (34925, partial(lzma.compress, format=lzma.FORMAT_XZ, preset=0))]
+)
+def test_a_tiff_of_many_bands_that_inflates_to_more_than_it_says_is_refused(kind, pack):
+    strip = pack(bytes(100 * 2**20))
+    data = tiff(10, 10, bands=5, compression=kind, strip=strip)
+    with pytest.raises(UndecodableError, match=f"a part of it inflates to more than {64 * 2**20} bytes"):
+        measure(data, 1000)
+    whole = tiff(10, 10, bands=5, compression=kind, strip=pack(bytes(range(250)) * 2))
+    assert measure(whole, 1000) == (10, 10, 5)
+    assert decode(whole, 5)[:, 0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
 def test_a_tiff_of_many_bands_is_turned_upright():
     for orientation, turn in UPRIGHT.items():
         data = multi_band_tiff(bands(5), extratags=[(274, "H", 1, orientation, True)])
@@ -297,12 +313,12 @@ def test_what_is_no_image_is_refused(data):
         decode(data, 3)
 
 
-def tiff(width, height, bands=1, bits=8, more=()):
-    """A header alone. `more` are entries (tag, type, count, value)."""
-    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, 1)]
-    entries += [(273, 4, 1, 8), (277, 3, 1, bands), (279, 4, 1, 1)]
-    packed = b"".join(struct.pack("<HHII", *e) for e in sorted([*entries, *more], key=lambda e: e[0]))
-    return b"II*\0" + struct.pack("<I", 12) + bytes(4) + struct.pack("<H", len(entries) + len(more)) + packed + bytes(4)
+def tiff(width, height, bands=1, bits=8, compression=1, strip=b"\0", more=()):
+    """A TIFF of one strip. `more` are entries (tag, type, count, value)."""
+    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits), (259, 3, 1, compression), (262, 3, 1, 1)]
+    entries += [(273, 4, 1, 8), (277, 3, 1, bands), (279, 4, 1, len(strip)), *more]
+    packed = b"".join(struct.pack("<HHII", *e) for e in sorted(entries, key=lambda e: e[0]))
+    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + struct.pack("<H", len(entries)) + packed + bytes(4)
 
 
 @pytest.mark.parametrize(
