@@ -23,8 +23,8 @@ from maskray.config.resolve import RunPlan, padding_waste, resolve
 from maskray.config.schema import RunConfig
 from maskray.data.manifest import kept_versions
 from maskray.data.shards import Dataset
+from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.data.stream import StreamSpec
 from maskray.errors import CheckpointError, ConfigError, MaskrayError, StorageError, TrackingError
 from maskray.evaluation.judgement import Judgement, Scores
 from maskray.evaluation.linear_probe import Accuracy

@@ -12,8 +12,9 @@ import pytest
 from maskray.config.resolve import resolve
 from maskray.data.local import LocalStream
 from maskray.data.shards import Dataset
+from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.data.stream import StreamSpec, Unit
+from maskray.data.stream import Unit
 from maskray.on_ray import stream
 from object_store import FaultyProxy
 

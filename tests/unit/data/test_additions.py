@@ -238,7 +238,8 @@ def test_every_damaged_shard_of_every_version_is_named(three_versions):
 
 
 def test_a_stream_reads_the_version_it_began_with(folder, tmp_path, ingest_here, more, tiny):
-    from maskray.data.stream import StreamSpec, load_unit
+    from maskray.data.spec import StreamSpec
+    from maskray.data.stream import load_unit
     from maskray.launch import prepare
 
     first = ingest_here(folder, tmp_path / "shards")
