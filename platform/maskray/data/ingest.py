@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from maskray.config.schema import IngestConfig
 from maskray.data.additions import adopted, layout_of, read_present, relabelled
 from maskray.data.check import find_damaged
+from maskray.data.garbage import unneeded
 from maskray.data.layout import Work, kept_shards, plan_shards, write_shards
 from maskray.data.manifest import (
     MANIFEST,
@@ -37,7 +39,7 @@ from maskray.data.manifest import (
 from maskray.data.mapper import Mapper as Mapper
 from maskray.data.mapper import Progress as Progress
 from maskray.data.parts import FOLDER, Parts
-from maskray.data.sources import Source, open_source
+from maskray.data.sources import Source, is_shipped, open_source
 from maskray.data.storage import TEMPORARY, Storage
 from maskray.data.survey import CHUNK_IMAGES, Survey, read_threads, survey
 from maskray.errors import DataError
@@ -63,12 +65,14 @@ def ingest(config: IngestConfig, mapper: Mapper, progress: Progress | None = Non
     """Make the dataset that `config` asks for, or add to it; go on where a killed ingest stopped; recognise it if done.
 
     Raises:
-        DataError: no such source, no images in it, too many that cannot be decoded, another dataset at the destination,
-            or images to add that do not go with those that are there.
+        DataError: no such source, no images in it, too many that cannot be decoded, a source and a destination that lie
+            inside each other, another dataset or other things at the destination, or images to add that do not go with
+            those that are there.
         StorageError: the destination cannot be written.
     """
     report = progress or _no_progress
     storage = Storage(config.destination)
+    _refuse_overlap(config.source, storage)
     base = newest(storage, "destination")
     source = open_source(config.source)
     if base is None:
@@ -205,15 +209,38 @@ def _refuse_nothing_to_train_on(seen: Survey, num_good: int) -> None:
         )
 
 
+def _refuse_overlap(source: str, storage: Storage) -> None:
+    """Each would be taken for the other: shards for pictures, and pictures for shards that nothing needs."""
+    if is_shipped(source):
+        return
+    one, other = _way_to(source), _way_to(storage.uri)
+    if one[: len(other)] == other[: len(one)]:
+        raise DataError(
+            "the source and the destination lie inside each other",
+            key="destination",
+            found=f"{storage.uri}, and the source {source}",
+            fix="take a folder beside the source",
+        )
+
+
+def _way_to(place: str) -> tuple[str, ...]:
+    """The folders down to a place, its own name last; of a bucket the options first, which say whose it is."""
+    if "://" in place and not place.startswith("file://"):
+        path, _, options = place.partition("?")
+        return (options, *(part for part in path.split("/") if part))
+    return Path(place.removeprefix("file://")).expanduser().resolve().parts
+
+
 def _refuse_other_things(storage: Storage) -> None:
-    ours = {*SPLITS, QUARANTINE, VERSIONS}
+    # What a half-done ingest left is told by its notes. Without them the same names are somebody's own.
+    ours = {*SPLITS, QUARANTINE, VERSIONS} if storage.exists(FOLDER) else set()
     foreign = [name for name in storage.list_names() if name not in ours and not name.startswith(".")]
     if foreign:
         raise DataError(
             "the folder holds other things than a dataset",
             key="destination",
             found=f"{', '.join(foreign[:_SHOWN])} in {storage.uri}",
-            fix="take an empty or new folder",
+            fix="take an empty or new folder, or delete them if they are left of an ingest that was stopped",
         )
 
 
@@ -247,15 +274,6 @@ def _write_quarantine(storage: Storage, seen: Survey, *, is_added: bool) -> list
 
 def _remove_leftovers(storage: Storage, needed: list[Manifest]) -> None:
     """Shards, versions and partial files of an ingest that was killed here."""
-    shards = {shard.name for manifest in needed for shard in manifest.shards}
-    manifests = {f"{manifest.fingerprint}.json" for manifest in needed}
-    for split in SPLITS:
-        for name in storage.list_names(split):
-            if f"{split}/{name}" not in shards and name.endswith(".parquet"):
-                storage.delete(f"{split}/{name}")
-    for name in storage.list_names(VERSIONS):
-        if name not in manifests:
-            storage.delete(f"{VERSIONS}/{name}")
-    for name in storage.list_names():
-        if name.startswith(TEMPORARY):
-            storage.delete(name)
+    partial = [name for name in storage.list_names() if name.startswith(TEMPORARY)]
+    for name in (*unneeded(storage, needed), *partial):
+        storage.delete(name)

@@ -7,6 +7,7 @@ what they have in common and an old one stays readable as it was.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from math import sqrt
@@ -35,6 +36,8 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _NOT_IDENTITY = ("fingerprint",)
 _NOT_IDENTITY_OF_A_SHARD = ("size", "sha256")
 _NOT_IDENTITY_OF_AN_ORIGIN = ("source", "stamp", "skipped")
+_SHARD_FILE = re.compile(r"\d{5,}\.parquet")
+_VERSION_FILE = re.compile(r"[0-9a-f]{16}\.json")
 _LUMA = (299, 587, 114)  # of red, green and blue in gray, in thousandths: ITU-R 601
 _LUMA_C = np.array(_LUMA, dtype=np.float64)
 _SAFE_ROWS = 256  # sums of one image are below 2**50, so those of so many fit into 64 bits
@@ -285,6 +288,12 @@ def versions(storage: Storage) -> dict[str, Manifest]:
     last = newest(storage)
     every = {manifest.fingerprint: manifest for manifest in [*found, *([last] if last else [])]}
     return dict(sorted(every.items(), key=lambda item: len(item[1].origins)))
+
+
+def is_ours(folder: str, name: str) -> bool:
+    """Whether a file in a folder of a dataset is one that ingest writes: no other is ever deleted."""
+    ours = _VERSION_FILE if folder == VERSIONS else _SHARD_FILE
+    return name.startswith(TEMPORARY) or ours.fullmatch(name) is not None
 
 
 def keep(storage: Storage, manifest: Manifest) -> None:

@@ -3,13 +3,16 @@
 import logging
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from maskray.config.schema import IngestConfig
+from maskray.data.garbage import find_garbage
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
+from maskray.data.storage import Storage
 from maskray.data.survey import split_of
 from maskray.errors import DataError, StorageError
 
@@ -134,9 +137,61 @@ def test_another_dataset_is_not_written_over(folder, tmp_path, ingest_here, pict
         ingest_here(folder, tmp_path / "shards")
 
 
-def test_a_folder_with_other_things_is_not_written_into(folder, ingest_here):
-    with pytest.raises(DataError, match=r"destination: the folder holds other things.*cats, dogs"):
-        ingest_here(folder, folder)
+def files_of(path):
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "train/00000.parquet", "held_out/a.png", "versions/a", "quarantine.parquet"]
+)
+def test_a_folder_with_other_things_is_not_written_into(folder, tmp_path, ingest_here, name):
+    theirs = tmp_path / "theirs" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    with pytest.raises(DataError, match=rf"destination: the folder holds other things.*Found: {name.split('/')[0]} in"):
+        ingest_here(folder, tmp_path / "theirs")
+    assert files_of(tmp_path / "theirs") == {name: b"theirs"}
+
+
+@pytest.mark.parametrize("destination", [".", "cats", "shards/of/them", "..", "../linked"])
+def test_a_source_and_a_destination_inside_each_other_are_refused(folder, tmp_path, ingest_here, destination):
+    (tmp_path / "linked").symlink_to(folder)
+    before = files_of(tmp_path)
+    with pytest.raises(DataError, match=r"destination: the source and the destination lie inside each other"):
+        ingest_here(folder, folder / destination)
+    assert files_of(tmp_path) == before
+
+
+def test_tables_in_a_folder_named_as_a_split_are_not_taken_for_shards(folder, tmp_path, ingest_here):
+    table = pa.table({"image": [{"bytes": path.read_bytes(), "path": path.name} for path in folder.rglob("*.png")]})
+    (tmp_path / "hub/train").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "hub/train/0000.parquet")
+    with pytest.raises(DataError, match="inside each other"):
+        ingest_here(tmp_path / "hub/train", tmp_path / "hub")
+    with pytest.raises(DataError, match="inside each other"):
+        ingest_here(tmp_path / "hub/train/*.parquet", tmp_path / "hub")
+    assert [path.name for path in tmp_path.glob("hub/**/*.*")] == ["0000.parquet"]
+    ingest_here(tmp_path / "hub/train/*.parquet", tmp_path / "shards")
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_what_others_put_into_a_dataset_stays_there(folder, tmp_path, ingest_here, picture, add):
+    ingest_here(folder, tmp_path / "shards")
+    theirs = ("train/0000.parquet", "train/a.png", "versions/notes.txt", "held_out/00000.parquet.bak")
+    for name in theirs:
+        (tmp_path / "shards" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "shards" / name).write_bytes(b"theirs")
+    for name in ("train/77777.parquet", "train/.tmp-1-00000.parquet"):
+        (tmp_path / "shards" / name).write_bytes(b"left by a kill")
+    if add:
+        picture(999).save(folder / "cats/new.png")
+    else:
+        (tmp_path / "shards/train/00000.parquet").unlink()
+    ingest_here(folder, tmp_path / "shards", add=add)
+    left = files_of(tmp_path / "shards")
+    assert {name for name, data in left.items() if data == b"theirs"} == set(theirs)
+    assert b"left by a kill" not in left.values()
+    assert not set(theirs) & set(find_garbage(Storage(tmp_path / "shards"), set()).files)
 
 
 def test_a_damaged_dataset_is_written_anew(folder, tmp_path, ingest_here, caplog):
