@@ -163,7 +163,7 @@ class _Ingest:
         storage, config = self.storage, self.config
         old = versions(storage) if self.base is not None else {}
         base = self.base if config.add else None
-        planned = plan_shards(seen, config, old if config.add else {})
+        planned = plan_shards(seen, config, base, list(old.values()) if base is not None else [])
         whole = {s.name: s for s in self.base.shards if s not in self._damaged} if self.base and not base else {}
         threads = read_threads(config.source, storage.uri)
         work = Work(seen, self.source.read, parts, config.group_rows, threads)

@@ -82,6 +82,23 @@ def test_the_result_is_that_of_the_same_steps_elsewhere(folder, tmp_path, ingest
     }
 
 
+def test_the_order_of_rows_does_not_hang_on_which_versions_were_kept(folder, tmp_path, ingest_here, picture):
+    fingerprints = []
+    for place in (tmp_path / "all", tmp_path / "cleaned"):
+        ingest_here(folder, place)
+        for number, (first, last) in enumerate([(100, 110), (120, 160)]):
+            for i in range(first, last):
+                (tmp_path / f"{number}/birds").mkdir(parents=True, exist_ok=True)
+                picture(i).save(tmp_path / f"{number}/birds/{i}.png")
+            manifest = ingest_here(tmp_path / str(number), place, add=True)
+            if place.name == "cleaned":
+                delete_garbage(Storage(place), find_garbage(Storage(place), set()))
+        fingerprints.append(manifest.fingerprint)
+    assert len(set(fingerprints)) == 1
+    assert list(versions(Storage(tmp_path / "cleaned"))) == fingerprints[:1]
+    assert groups_of(tmp_path / "cleaned") == groups_of(tmp_path / "all")
+
+
 def test_statistics_are_those_of_all_images(folder, tmp_path, ingest_here, more):
     ingest_here(folder, tmp_path / "shards")
     second = ingest_here(more(100, 133), tmp_path / "shards", add=True)
