@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Set
 from dataclasses import dataclass
 
-from maskray.data.manifest import SPLITS, VERSIONS, Manifest, is_ours, newest, versions
+from maskray.data.manifest import SPLITS, VERSIONS, Manifest, is_ours, newest, quarantine_of, versions
 from maskray.data.parts import FOLDER
 from maskray.data.shards import no_manifest
 from maskray.data.storage import Storage
@@ -51,7 +51,8 @@ def find_garbage(storage: Storage, in_use: Set[str]) -> Garbage:
 def unneeded(storage: Storage, kept: Collection[Manifest]) -> dict[str, int]:
     """Bytes by name of the files that ingest wrote and none of these versions needs; manifests come first."""
     needed = {shard.name for manifest in kept for shard in manifest.shards}
-    needed |= {f"{VERSIONS}/{manifest.fingerprint}.json" for manifest in kept}
+    for manifest in kept:
+        needed |= {f"{VERSIONS}/{manifest.fingerprint}.json", quarantine_of(manifest.fingerprint)}
     return {
         f"{folder}/{name}": size
         for folder in (VERSIONS, *SPLITS)

@@ -13,10 +13,6 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from maskray.config.schema import IngestConfig
 from maskray.data.additions import adopted, layout_of, read_present, relabelled
 from maskray.data.check import find_damaged
@@ -39,6 +35,7 @@ from maskray.data.manifest import (
 from maskray.data.mapper import Mapper as Mapper
 from maskray.data.mapper import Progress as Progress
 from maskray.data.parts import FOLDER, Parts
+from maskray.data.quarantine import list_set_aside, write_set_aside
 from maskray.data.sources import Source, is_shipped, open_source
 from maskray.data.storage import TEMPORARY, Storage
 from maskray.data.survey import CHUNK_IMAGES, Survey, read_threads, survey
@@ -50,15 +47,6 @@ _SHOWN = 3
 _NOT_OF_PARTS = {"source", "destination", "max_bad_fraction"}
 # Their versions decide on pixels and bytes: parts made with others are not mixed with those of today.
 _LIBRARIES = ("torch", "torchcodec", "pillow", "pyarrow")
-_QUARANTINE_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),  # the file in the source
-        pa.field("at", pa.int64(), nullable=False),  # the place in that file, of a member of an archive or a row
-        pa.field("kind", pa.string(), nullable=False),  # bad or duplicate
-    ]
-)
 
 
 def ingest(config: IngestConfig, mapper: Mapper, progress: Progress | None = None) -> Manifest:
@@ -173,7 +161,10 @@ class _Ingest:
             new = tuple(written[shard.name] for shard in planned if shard.split == name)
             before = base.splits[name].pixels if base is not None else 0
             splits[name] = Split(kept_shards(base, name, is_added_to=bool(new)) + new, before + seen.pixels(name))
-        kinds = _write_quarantine(storage, seen, is_added=base is not None)
+        if base is not None:
+            keep(storage, base)
+        listed = list_set_aside(storage, seen, base)
+        kinds = listed["kind"].to_pylist()
         origin = Origin(
             source=config.source,
             stamp=self.source.stamp,
@@ -192,9 +183,8 @@ class _Ingest:
             num_duplicates=kinds.count("duplicate"),
             origins=(*(base.origins if base is not None else ()), origin),
         )
+        write_set_aside(storage, manifest, listed)
         _remove_leftovers(storage, [*old.values(), manifest])
-        if base is not None:
-            keep(storage, base)
         storage.write_bytes(MANIFEST, manifest.dump())
         return manifest
 
@@ -252,24 +242,6 @@ def _occupied(storage: Storage, base: Manifest) -> DataError:
         found=f"{storage.uri}, made from {sources} with group_rows {base.group_rows} and {base.layout}",
         fix="take another destination, delete that one, or add the images to it (--add)",
     )
-
-
-def _write_quarantine(storage: Storage, seen: Survey, *, is_added: bool) -> list[str]:
-    """List what was set aside, now and in versions before; the kinds."""
-    rows = [(i.key, i.reason, i.place.file, i.place.at, i.kind) for i in seen.set_aside]
-    table = pa.Table.from_arrays(
-        [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), _QUARANTINE_SCHEMA, strict=True)]
-        if rows
-        else _QUARANTINE_SCHEMA.empty_table().columns,
-        schema=_QUARANTINE_SCHEMA,
-    )
-    if is_added:
-        before = pq.read_table(pa.BufferReader(storage.read_bytes(QUARANTINE)))
-        again = pa.array([entry.key for entry in seen.entries], pa.string())
-        table = pa.concat_tables([before.filter(pc.invert(pc.is_in(before["key"], again))), table]).sort_by("key")
-    with storage.open_output(QUARANTINE) as stream:
-        pq.write_table(table, stream)
-    return [str(kind) for kind in table["kind"].to_pylist()]
 
 
 def _remove_leftovers(storage: Storage, needed: list[Manifest]) -> None:

@@ -24,8 +24,9 @@ KEY = "data.path"
 """The key that errors name: who reads a dataset trains on it."""
 MANIFEST = "manifest.json"
 VERSIONS = "versions"
-"""Folder of the manifests of all versions, each under its fingerprint; `manifest.json` is the newest."""
+"""Folder of the manifests of all versions, each under its fingerprint, and of what each set aside."""
 QUARANTINE = "quarantine.parquet"
+"""What the newest version set aside."""
 SplitName = Literal["train", "held_out"]
 SPLITS: tuple[SplitName, ...] = ("train", "held_out")
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -37,7 +38,7 @@ _NOT_IDENTITY = ("fingerprint",)
 _NOT_IDENTITY_OF_A_SHARD = ("size", "sha256")
 _NOT_IDENTITY_OF_AN_ORIGIN = ("source", "stamp", "skipped")
 _SHARD_FILE = re.compile(r"\d{5,}\.parquet")
-_VERSION_FILE = re.compile(r"[0-9a-f]{16}\.json")
+_VERSION_FILE = re.compile(r"[0-9a-f]{16}\.(json|quarantine)")
 _LUMA = (299, 587, 114)  # of red, green and blue in gray, in thousandths: ITU-R 601
 _LUMA_C = np.array(_LUMA, dtype=np.float64)
 _SAFE_ROWS = 256  # sums of one image are below 2**50, so those of so many fit into 64 bits
@@ -296,8 +297,28 @@ def is_ours(folder: str, name: str) -> bool:
     return name.startswith(TEMPORARY) or ours.fullmatch(name) is not None
 
 
+def quarantine_of(fingerprint: str) -> str:
+    """Name of the list of what a version set aside: Parquet, and no shard of anything."""
+    return f"{VERSIONS}/{fingerprint}.quarantine"
+
+
 def keep(storage: Storage, manifest: Manifest) -> None:
-    """Keep a version under its fingerprint, so that it can be opened once another is the newest."""
-    name = f"{VERSIONS}/{manifest.fingerprint}.json"
+    """Keep the newest version and its list under its fingerprint, so that both can be read once another is the newest.
+
+    The other way round, its list is laid out as that of the newest: the kill of an ingest comes between the two.
+    """
+    name, listed = f"{VERSIONS}/{manifest.fingerprint}.json", quarantine_of(manifest.fingerprint)
     if not storage.exists(name):
         storage.write_bytes(name, manifest.dump())
+    own, shown = _read(storage, listed), _read(storage, QUARANTINE)
+    if own is None and shown is not None:
+        storage.write_bytes(listed, shown)  # an older maskray wrote no other
+    elif own is not None and own != shown:
+        storage.write_bytes(QUARANTINE, own)
+
+
+def _read(storage: Storage, name: str) -> bytes | None:
+    try:
+        return storage.read_bytes(name)
+    except FileNotFoundError:
+        return None

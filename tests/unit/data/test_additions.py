@@ -9,7 +9,7 @@ import pytest
 
 from maskray.data.check import check
 from maskray.data.garbage import delete_garbage, find_garbage
-from maskray.data.manifest import PixelSums, grid_of, versions
+from maskray.data.manifest import MANIFEST, PixelSums, grid_of, versions
 from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
@@ -32,6 +32,10 @@ def more(tmp_path, picture):
 
 def groups_of(path, version=None, split="train"):
     return [(g.keys, g.images, g.labels.tolist()) for g in Dataset.open(str(path), version).iter_groups(split)]
+
+
+def files_of(path):
+    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("group_rows", [8, 7, 64])  # the training split ends with a full one, a short one, has only one
@@ -77,9 +81,7 @@ def test_the_result_is_that_of_the_same_steps_elsewhere(folder, tmp_path, ingest
     shutil.rmtree(tmp_path / "b/versions")  # as a kill right after the first manifest leaves it
     source = more(1, 20)
     assert ingest_here(source, tmp_path / "a", add=True) == ingest_here(source, tmp_path / "b", add=True)
-    assert {p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*")} == {
-        p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*")
-    }
+    assert files_of(tmp_path / "a").keys() == files_of(tmp_path / "b").keys()
 
 
 def test_the_order_of_rows_does_not_hang_on_which_versions_were_kept(folder, tmp_path, ingest_here, picture):
@@ -162,6 +164,54 @@ def test_what_was_set_aside_before_stays_listed(folder, tmp_path, ingest_here, m
     assert listed["key"].to_pylist() == ["birds/worse.png", "cats/bad.png"]
 
 
+def test_an_addition_that_was_killed_and_given_up_leaves_no_trace(
+    folder, tmp_path, ingest_here, more, picture, monkeypatch
+):
+    write = Storage.write_bytes
+
+    def killed(storage, name, content):
+        if name == MANIFEST:
+            raise KeyboardInterrupt
+        write(storage, name, content)
+
+    ingest_here(folder, tmp_path / "shards")
+    shutil.copytree(tmp_path / "shards", tmp_path / "quiet")
+    (more(100, 110) / "birds/bad.png").write_bytes(b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ingest_here(tmp_path / "more", tmp_path / "shards", add=True, max_bad_fraction=0.2)
+    assert pq.read_table(tmp_path / "shards/quarantine.parquet").num_rows == 0
+    (tmp_path / "other/fish").mkdir(parents=True)
+    picture(200).save(tmp_path / "other/fish/200.png")
+    second = ingest_here(tmp_path / "other", tmp_path / "shards", add=True)
+    assert second == ingest_here(tmp_path / "other", tmp_path / "quiet", add=True)
+    assert second.num_quarantined == 0
+    assert files_of(tmp_path / "shards") == files_of(tmp_path / "quiet")
+
+
+def test_the_list_of_the_newest_is_laid_out_after_a_kill_before_that(folder, tmp_path, ingest_here):
+    (folder / "cats/bad.png").write_bytes(b"x")
+    ingest_here(folder, tmp_path / "shards", max_bad_fraction=0.1)
+    before = files_of(tmp_path / "shards")
+    (tmp_path / "shards/quarantine.parquet").unlink()
+    ingest_here(folder, tmp_path / "shards", max_bad_fraction=0.1)
+    assert files_of(tmp_path / "shards") == before
+
+
+def test_a_dataset_with_one_list_for_all_versions_is_added_to(folder, tmp_path, ingest_here, more):
+    """As an older maskray left it."""
+    (folder / "cats/bad.png").write_bytes(b"x")
+    for place in ("new", "old"):
+        ingest_here(folder, tmp_path / place, max_bad_fraction=0.1)
+    for path in (tmp_path / "old").glob("versions/*.quarantine"):
+        path.unlink()
+    (more(100, 110) / "birds/worse.png").write_bytes(b"x")
+    for place in ("new", "old"):
+        ingest_here(tmp_path / "more", tmp_path / place, add=True, max_bad_fraction=0.1)
+    assert files_of(tmp_path / "old") == files_of(tmp_path / "new")
+
+
 def test_a_damaged_dataset_of_two_sources_cannot_be_mended_from_one(folder, tmp_path, ingest_here, more):
     ingest_here(folder, tmp_path / "shards")
     ingest_here(more(100, 110), tmp_path / "shards", add=True)
@@ -209,7 +259,7 @@ def test_what_no_version_in_use_needs_goes_and_nothing_else(three_versions, used
     left = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
     assert left == {
         *("manifest.json", "quarantine.parquet"),
-        *(f"versions/{m.fingerprint}.json" for m in kept),
+        *(f"versions/{m.fingerprint}{end}" for m in kept for end in (".json", ".quarantine")),
         *(shard.name for m in kept for shard in m.shards),
     }
     assert {m.fingerprint: groups_of(path, m.fingerprint) for m in kept} == before
