@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from maskray.config.schema import IngestConfig
-from maskray.data.additions import adopted, layout_of, read_present, relabelled
+from maskray.data.additions import adopted, choice_of, layout_of, read_present, relabelled
 from maskray.data.check import find_damaged
 from maskray.data.garbage import unneeded
 from maskray.data.layout import Work, kept_shards, plan_shards, write_shards
@@ -71,7 +72,7 @@ def ingest(config: IngestConfig, mapper: Mapper, progress: Progress | None = Non
             )
     elif config.add:
         config, source = adopted(config, base), relabelled(source, base)
-    elif (base.group_rows, base.layout) != (config.group_rows, layout_of(config)):
+    elif _differs(base, config):
         raise _occupied(storage, base)
     run = _Ingest(config, source, storage, base, mapper, report)
     manifest = run.recognised() or run.made()
@@ -96,8 +97,9 @@ class _Ingest:
     report: Progress
 
     def recognised(self) -> Manifest | None:
-        """What is there, if it was made from this very source and is whole."""
-        if self.base is None or all(origin.stamp != self.source.stamp for origin in self.base.origins):
+        """What is there, if it was made from this very source under these options and is whole."""
+        made = (self.source.stamp, choice_of(self.config))
+        if self.base is None or all((origin.stamp, origin.options) != made for origin in self.base.origins):
             return None
         return self._base_if_whole(self.base)
 
@@ -171,6 +173,7 @@ class _Ingest:
             rows=sum(len(rows) for rows in seen.good.values()),
             skipped=seen.skipped,
             content=seen.content,
+            options=choice_of(config),
         )
         manifest = Manifest(
             group_rows=config.group_rows,
@@ -234,14 +237,24 @@ def _refuse_other_things(storage: Storage) -> None:
         )
 
 
+def _differs(base: Manifest, config: IngestConfig) -> bool:
+    """Whether a dataset was made under other options: of what was not noted, the images must tell."""
+    is_laid_out_alike = (base.group_rows, base.layout) == (config.group_rows, layout_of(config))
+    return not is_laid_out_alike or all(origin.options not in ({}, choice_of(config)) for origin in base.origins)
+
+
 def _occupied(storage: Storage, base: Manifest) -> DataError:
-    sources = ", ".join(origin.source for origin in base.origins)
+    sources = ", ".join(f"{origin.source} ({_in_words(origin.options)})" for origin in base.origins)
     return DataError(
         "another dataset is already there",
         key="destination",
-        found=f"{storage.uri}, made from {sources} with group_rows {base.group_rows} and {base.layout}",
+        found=f"{storage.uri}, made from {sources} with {_in_words({'group_rows': base.group_rows} | base.layout)}",
         fix="take another destination, delete that one, or add the images to it (--add)",
     )
+
+
+def _in_words(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items()) or "under options that were not noted"
 
 
 def _remove_leftovers(storage: Storage, needed: list[Manifest]) -> None:

@@ -19,7 +19,7 @@ from maskray.config.load import fingerprint
 from maskray.data.storage import TEMPORARY, Storage
 from maskray.errors import DataError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 KEY = "data.path"
 """The key that errors name: who reads a dataset trains on it."""
 MANIFEST = "manifest.json"
@@ -36,7 +36,8 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 # shards, in whose footers pyarrow writes its version: `content` is over the images themselves.
 _NOT_IDENTITY = ("fingerprint",)
 _NOT_IDENTITY_OF_A_SHARD = ("size", "sha256")
-_NOT_IDENTITY_OF_AN_ORIGIN = ("source", "stamp", "skipped")
+_NOT_IDENTITY_OF_AN_ORIGIN = ("source", "stamp", "skipped", "options")
+_SCHEMA_VERSION_OF_FINGERPRINTS = 2  # what was noted since is no identity: the same images keep their fingerprint
 _SHARD_FILE = re.compile(r"\d{5,}\.parquet")
 _VERSION_FILE = re.compile(r"[0-9a-f]{16}\.(json|quarantine)")
 _LUMA = (299, 587, 114)  # of red, green and blue in gray, in thousandths: ITU-R 601
@@ -84,6 +85,8 @@ class Origin:
     """Images that were there already."""
     content: str
     """SHA-256 over keys, labels and the stored images' own SHA-256, in the order of keys."""
+    options: dict[str, Any]
+    """Ingest's options that decided on which images were taken; empty where an older maskray did not note them."""
 
 
 def grid_of(image_CHW: Bytes) -> Bytes:
@@ -168,7 +171,7 @@ class Manifest:
 
     def expected_fingerprint(self) -> str:
         """Digest over all but where and when."""
-        plain = json.loads(json.dumps(asdict(self)))
+        plain = json.loads(json.dumps(asdict(self))) | {"schema_version": _SCHEMA_VERSION_OF_FINGERPRINTS}
         for split in plain["splits"].values():
             for shard, key in product(split["shards"], _NOT_IDENTITY_OF_A_SHARD):
                 del shard[key]
@@ -231,16 +234,16 @@ class Manifest:
             version = raw["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"the manifest of {place} cannot be read", key=key, found=str(error), fix=again) from error
-        if version != SCHEMA_VERSION:
+        if version not in (2, SCHEMA_VERSION):
             raise DataError(
                 f"{place} was written with another schema version",
                 key=key,
                 found=version,
-                allowed=f"{SCHEMA_VERSION} (this version of maskray)",
+                allowed=f"2 or {SCHEMA_VERSION} (this version of maskray)",
                 fix="ingest again, or use the version of maskray that wrote it",
             )
         try:
-            manifest = _manifest_from(raw)
+            manifest = _manifest_from(_upgraded_from_2(raw) if version == 2 else raw)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"the manifest of {place} is incomplete", key=key, found=repr(error), fix=again) from error
         expected = manifest.expected_fingerprint()
@@ -252,6 +255,12 @@ class Manifest:
                 fix=again,
             )
         return manifest
+
+
+def _upgraded_from_2(raw: dict[str, Any]) -> dict[str, Any]:
+    """Since 3 it is noted of each origin under which options its images were taken."""
+    origins = [origin | {"options": {}} for origin in raw["origins"]]
+    return raw | {"schema_version": SCHEMA_VERSION, "origins": origins}
 
 
 def _manifest_from(raw: dict[str, Any]) -> Manifest:

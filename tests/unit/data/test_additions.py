@@ -133,6 +133,19 @@ def test_added_images_come_under_the_options_of_the_dataset(folder, tmp_path, in
         ingest(config.model_copy(update={"resize_short": 20}), thread_mapper(2))
 
 
+def test_added_images_are_taken_under_the_options_of_the_last_ingest_unless_told(folder, tmp_path, ingest_here, more):
+    (folder / "cats/copy.png").write_bytes((folder / "dogs/003.png").read_bytes())
+    first = ingest_here(folder, tmp_path / "shards", deduplicate=True)
+    more(100, 110)
+    for i in (100, 101):
+        (tmp_path / f"more/birds/copy{i}.png").write_bytes((tmp_path / f"more/birds/{i}.png").read_bytes())
+    second = ingest_here(tmp_path / "more", tmp_path / "shards", add=True)
+    assert second.origins[-1].options == first.origins[0].options
+    assert (second.num_duplicates, second.origins[-1].rows) == (3, 10)
+    third = ingest_here(tmp_path / "more", tmp_path / "shards", add=True, deduplicate=False)
+    assert (third.num_duplicates, third.origins[-1].rows, third.origins[-1].skipped) == (1, 2, 10)
+
+
 def test_mistakes_of_adding(folder, tmp_path, ingest_here, more):
     with pytest.raises(DataError, match=r"destination: there is no dataset to add to"):
         ingest_here(folder, tmp_path / "shards", add=True)

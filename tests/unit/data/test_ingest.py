@@ -1,5 +1,6 @@
 """Ingest: the same dataset however it is run, bad images set aside, a kill leaves nothing that could be read."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -135,6 +136,35 @@ def test_another_dataset_is_not_written_over(folder, tmp_path, ingest_here, pict
     picture(999).save(folder / "cats/new.png")
     with pytest.raises(DataError, match="another dataset is already there"):
         ingest_here(folder, tmp_path / "shards")
+
+
+@pytest.mark.parametrize("option", [{"deduplicate": True}, {"max_pixels": 560}])
+def test_options_that_decide_on_which_images_are_taken_are_not_ignored(folder, tmp_path, ingest_here, option):
+    first = ingest_here(folder, tmp_path / "shards")
+    (name, value), before = *option.items(), files_of(tmp_path / "shards")
+    was = first.origins[0].options[name]
+    with pytest.raises(DataError, match=rf"another dataset is already there. Found: .*pictures \(.*{name} {was}"):
+        ingest_here(folder, tmp_path / "shards", **option)
+    assert files_of(tmp_path / "shards") == before
+    ingest_here(folder, tmp_path / "others", max_bad_fraction=1, **option)
+    again = ingest_here(folder, tmp_path / "others", max_bad_fraction=1, **option)
+    assert again.origins[0].options[name] == value
+
+
+@pytest.mark.parametrize("copies", [0, 1])
+def test_where_options_were_not_noted_the_images_tell(folder, tmp_path, ingest_here, copies):
+    for number in range(copies):
+        (folder / f"cats/copy{number}.png").write_bytes((folder / "dogs/003.png").read_bytes())
+    first = ingest_here(folder, tmp_path / "shards")
+    raw = json.loads((tmp_path / "shards/manifest.json").read_bytes())
+    del raw["origins"][0]["options"]  # as an older maskray wrote it
+    (tmp_path / "shards/manifest.json").write_text(json.dumps(raw | {"schema_version": 2}))
+    assert ingest_here(folder, tmp_path / "shards").fingerprint == first.fingerprint
+    if copies:
+        with pytest.raises(DataError, match=r"another dataset is already there.*options that were not noted"):
+            ingest_here(folder, tmp_path / "shards", deduplicate=True)
+    else:
+        assert ingest_here(folder, tmp_path / "shards", deduplicate=True).fingerprint == first.fingerprint
 
 
 def files_of(path):
