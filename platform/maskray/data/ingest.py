@@ -36,10 +36,10 @@ from maskray.data.manifest import (
 from maskray.data.mapper import Mapper as Mapper
 from maskray.data.mapper import Progress as Progress
 from maskray.data.parts import FOLDER, Parts
-from maskray.data.quarantine import list_set_aside, write_set_aside
+from maskray.data.quarantine import list_set_aside, read_set_aside, write_set_aside
 from maskray.data.sources import Source, is_shipped, open_source
 from maskray.data.storage import TEMPORARY, Storage
-from maskray.data.survey import CHUNK_IMAGES, Survey, read_threads, survey
+from maskray.data.survey import CHUNK_IMAGES, Present, Survey, read_threads, survey
 from maskray.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -105,24 +105,51 @@ class _Ingest:
 
     def made(self) -> Manifest:
         """Do what there is to do."""
-        storage, config, base = self.storage, self.config, self.base
-        storage.check_writable()
-        parts = self._parts()
-        present = read_present(storage, base, self.mapper) if base is not None and config.add else None
-        seen = survey(self.source, config, parts, self.mapper, self.report, present)
+        base = self.base
+        if base is not None and not self.config.add:
+            return self._mended(base)
+        seen, parts = self._surveyed(read_present(self.storage, base, self.mapper) if base is not None else None)
         num_good = sum(len(rows) for rows in seen.good.values())
-        if base is None or not config.add:
+        if base is None:
             _refuse_nothing_to_train_on(seen, num_good)
         elif not num_good:
-            logger.warning("%s: nothing to add, all %d images are there already", storage.uri, seen.skipped)
+            _say_nothing_to_add(self.storage, seen)
             return base
-        if base is not None and not config.add:  # under the same options; of the same images it can be mended
-            if seen.content not in {origin.content for origin in base.origins}:
-                raise _occupied(storage, base)
-            whole = self._base_if_whole(base)
-            if whole is not None:
-                return whole  # the same images, only copied or touched since
         return self._write(seen, parts)
+
+    def _mended(self, base: Manifest) -> Manifest:
+        """What is there, of the same images that were only copied or touched since; damaged shards are written anew."""
+        self._refuse_other_keys(base)
+        seen, parts = self._surveyed(None)
+        try:
+            if seen.content not in {origin.content for origin in base.origins}:
+                raise _occupied(self.storage, base)
+            whole = self._base_if_whole(base)
+        except DataError:
+            self.storage.delete(FOLDER)  # no ingest can go on with these parts
+            raise
+        return whole or self._write(seen, parts)
+
+    def _refuse_other_keys(self, base: Manifest) -> None:
+        """Before a look at all of its images: a source that has grown, or is another."""
+        try:
+            there = read_present(self.storage, base, self.mapper).sha256.keys()
+        except DataError as error:
+            logger.info("the keys of %s are not known (%s): the images must tell", self.storage.uri, error)
+            return
+        set_aside = read_set_aside(self.storage, base)
+        if set_aside is None:
+            return
+        keys = {entry.key for entry in self.source.entries}
+        new, num_known = sorted(keys - there - set(set_aside["key"].to_pylist())), len(keys & there)
+        if new or num_known not in {origin.rows for origin in base.origins}:
+            more = f"{len(new)} images more ({_some(new)})" if new else f"{num_known} images of that"
+            raise _occupied(self.storage, base, f"; the source has {more}")
+
+    def _surveyed(self, present: Present | None) -> tuple[Survey, Parts]:
+        self.storage.check_writable()
+        parts = self._parts()
+        return survey(self.source, self.config, parts, self.mapper, self.report, present), parts
 
     def _parts(self) -> Parts:
         libraries = [(name, metadata.version(name)) for name in _LIBRARIES]
@@ -202,6 +229,19 @@ def _refuse_nothing_to_train_on(seen: Survey, num_good: int) -> None:
         )
 
 
+def _say_nothing_to_add(storage: Storage, seen: Survey) -> None:
+    if not seen.set_aside:
+        logger.warning("%s: nothing to add, all %d images are there already", storage.uri, seen.skipped)
+        return
+    logger.warning(  # by name, all of them: there is no new version whose list would have them
+        "%s: nothing to add: %d images are there already, and %d were set aside: %s",
+        storage.uri,
+        seen.skipped,
+        len(seen.set_aside),
+        "; ".join(f"{image.key} ({image.reason})" for image in seen.set_aside),
+    )
+
+
 def _refuse_overlap(source: str, storage: Storage) -> None:
     """Each would be taken for the other: shards for pictures, and pictures for shards that nothing needs."""
     if is_shipped(source):
@@ -232,7 +272,7 @@ def _refuse_other_things(storage: Storage) -> None:
         raise DataError(
             "the folder holds other things than a dataset",
             key="destination",
-            found=f"{', '.join(foreign[:_SHOWN])} in {storage.uri}",
+            found=f"{_some(foreign)} in {storage.uri}",
             fix="take an empty or new folder, or delete them if they are left of an ingest that was stopped",
         )
 
@@ -243,14 +283,19 @@ def _differs(base: Manifest, config: IngestConfig) -> bool:
     return not is_laid_out_alike or all(origin.options not in ({}, choice_of(config)) for origin in base.origins)
 
 
-def _occupied(storage: Storage, base: Manifest) -> DataError:
+def _occupied(storage: Storage, base: Manifest, more: str = "") -> DataError:
     sources = ", ".join(f"{origin.source} ({_in_words(origin.options)})" for origin in base.origins)
+    layout = _in_words({"group_rows": base.group_rows} | base.layout)
     return DataError(
         "another dataset is already there",
         key="destination",
-        found=f"{storage.uri}, made from {sources} with {_in_words({'group_rows': base.group_rows} | base.layout)}",
+        found=f"{storage.uri}, made from {sources} with {layout}{more}",
         fix="take another destination, delete that one, or add the images to it (--add)",
     )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def _in_words(options: dict[str, Any]) -> str:

@@ -75,6 +75,15 @@ def test_a_grown_source_adds_what_is_new(folder, tmp_path, ingest_here, picture,
     assert ingest_here(folder, tmp_path / "shards", group_rows=4, seed=3, add=True) == second
 
 
+def test_what_cannot_be_added_is_named_where_nothing_is_added(folder, tmp_path, ingest_here, caplog):
+    first = ingest_here(folder, tmp_path / "shards", held_out_fraction=0)
+    for name in ("bad.png", "worse.png"):
+        (folder / "cats" / name).write_bytes(b"x")
+    assert ingest_here(folder, tmp_path / "shards", held_out_fraction=0, add=True, max_bad_fraction=1) == first
+    assert "nothing to add: 50 images are there already, and 2 were set aside: cats/bad.png (" in caplog.text
+    assert "; cats/worse.png (" in caplog.text
+
+
 def test_the_result_is_that_of_the_same_steps_elsewhere(folder, tmp_path, ingest_here, more):
     for place in ("a", "b"):
         ingest_here(folder, tmp_path / place)
