@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [  # from the ground up; rooms on one line do not impor
     {"evaluation"},
     {"pretrain", "publish"},
     {"launch"},
-    {"on_ray", "bare"},
+    {"on_ray", "bare", "in_use"},
     {"cli"},
 ]
 WITHIN_A_LAYER = {("config", "errors")}  # everything may raise
