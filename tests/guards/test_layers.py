@@ -44,7 +44,7 @@ OWNERS: dict[str, set[str]] = {
         "publish/registry",
         "publish/predictor",
     },
-    "psutil": {"training/lease"},
+    "psutil": {"data/lease"},
     "ray": {"on_ray"},
 }
 WITHOUT_TORCH = {"config", "cli", "errors", "data/plan"}

@@ -11,7 +11,7 @@ import torch
 
 from maskray.config.resolve import resolve
 from maskray.config.schema import RunConfig
-from maskray.data import row_groups
+from maskray.data import lease, row_groups
 from maskray.data import storage as storage_module
 from maskray.data.local import LocalStream
 from maskray.data.retry import RETRIES, Patience
@@ -19,7 +19,7 @@ from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import StreamSpec, Unit
 from maskray.errors import RunConflictError, StorageError, UnreachableError
-from maskray.training import checkpoint, lease
+from maskray.training import checkpoint
 from object_store import FaultyProxy
 
 KINDS = ("throttle", "reset", "short")

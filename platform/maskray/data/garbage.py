@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Set
 from dataclasses import dataclass
 
+from maskray.data.lease import INGEST, refuse_if_held
 from maskray.data.manifest import SPLITS, VERSIONS, Manifest, is_ours, newest, quarantine_of, versions
 from maskray.data.parts import FOLDER
 from maskray.data.shards import no_manifest
@@ -32,8 +33,10 @@ def find_garbage(storage: Storage, in_use: Set[str]) -> Garbage:
         in_use: fingerprints of the datasets that somebody needs.
 
     Raises:
-        DataError: there is no dataset, or an ingest is under way.
+        DataError: there is no dataset, or an ingest was killed.
+        RunConflictError: an ingest is running.
     """
+    refuse_if_held(storage, storage.uri, INGEST)
     last = newest(storage)
     if last is None:
         raise no_manifest(storage)

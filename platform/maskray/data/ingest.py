@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from maskray.config.schema import IngestConfig
+from maskray.data import lease
 from maskray.data.additions import adopted, choice_of, layout_of, read_present, relabelled
 from maskray.data.check import find_damaged
 from maskray.data.garbage import unneeded
@@ -29,6 +30,7 @@ from maskray.data.manifest import (
     Origin,
     Shard,
     Split,
+    is_kept,
     keep,
     newest,
     versions,
@@ -57,13 +59,29 @@ def ingest(config: IngestConfig, mapper: Mapper, progress: Progress | None = Non
         DataError: no such source, no images in it, too many that cannot be decoded, a source and a destination that lie
             inside each other, another dataset or other things at the destination, or images to add that do not go with
             those that are there.
+        RunConflictError: another ingest into the same place is running.
         StorageError: the destination cannot be written.
     """
-    report = progress or _no_progress
     storage = Storage(config.destination)
     _refuse_overlap(config.source, storage)
-    base = newest(storage, "destination")
     source = open_source(config.source)
+    run = _begun(config, source, storage, mapper, progress or _no_progress)
+    manifest = run.recognised()
+    if manifest is not None and is_kept(storage, manifest) and not storage.exists(FOLDER):
+        return manifest  # by any number at once, and where nobody may write
+    with lease.hold(storage, storage.uri, lease.INGEST):
+        again = _begun(config, source, storage, mapper, run.report)
+        if again.base != run.base:  # another ingest has ended meanwhile
+            run, manifest = again, again.recognised()
+        manifest = manifest or run.made()
+        keep(storage, manifest)
+        storage.delete(FOLDER)
+    return manifest
+
+
+def _begun(config: IngestConfig, source: Source, storage: Storage, mapper: Mapper, report: Progress) -> _Ingest:
+    """After a look, which changes nothing, at what is there."""
+    base = newest(storage, "destination")
     if base is None:
         _refuse_other_things(storage)
         if config.add:
@@ -74,11 +92,7 @@ def ingest(config: IngestConfig, mapper: Mapper, progress: Progress | None = Non
         config, source = adopted(config, base), relabelled(source, base)
     elif _differs(base, config):
         raise _occupied(storage, base)
-    run = _Ingest(config, source, storage, base, mapper, report)
-    manifest = run.recognised() or run.made()
-    keep(storage, manifest)
-    storage.delete(FOLDER)
-    return manifest
+    return _Ingest(config, source, storage, base, mapper, report)
 
 
 def _no_progress(done: int, total: int, phase: str) -> None:
@@ -266,7 +280,7 @@ def _way_to(place: str) -> tuple[str, ...]:
 
 def _refuse_other_things(storage: Storage) -> None:
     # What a half-done ingest left is told by its notes. Without them the same names are somebody's own.
-    ours = {*SPLITS, QUARANTINE, VERSIONS} if storage.exists(FOLDER) else set()
+    ours = {lease.LEASE, *((*SPLITS, QUARANTINE, VERSIONS) if storage.exists(FOLDER) else ())}
     foreign = [name for name in storage.list_names() if name not in ours and not name.startswith(".")]
     if foreign:
         raise DataError(

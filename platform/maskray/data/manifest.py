@@ -326,6 +326,13 @@ def keep(storage: Storage, manifest: Manifest) -> None:
         storage.write_bytes(QUARANTINE, own)
 
 
+def is_kept(storage: Storage, manifest: Manifest) -> bool:
+    """Whether the newest version is kept, with its list, and nothing is left to be done."""
+    own = _read(storage, quarantine_of(manifest.fingerprint))
+    is_there = storage.exists(f"{VERSIONS}/{manifest.fingerprint}.json")
+    return is_there and own is not None and own == _read(storage, QUARANTINE)
+
+
 def _read(storage: Storage, name: str) -> bytes | None:
     try:
         return storage.read_bytes(name)

@@ -9,13 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from maskray.config.schema import IngestConfig
+from maskray.data import lease
 from maskray.data.garbage import find_garbage
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.survey import split_of
-from maskray.errors import DataError, StorageError
+from maskray.errors import DataError, RunConflictError, StorageError
 
 
 def keys_of(path, split="train"):
@@ -222,6 +223,48 @@ def test_what_others_put_into_a_dataset_stays_there(folder, tmp_path, ingest_her
     assert {name for name, data in left.items() if data == b"theirs"} == set(theirs)
     assert b"left by a kill" not in left.values()
     assert not set(theirs) & set(find_garbage(Storage(tmp_path / "shards"), set()).files)
+
+
+def test_of_two_ingests_into_one_place_the_second_is_refused(folder, tmp_path, ingest_here):
+    refused = []
+
+    def meanwhile(done, total, phase):
+        with pytest.raises(
+            RunConflictError, match=r"destination: the ingest into .*/shards is running already"
+        ) as error:
+            ingest_here(folder, tmp_path / "shards", group_rows=4)
+        refused.append(error)
+        with pytest.raises(RunConflictError, match="is running already"):
+            find_garbage(Storage(tmp_path / "shards"), set())
+
+    one = ingest_here(folder, tmp_path / "shards", meanwhile)
+    assert refused
+    assert one == ingest_here(folder, tmp_path / "quiet")
+    assert files_of(tmp_path / "shards") == files_of(tmp_path / "quiet")
+
+
+def test_a_finished_dataset_is_recognised_where_nobody_may_write(folder, tmp_path, ingest_here, monkeypatch):
+    first = ingest_here(folder, tmp_path / "shards")
+    with lease.hold(Storage(tmp_path / "shards"), "shards", lease.INGEST):
+        assert ingest_here(folder, tmp_path / "shards") == first
+    monkeypatch.setattr(Storage, "write_bytes", lambda *_: pytest.fail("writes"))
+    monkeypatch.setattr(Storage, "create_exclusive", lambda *_: pytest.fail("writes"))
+    assert ingest_here(folder, tmp_path / "shards") == first
+
+
+def test_what_another_ingest_did_meanwhile_is_seen(folder, tmp_path, ingest_here, monkeypatch):
+    hold = lease.hold
+
+    def after_another(*arguments):
+        monkeypatch.setattr(lease, "hold", hold)
+        ingest_here(folder, tmp_path / "shards")
+        return hold(*arguments)
+
+    monkeypatch.setattr(lease, "hold", after_another)
+    told = []
+    manifest = ingest_here(folder, tmp_path / "shards", lambda *now: told.append(now))
+    assert manifest == ingest_here(folder, tmp_path / "quiet")
+    assert {phase for _, _, phase in told} == {"verify"}
 
 
 def test_a_damaged_dataset_is_written_anew(folder, tmp_path, ingest_here, caplog):
