@@ -11,7 +11,7 @@ import torch
 
 from maskray.config.resolve import resolve
 from maskray.config.schema import RunConfig
-from maskray.data import row_groups
+from maskray.data import lease, row_groups
 from maskray.data import storage as storage_module
 from maskray.data.local import LocalStream
 from maskray.data.retry import RETRIES, Patience
@@ -20,7 +20,7 @@ from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.data.stream import Unit
 from maskray.errors import RunConflictError, StorageError, UnreachableError
-from maskray.training import checkpoint, folders, lease
+from maskray.training import folders
 from object_store import FaultyProxy
 
 KINDS = ("throttle", "reset", "short")
