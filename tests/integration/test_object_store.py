@@ -20,7 +20,7 @@ from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.data.stream import Unit
 from maskray.errors import RunConflictError, StorageError, UnreachableError
-from maskray.training import folders
+from maskray.training import checkpoint, folders
 from object_store import FaultyProxy
 
 KINDS = ("throttle", "reset", "short")
