@@ -132,9 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_data_check)
     gc = verbs.add_parser("gc", help="remove versions that no run or registered model needs: says first what would go")
     gc.add_argument("--delete", action="store_true", help="do it")
-    gc.add_argument("--storage", default="runs", help="where the runs are kept, whose datasets are in use [runs]")
+    gc.add_argument("--storage", help="where the runs are kept, whose datasets are in use, or `none` [runs]")
     gc.add_argument(
-        "--tracking-uri", help="MLflow, whose runs' and models' datasets are in use [the one beside the runs]"
+        "--tracking-uri",
+        help="MLflow, whose runs' and models' datasets are in use, or `none` [the one beside the runs]",
     )
     gc.set_defaults(command=_data_gc)
     for verb in (show, check, gc):
@@ -228,19 +229,16 @@ def _data_check(arguments: argparse.Namespace) -> int:
 def _data_gc(arguments: argparse.Namespace) -> int:
     from maskray.data.garbage import delete_garbage, find_garbage
     from maskray.data.storage import Storage
-    from maskray.launch import datasets_of_runs
-    from maskray.tracking import mlflow_runs, mlflow_store
+    from maskray.in_use import datasets_in_use
 
-    storage, runs = Storage(arguments.dataset), Storage(arguments.storage)
-    in_use = set(datasets_of_runs(runs).values())
-    asked = [f"the runs in {runs.uri}"]
-    if arguments.tracking_uri or mlflow_store.has_embedded_store(runs.uri):
-        store = mlflow_store.open_store(TrackingConfig(uri=arguments.tracking_uri), runs.uri)
-        in_use |= mlflow_runs.datasets_in_use(store)
-        asked.append(f"MLflow at {mlflow_store.shown(store.uri)}")
-    garbage = find_garbage(storage, in_use)
+    storage = Storage(arguments.dataset)
+    in_use = datasets_in_use(arguments.storage, arguments.tracking_uri, for_deletion=arguments.delete)
+    garbage = find_garbage(storage, in_use.fingerprints)
     console = Console(highlight=False)
-    console.print(f"Kept: {', '.join(garbage.kept)} (the newest, or named by {' or '.join(asked)})", soft_wrap=True)
+    named = f", or named by {' or '.join(in_use.asked)}" if in_use.asked else ""
+    console.print(f"Kept: {', '.join(garbage.kept)} (the newest{named})", soft_wrap=True)
+    for who in in_use.not_asked:
+        console.print(f"Not asked: {who}", soft_wrap=True)
     for name, size in garbage.files.items():
         console.print(f"  {name}  {size:,} bytes", soft_wrap=True)
     total = f"{len(garbage.versions)} versions, {len(garbage.files)} files of {sum(garbage.files.values()):,} bytes"

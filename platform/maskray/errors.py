@@ -8,7 +8,7 @@ MaskrayError (ValueError)     a mistake of the user's, or of what the run was gi
 ├── TrackingError             MLflow that cannot be reached or written
 ├── StorageError              a folder or bucket that cannot be read or written
 │   └── UnreachableError      an object store that does not answer, however often it is asked
-└── RunConflictError          the same run is already running somewhere else
+└── RunConflictError          the same run or ingest is already running somewhere else
 TrainingError (RuntimeError)  the run itself went wrong: not a mistake in what was asked
 ├── NonFiniteError            a loss or gradient norm that is not finite
 └── StreamError               the stream delivered another row group than the plan's: a fault of ours
@@ -82,7 +82,7 @@ class UnreachableError(StorageError):
 
 
 class RunConflictError(MaskrayError):
-    """The same run is already running somewhere else."""
+    """The same run, or an ingest into the same place, is already running somewhere else."""
 
 
 class TrainingError(RuntimeError):

@@ -21,10 +21,11 @@ from typing import Any, Protocol
 from maskray.config.load import dump
 from maskray.config.resolve import RunPlan, padding_waste, resolve
 from maskray.config.schema import RunConfig
+from maskray.data import lease
 from maskray.data.manifest import kept_versions
 from maskray.data.shards import Dataset
+from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.data.stream import StreamSpec
 from maskray.errors import CheckpointError, ConfigError, MaskrayError, StorageError, TrackingError
 from maskray.evaluation.judgement import Judgement, Scores
 from maskray.evaluation.linear_probe import Accuracy
@@ -37,7 +38,6 @@ from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
 from maskray.tracking.mlflow_store import Store, open_store, shown
 from maskray.tracking.mlflow_tracker import MlflowTracker
-from maskray.training import lease
 
 log = logging.getLogger(__name__)
 

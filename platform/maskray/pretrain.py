@@ -13,7 +13,8 @@ from maskray.config.resolve import resolve
 from maskray.config.schema import RunConfig
 from maskray.data.manifest import SplitName
 from maskray.data.shards import Dataset
-from maskray.data.stream import Batch, StreamSpec, walk
+from maskray.data.spec import StreamSpec
+from maskray.data.stream import Batch, walk
 from maskray.evaluation.features import Images
 from maskray.evaluation.reconstruction import reconstruct
 from maskray.models.build import build_normalize, initial_model

@@ -31,7 +31,8 @@ from maskray.data.ingest import ingest  # noqa: E402
 from maskray.data.local import open_units  # noqa: E402
 from maskray.data.mapper import thread_mapper  # noqa: E402
 from maskray.data.shards import Dataset  # noqa: E402
-from maskray.data.stream import StreamSpec, Unit, steps  # noqa: E402
+from maskray.data.spec import StreamSpec  # noqa: E402
+from maskray.data.stream import Unit, steps  # noqa: E402
 
 CIFAR = ROOT.parent / "shared" / "data" / "cifar10-train.tar.gz"
 CACHES = ("none", "host", "device")

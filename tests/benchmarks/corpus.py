@@ -11,7 +11,7 @@ from maskray.config.schema import IngestConfig, RunConfig
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
-from maskray.data.stream import StreamSpec
+from maskray.data.spec import StreamSpec
 
 GROUP_ROWS = 64
 

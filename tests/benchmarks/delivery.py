@@ -33,8 +33,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from maskray.config.schema import DataConfig
 from maskray.data.local import LocalStream
+from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.data.stream import StreamSpec, load_unit
+from maskray.data.stream import load_unit
 from maskray.on_ray import stream
 
 BARE, DIRECT = "bare DataLoader", "maskray, Ray Data"

@@ -26,8 +26,8 @@ from on_train import arrivals
 from photographs import WORK, make_files
 
 from maskray.config.schema import DataConfig
+from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.data.stream import StreamSpec
 from maskray.on_ray import stream
 
 ROWS, GROUPS_PER_STEP = 8192, 32

@@ -13,8 +13,8 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from maskray.config.schema import DataConfig
+from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.data.stream import StreamSpec
 from maskray.on_ray import stream
 from maskray.on_ray.context import RayContext
 

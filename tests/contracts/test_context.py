@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from maskray import pretrain as pretraining
 from maskray.config.resolve import resolve
 from maskray.data.shards import Dataset
-from maskray.data.stream import StreamSpec
+from maskray.data.spec import StreamSpec
 from maskray.errors import CheckpointError, NonFiniteError
 from maskray.pretrain import pretrain
 from maskray.tracking.base import MemoryStore, MemoryTracker

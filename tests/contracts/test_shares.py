@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from maskray.config.schema import RandomMask, WholeImage
 from maskray.data.plan import share, shared_rounds
-from maskray.data.stream import StreamSpec, Unit, steps
+from maskray.data.spec import StreamSpec
+from maskray.data.stream import Unit, steps
 
 
 def spec(k, group_rows, views, total):

@@ -23,7 +23,8 @@ from maskray.data.local import LocalStream, open_units
 from maskray.data.mapper import thread_mapper
 from maskray.data.plan import Plan, share
 from maskray.data.shards import MANIFEST, Dataset, Row, write_shard
-from maskray.data.stream import StreamSpec, decode_group, load_unit, steps, walk
+from maskray.data.spec import StreamSpec
+from maskray.data.stream import decode_group, load_unit, steps, walk
 from maskray.errors import ConfigError, DataError, StorageError, StreamError
 
 GROUP, TOTAL_STEPS = 4, 9

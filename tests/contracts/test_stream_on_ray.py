@@ -15,8 +15,9 @@ from maskray.config.resolve import resolve
 from maskray.data.local import LocalStream
 from maskray.data.retry import RETRIES
 from maskray.data.shards import Dataset
+from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.data.stream import StreamSpec, Unit, steps
+from maskray.data.stream import Unit, steps
 from maskray.on_ray import stream
 from object_store import FaultyProxy
 

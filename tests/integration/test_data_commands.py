@@ -65,15 +65,43 @@ def test_from_pictures_to_a_clean_dataset(say, pictures, tmp_path):
     before = {p: p.stat().st_size for p in (tmp_path / "shards").rglob("*") if p.is_file()}
     said = say("data", "gc", "shards")
     assert "Nothing was removed. With --delete: 1 versions" in said
+    assert f"Not asked: runs: no place was named, and there is no {tmp_path}/runs" in said
+    assert "Not asked: MLflow" in said
     assert before == {p: p.stat().st_size for p in (tmp_path / "shards").rglob("*") if p.is_file()}
     (tmp_path / f"runs/one/{DATASET}").parent.mkdir(parents=True)
     (tmp_path / f"runs/one/{DATASET}").write_text(first)
-    assert "0 versions, 0 files" in say("data", "gc", "shards", "--delete")
+    said = say("data", "gc", "shards", "--delete", "--storage", "runs", "--tracking-uri", "none")
+    assert "0 versions, 0 files" in said
+    assert f"(the newest, or named by the 1 runs in {tmp_path}/runs)" in said
     assert fingerprints() == [first, second]
-    say("data", "gc", "shards", "--delete", "--storage", "elsewhere")
+    say("data", "gc", "shards", "--delete", "--storage", "none", "--tracking-uri", "none")
     assert fingerprints() == [second]
     assert "no such version" in say("data", "show", "shards", "--version", first, code=cli.USER_MISTAKE)
     assert "every checksum is right" in say("data", "check", "shards")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--storage", "rnus"], "Config: --storage: there are no runs: nothing is at that place. Found: {}/rnus."),
+        (["--delete", "--storage", "rnus"], "Config: --storage: there are no runs: nothing is at that place."),
+        (["--delete"], "Config: --storage: before something is deleted it must be said where the runs are"),
+        (
+            ["--delete", "--storage", "runs"],
+            "Config: --tracking-uri: before something is deleted it must be said which",
+        ),
+        (["--tracking-uri", "sqlite:///{}/typo.db"], "MLflow: tracking.uri: there is no such SQLite file."),
+    ],
+)
+def test_a_place_that_is_not_there_is_not_taken_for_one_that_names_nothing(say, pictures, tmp_path, arguments, said):
+    say("ingest", pictures("first", range(20)), "shards", "--group-rows", 8)
+    say("ingest", pictures("second", range(30, 50)), "shards", "--add")
+    (tmp_path / "runs").mkdir()
+    before = fingerprints()
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    assert said.format(tmp_path) in say("data", "gc", "shards", *arguments, code=cli.USER_MISTAKE)
+    assert fingerprints() == before
+    assert not (tmp_path / "typo.db").exists()
 
 
 def test_damaged_shards_are_named_with_exit_code_2(say, pictures, tmp_path):
@@ -95,7 +123,10 @@ def test_a_registered_version_keeps_its_data(say, pictures, tmp_path):
     store.client().create_registered_model("m")
     store.client().create_model_version("m", store.uri, tags={"dataset": fingerprints()[0]})
     assert "0 versions, 0 files" in say("data", "gc", "shards")
-    assert "1 versions" in say("data", "gc", "shards", "--tracking-uri", f"sqlite:///{tmp_path}/other.db")
+    assert "0 versions, 0 files" in say("data", "gc", "shards", "--delete", "--storage", "runs")
+    other = f"sqlite:///{tmp_path}/other.db"
+    open_store(TrackingConfig(uri=other), str(tmp_path / "runs"))
+    assert "1 versions" in say("data", "gc", "shards", "--tracking-uri", other)
 
 
 def test_a_run_that_was_begun_on_an_older_version_is_pointed_out(say, pictures, tiny, tmp_path, caplog):

@@ -17,11 +17,11 @@ import yaml
 
 from maskray import cli, launch
 from maskray.config.schema import RunConfig
+from maskray.data import lease
 from maskray.launch import prepare
 from maskray.on_ray import worker
 from maskray.pretrain import pretrain
 from maskray.tracking.base import MemoryTracker
-from maskray.training import lease
 from maskray.training.context import LocalContext
 
 Say = Callable[..., str]
@@ -157,7 +157,7 @@ def test_the_same_run_launched_twice(
 ):
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("a cluster is started for nothing"))
     prepared = prepare(tiny())
-    held = "import sys, time; from maskray.data.storage import Storage; from maskray.training import lease\n"
+    held = "import sys, time; from maskray.data.storage import Storage; from maskray.data import lease\n"
     held += "with lease.hold(Storage(sys.argv[1]), 'x'):\n    print('held', flush=True)\n    time.sleep(60)"
     command = [sys.executable, "-c", held, prepared.run.uri]
     root = Path(__file__).parents[2]

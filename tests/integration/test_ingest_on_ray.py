@@ -34,13 +34,14 @@ def test_results_come_in_order_with_few_tasks_in_flight():
 
 
 def test_a_mistake_in_a_task_is_the_users_not_rays(tmp_path):
+    (tmp_path / "in").mkdir()
     for i in range(20):
-        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02d}.png")
-    config = IngestConfig(source=str(tmp_path), destination=str(tmp_path / "out"), group_rows=4)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"in/{i:02d}.png")
+    config = IngestConfig(source=str(tmp_path / "in"), destination=str(tmp_path / "out"), group_rows=4)
 
     def change(done, total, phase):
         if done and phase == "check":
-            Image.new("RGB", (8, 8)).save(tmp_path / "05.png")
+            Image.new("RGB", (8, 8)).save(tmp_path / "in/05.png")
 
     with pytest.raises(DataError, match=r"the source changed while it was read: 05.png") as caught:
         ingest(config, ray_mapper(), change)

@@ -11,15 +11,16 @@ import torch
 
 from maskray.config.resolve import resolve
 from maskray.config.schema import RunConfig
-from maskray.data import row_groups
+from maskray.data import lease, row_groups
 from maskray.data import storage as storage_module
 from maskray.data.local import LocalStream
 from maskray.data.retry import RETRIES, Patience
 from maskray.data.shards import Dataset
+from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.data.stream import StreamSpec, Unit
+from maskray.data.stream import Unit
 from maskray.errors import RunConflictError, StorageError, UnreachableError
-from maskray.training import checkpoint, lease
+from maskray.training import checkpoint, folders
 from object_store import FaultyProxy
 
 KINDS = ("throttle", "reset", "short")
@@ -94,7 +95,7 @@ def test_a_checkpoint_in_a_bucket_is_read_as_a_folder(
     optimizer = torch.optim.AdamW(model.parameters())
     facts = checkpoint.Facts(3, "0" * 16, 1, 1, {}, [])
     checkpoint.HostCopy(model, optimizer, facts, "name: x\n").write(tmp_path)
-    target = Storage(f"{bucket}/runs").child("x-0123", checkpoint.folder_name(3, "abc"))
+    target = Storage(f"{bucket}/runs").child("x-0123", folders.folder_name(3, "abc"))
     proxy.shares = dict.fromkeys(KINDS, 0.1)
     for file in sorted(tmp_path.iterdir(), key=lambda f: f.name == checkpoint.STATE):
         with target.open_output(file.name) as out:

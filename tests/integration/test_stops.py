@@ -18,8 +18,8 @@ from maskray import cli, launch
 from maskray.bare import BareLauncher
 from maskray.config.load import dump, load
 from maskray.config.schema import RunConfig
+from maskray.data import lease
 from maskray.data.storage import Storage
-from maskray.training import lease
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "maskray.cli", "pretrain", "--launcher", "torch", "--config"]

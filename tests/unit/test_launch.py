@@ -8,9 +8,9 @@ import pytest
 from maskray import cli, launch
 from maskray.bare import BareLauncher
 from maskray.config.schema import RunConfig
+from maskray.data import lease
 from maskray.errors import ClusterError, ConfigError
 from maskray.launch import Prepared, Summary
-from maskray.training import lease
 
 
 @pytest.fixture

@@ -22,8 +22,13 @@ def layout_of(config: IngestConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
+def choice_of(config: IngestConfig) -> dict[str, Any]:
+    """The options, besides `max_bad_fraction`, that decide on which images are taken: each ingest has its own."""
+    return {name: getattr(config, name) for name in ("deduplicate", "max_pixels")}
+
+
 def adopted(config: IngestConfig, base: Manifest) -> IngestConfig:
-    """The options of the dataset, for those that were not given.
+    """The options of the dataset, for those that were not given; of its last ingest, where each has its own.
 
     Raises:
         DataError: one was given, and is another.
@@ -38,7 +43,9 @@ def adopted(config: IngestConfig, base: Manifest) -> IngestConfig:
                 allowed=str(options[name]),
                 fix="leave it out, or ingest all into a new destination",
             )
-    return config.model_copy(update=options)
+    last = base.origins[-1].options
+    chosen = {name: last[name] for name in last.keys() - config.model_fields_set}
+    return config.model_copy(update=options | chosen)
 
 
 def relabelled(source: Source, base: Manifest) -> Source:

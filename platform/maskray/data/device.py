@@ -20,7 +20,8 @@ from maskray.config.schema import DataConfig
 from maskray.data.cache import WholeImages
 from maskray.data.resize import resize
 from maskray.data.shards import Dataset, decoded_bytes
-from maskray.data.stream import Array, StreamSpec, Unit, draw_crops
+from maskray.data.spec import StreamSpec
+from maskray.data.stream import Array, Unit, draw_crops
 from maskray.errors import ConfigError
 
 logger = logging.getLogger(__name__)

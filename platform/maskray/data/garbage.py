@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 
-from maskray.data.manifest import SPLITS, VERSIONS, newest, versions
+from maskray.data.lease import INGEST, refuse_if_held
+from maskray.data.manifest import SPLITS, VERSIONS, Manifest, is_ours, newest, quarantine_of, versions
 from maskray.data.parts import FOLDER
 from maskray.data.shards import no_manifest
 from maskray.data.storage import Storage
@@ -32,8 +33,10 @@ def find_garbage(storage: Storage, in_use: Set[str]) -> Garbage:
         in_use: fingerprints of the datasets that somebody needs.
 
     Raises:
-        DataError: there is no dataset, or an ingest is under way.
+        DataError: there is no dataset, or an ingest was killed.
+        RunConflictError: an ingest is running.
     """
+    refuse_if_held(storage, storage.uri, INGEST)
     last = newest(storage)
     if last is None:
         raise no_manifest(storage)
@@ -45,13 +48,20 @@ def find_garbage(storage: Storage, in_use: Set[str]) -> Garbage:
         )
     every = versions(storage)
     kept = {name: manifest for name, manifest in every.items() if name in in_use or name == last.fingerprint}
-    needed = {f"{VERSIONS}/{name}.json" for name in kept}
-    needed |= {shard.name for manifest in kept.values() for shard in manifest.shards}
-    files = {
-        f"{folder}/{name}": size for folder in (VERSIONS, *SPLITS) for name, size in storage.list_sizes(folder).items()
+    return Garbage([name for name in every if name not in kept], list(kept), unneeded(storage, kept.values()))
+
+
+def unneeded(storage: Storage, kept: Collection[Manifest]) -> dict[str, int]:
+    """Bytes by name of the files that ingest wrote and none of these versions needs; manifests come first."""
+    needed = {shard.name for manifest in kept for shard in manifest.shards}
+    for manifest in kept:
+        needed |= {f"{VERSIONS}/{manifest.fingerprint}.json", quarantine_of(manifest.fingerprint)}
+    return {
+        f"{folder}/{name}": size
+        for folder in (VERSIONS, *SPLITS)
+        for name, size in sorted(storage.list_sizes(folder).items())
+        if is_ours(folder, name) and f"{folder}/{name}" not in needed
     }
-    unneeded = {name: size for name, size in files.items() if name not in needed}
-    return Garbage([name for name in every if name not in kept], list(kept), unneeded)
 
 
 def delete_garbage(storage: Storage, garbage: Garbage) -> None:

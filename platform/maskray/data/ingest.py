@@ -11,14 +11,14 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from pathlib import Path
+from typing import Any
 
 from maskray.config.schema import IngestConfig
-from maskray.data.additions import adopted, layout_of, read_present, relabelled
+from maskray.data import lease
+from maskray.data.additions import adopted, choice_of, layout_of, read_present, relabelled
 from maskray.data.check import find_damaged
+from maskray.data.garbage import unneeded
 from maskray.data.layout import Work, kept_shards, plan_shards, write_shards
 from maskray.data.manifest import (
     MANIFEST,
@@ -30,6 +30,7 @@ from maskray.data.manifest import (
     Origin,
     Shard,
     Split,
+    is_kept,
     keep,
     newest,
     versions,
@@ -37,9 +38,10 @@ from maskray.data.manifest import (
 from maskray.data.mapper import Mapper as Mapper
 from maskray.data.mapper import Progress as Progress
 from maskray.data.parts import FOLDER, Parts
-from maskray.data.sources import Source, open_source
+from maskray.data.quarantine import list_set_aside, read_set_aside, write_set_aside
+from maskray.data.sources import Source, is_shipped, open_source
 from maskray.data.storage import TEMPORARY, Storage
-from maskray.data.survey import CHUNK_IMAGES, Survey, read_threads, survey
+from maskray.data.survey import CHUNK_IMAGES, Present, Survey, read_threads, survey
 from maskray.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -48,29 +50,38 @@ _SHOWN = 3
 _NOT_OF_PARTS = {"source", "destination", "max_bad_fraction"}
 # Their versions decide on pixels and bytes: parts made with others are not mixed with those of today.
 _LIBRARIES = ("torch", "torchcodec", "pillow", "pyarrow")
-_QUARANTINE_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),  # the file in the source
-        pa.field("at", pa.int64(), nullable=False),  # the place in that file, of a member of an archive or a row
-        pa.field("kind", pa.string(), nullable=False),  # bad or duplicate
-    ]
-)
 
 
 def ingest(config: IngestConfig, mapper: Mapper, progress: Progress | None = None) -> Manifest:
     """Make the dataset that `config` asks for, or add to it; go on where a killed ingest stopped; recognise it if done.
 
     Raises:
-        DataError: no such source, no images in it, too many that cannot be decoded, another dataset at the destination,
-            or images to add that do not go with those that are there.
+        DataError: no such source, no images in it, too many that cannot be decoded, a source and a destination that lie
+            inside each other, another dataset or other things at the destination, or images to add that do not go with
+            those that are there.
+        RunConflictError: another ingest into the same place is running.
         StorageError: the destination cannot be written.
     """
-    report = progress or _no_progress
     storage = Storage(config.destination)
-    base = newest(storage, "destination")
+    _refuse_overlap(config.source, storage)
     source = open_source(config.source)
+    run = _begun(config, source, storage, mapper, progress or _no_progress)
+    manifest = run.recognised()
+    if manifest is not None and is_kept(storage, manifest) and not storage.exists(FOLDER):
+        return manifest  # by any number at once, and where nobody may write
+    with lease.hold(storage, storage.uri, lease.INGEST):
+        again = _begun(config, source, storage, mapper, run.report)
+        if again.base != run.base:  # another ingest has ended meanwhile
+            run, manifest = again, again.recognised()
+        manifest = manifest or run.made()
+        keep(storage, manifest)
+        storage.delete(FOLDER)
+    return manifest
+
+
+def _begun(config: IngestConfig, source: Source, storage: Storage, mapper: Mapper, report: Progress) -> _Ingest:
+    """After a look, which changes nothing, at what is there."""
+    base = newest(storage, "destination")
     if base is None:
         _refuse_other_things(storage)
         if config.add:
@@ -79,13 +90,9 @@ def ingest(config: IngestConfig, mapper: Mapper, progress: Progress | None = Non
             )
     elif config.add:
         config, source = adopted(config, base), relabelled(source, base)
-    elif (base.group_rows, base.layout) != (config.group_rows, layout_of(config)):
+    elif _differs(base, config):
         raise _occupied(storage, base)
-    run = _Ingest(config, source, storage, base, mapper, report)
-    manifest = run.recognised() or run.made()
-    keep(storage, manifest)
-    storage.delete(FOLDER)
-    return manifest
+    return _Ingest(config, source, storage, base, mapper, report)
 
 
 def _no_progress(done: int, total: int, phase: str) -> None:
@@ -104,31 +111,59 @@ class _Ingest:
     report: Progress
 
     def recognised(self) -> Manifest | None:
-        """What is there, if it was made from this very source and is whole."""
-        if self.base is None or all(origin.stamp != self.source.stamp for origin in self.base.origins):
+        """What is there, if it was made from this very source under these options and is whole."""
+        made = (self.source.stamp, choice_of(self.config))
+        if self.base is None or all((origin.stamp, origin.options) != made for origin in self.base.origins):
             return None
         return self._base_if_whole(self.base)
 
     def made(self) -> Manifest:
         """Do what there is to do."""
-        storage, config, base = self.storage, self.config, self.base
-        storage.check_writable()
-        parts = self._parts()
-        present = read_present(storage, base, self.mapper) if base is not None and config.add else None
-        seen = survey(self.source, config, parts, self.mapper, self.report, present)
+        base = self.base
+        if base is not None and not self.config.add:
+            return self._mended(base)
+        seen, parts = self._surveyed(read_present(self.storage, base, self.mapper) if base is not None else None)
         num_good = sum(len(rows) for rows in seen.good.values())
-        if base is None or not config.add:
+        if base is None:
             _refuse_nothing_to_train_on(seen, num_good)
         elif not num_good:
-            logger.warning("%s: nothing to add, all %d images are there already", storage.uri, seen.skipped)
+            _say_nothing_to_add(self.storage, seen)
             return base
-        if base is not None and not config.add:  # under the same options; of the same images it can be mended
-            if seen.content not in {origin.content for origin in base.origins}:
-                raise _occupied(storage, base)
-            whole = self._base_if_whole(base)
-            if whole is not None:
-                return whole  # the same images, only copied or touched since
         return self._write(seen, parts)
+
+    def _mended(self, base: Manifest) -> Manifest:
+        """What is there, of the same images that were only copied or touched since; damaged shards are written anew."""
+        self._refuse_other_keys(base)
+        seen, parts = self._surveyed(None)
+        try:
+            if seen.content not in {origin.content for origin in base.origins}:
+                raise _occupied(self.storage, base)
+            whole = self._base_if_whole(base)
+        except DataError:
+            self.storage.delete(FOLDER)  # no ingest can go on with these parts
+            raise
+        return whole or self._write(seen, parts)
+
+    def _refuse_other_keys(self, base: Manifest) -> None:
+        """Before a look at all of its images: a source that has grown, or is another."""
+        try:
+            there = read_present(self.storage, base, self.mapper).sha256.keys()
+        except DataError as error:
+            logger.info("the keys of %s are not known (%s): the images must tell", self.storage.uri, error)
+            return
+        set_aside = read_set_aside(self.storage, base)
+        if set_aside is None:
+            return
+        keys = {entry.key for entry in self.source.entries}
+        new, num_known = sorted(keys - there - set(set_aside["key"].to_pylist())), len(keys & there)
+        if new or num_known not in {origin.rows for origin in base.origins}:
+            more = f"{len(new)} images more ({_some(new)})" if new else f"{num_known} images of that"
+            raise _occupied(self.storage, base, f"; the source has {more}")
+
+    def _surveyed(self, present: Present | None) -> tuple[Survey, Parts]:
+        self.storage.check_writable()
+        parts = self._parts()
+        return survey(self.source, self.config, parts, self.mapper, self.report, present), parts
 
     def _parts(self) -> Parts:
         libraries = [(name, metadata.version(name)) for name in _LIBRARIES]
@@ -159,7 +194,7 @@ class _Ingest:
         storage, config = self.storage, self.config
         old = versions(storage) if self.base is not None else {}
         base = self.base if config.add else None
-        planned = plan_shards(seen, config, old if config.add else {})
+        planned = plan_shards(seen, config, base, list(old.values()) if base is not None else [])
         whole = {s.name: s for s in self.base.shards if s not in self._damaged} if self.base and not base else {}
         threads = read_threads(config.source, storage.uri)
         work = Work(seen, self.source.read, parts, config.group_rows, threads)
@@ -169,13 +204,17 @@ class _Ingest:
             new = tuple(written[shard.name] for shard in planned if shard.split == name)
             before = base.splits[name].pixels if base is not None else 0
             splits[name] = Split(kept_shards(base, name, is_added_to=bool(new)) + new, before + seen.pixels(name))
-        kinds = _write_quarantine(storage, seen, is_added=base is not None)
+        if base is not None:
+            keep(storage, base)
+        listed = list_set_aside(storage, seen, base)
+        kinds = listed["kind"].to_pylist()
         origin = Origin(
             source=config.source,
             stamp=self.source.stamp,
             rows=sum(len(rows) for rows in seen.good.values()),
             skipped=seen.skipped,
             content=seen.content,
+            options=choice_of(config),
         )
         manifest = Manifest(
             group_rows=config.group_rows,
@@ -188,9 +227,8 @@ class _Ingest:
             num_duplicates=kinds.count("duplicate"),
             origins=(*(base.origins if base is not None else ()), origin),
         )
+        write_set_aside(storage, manifest, listed)
         _remove_leftovers(storage, [*old.values(), manifest])
-        if base is not None:
-            keep(storage, base)
         storage.write_bytes(MANIFEST, manifest.dump())
         return manifest
 
@@ -205,57 +243,81 @@ def _refuse_nothing_to_train_on(seen: Survey, num_good: int) -> None:
         )
 
 
+def _say_nothing_to_add(storage: Storage, seen: Survey) -> None:
+    if not seen.set_aside:
+        logger.warning("%s: nothing to add, all %d images are there already", storage.uri, seen.skipped)
+        return
+    logger.warning(  # by name, all of them: there is no new version whose list would have them
+        "%s: nothing to add: %d images are there already, and %d were set aside: %s",
+        storage.uri,
+        seen.skipped,
+        len(seen.set_aside),
+        "; ".join(f"{image.key} ({image.reason})" for image in seen.set_aside),
+    )
+
+
+def _refuse_overlap(source: str, storage: Storage) -> None:
+    """Each would be taken for the other: shards for pictures, and pictures for shards that nothing needs."""
+    if is_shipped(source):
+        return
+    one, other = _way_to(source), _way_to(storage.uri)
+    if one[: len(other)] == other[: len(one)]:
+        raise DataError(
+            "the source and the destination lie inside each other",
+            key="destination",
+            found=f"{storage.uri}, and the source {source}",
+            fix="take a folder beside the source",
+        )
+
+
+def _way_to(place: str) -> tuple[str, ...]:
+    """The folders down to a place, its own name last; of a bucket the options first, which say whose it is."""
+    if "://" in place and not place.startswith("file://"):
+        path, _, options = place.partition("?")
+        return (options, *(part for part in path.split("/") if part))
+    return Path(place.removeprefix("file://")).expanduser().resolve().parts
+
+
 def _refuse_other_things(storage: Storage) -> None:
-    ours = {*SPLITS, QUARANTINE, VERSIONS}
+    # What a half-done ingest left is told by its notes. Without them the same names are somebody's own.
+    ours = {lease.LEASE, *((*SPLITS, QUARANTINE, VERSIONS) if storage.exists(FOLDER) else ())}
     foreign = [name for name in storage.list_names() if name not in ours and not name.startswith(".")]
     if foreign:
         raise DataError(
             "the folder holds other things than a dataset",
             key="destination",
-            found=f"{', '.join(foreign[:_SHOWN])} in {storage.uri}",
-            fix="take an empty or new folder",
+            found=f"{_some(foreign)} in {storage.uri}",
+            fix="take an empty or new folder, or delete them if they are left of an ingest that was stopped",
         )
 
 
-def _occupied(storage: Storage, base: Manifest) -> DataError:
-    sources = ", ".join(origin.source for origin in base.origins)
+def _differs(base: Manifest, config: IngestConfig) -> bool:
+    """Whether a dataset was made under other options: of what was not noted, the images must tell."""
+    is_laid_out_alike = (base.group_rows, base.layout) == (config.group_rows, layout_of(config))
+    return not is_laid_out_alike or all(origin.options not in ({}, choice_of(config)) for origin in base.origins)
+
+
+def _occupied(storage: Storage, base: Manifest, more: str = "") -> DataError:
+    sources = ", ".join(f"{origin.source} ({_in_words(origin.options)})" for origin in base.origins)
+    layout = _in_words({"group_rows": base.group_rows} | base.layout)
     return DataError(
         "another dataset is already there",
         key="destination",
-        found=f"{storage.uri}, made from {sources} with group_rows {base.group_rows} and {base.layout}",
+        found=f"{storage.uri}, made from {sources} with {layout}{more}",
         fix="take another destination, delete that one, or add the images to it (--add)",
     )
 
 
-def _write_quarantine(storage: Storage, seen: Survey, *, is_added: bool) -> list[str]:
-    """List what was set aside, now and in versions before; the kinds."""
-    rows = [(i.key, i.reason, i.place.file, i.place.at, i.kind) for i in seen.set_aside]
-    table = pa.Table.from_arrays(
-        [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), _QUARANTINE_SCHEMA, strict=True)]
-        if rows
-        else _QUARANTINE_SCHEMA.empty_table().columns,
-        schema=_QUARANTINE_SCHEMA,
-    )
-    if is_added:
-        before = pq.read_table(pa.BufferReader(storage.read_bytes(QUARANTINE)))
-        again = pa.array([entry.key for entry in seen.entries], pa.string())
-        table = pa.concat_tables([before.filter(pc.invert(pc.is_in(before["key"], again))), table]).sort_by("key")
-    with storage.open_output(QUARANTINE) as stream:
-        pq.write_table(table, stream)
-    return [str(kind) for kind in table["kind"].to_pylist()]
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+
+
+def _in_words(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items()) or "under options that were not noted"
 
 
 def _remove_leftovers(storage: Storage, needed: list[Manifest]) -> None:
     """Shards, versions and partial files of an ingest that was killed here."""
-    shards = {shard.name for manifest in needed for shard in manifest.shards}
-    manifests = {f"{manifest.fingerprint}.json" for manifest in needed}
-    for split in SPLITS:
-        for name in storage.list_names(split):
-            if f"{split}/{name}" not in shards and name.endswith(".parquet"):
-                storage.delete(f"{split}/{name}")
-    for name in storage.list_names(VERSIONS):
-        if name not in manifests:
-            storage.delete(f"{VERSIONS}/{name}")
-    for name in storage.list_names():
-        if name.startswith(TEMPORARY):
-            storage.delete(name)
+    partial = [name for name in storage.list_names() if name.startswith(TEMPORARY)]
+    for name in (*unneeded(storage, needed), *partial):
+        storage.delete(name)

@@ -8,7 +8,7 @@ the split's last is full, and the shards that were there stay as they are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -68,23 +68,26 @@ class Work(NamedTuple):
     """That read for one shard."""
 
 
-def plan_shards(survey: Survey, config: IngestConfig, old: dict[str, Manifest]) -> list[Planned]:
+def plan_shards(
+    survey: Survey, config: IngestConfig, base: Manifest | None, kept: Collection[Manifest]
+) -> list[Planned]:
     """The shards to write.
 
     Args:
         survey: of the images.
         config: says how long a shard is.
-        old: the versions that the dataset has, oldest first; the images are added to the last.
+        base: what the images are added to.
+        kept: the versions that there are still, whose shards keep their names.
     """
-    base = list(old.values())[-1] if old else None
     planned = []
+    # Each version has permutations of its own; a dataset's first are those of pass 0 and 1.
+    first_pass = len(SPLITS) * (len(base.origins) if base is not None else 0)
     for index, split in enumerate(SPLITS):
         images = survey.good[split]
         if not len(images):
             continue
-        # Each version has permutations of its own; a dataset's first are those of pass 0 and 1.
-        order = permute(np.arange(len(images)), len(images), config.seed, len(SPLITS) * len(old) + index, Stream.INGEST)
-        number = 1 + max((_number(s) for m in old.values() for s in m.splits[split].shards), default=-1)
+        order = permute(np.arange(len(images)), len(images), config.seed, first_pass + index, Stream.INGEST)
+        number = 1 + max((_number(s) for m in kept for s in m.splits[split].shards), default=-1)
         carried = _short_group(base, split)
         length, at = config.group_rows * config.groups_per_shard, 0
         while at < len(images):

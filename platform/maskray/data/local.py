@@ -16,7 +16,8 @@ from maskray.config.schema import DataConfig
 from maskray.data import device as on_device
 from maskray.data.cache import WholeImages, cache_folder, open_cache
 from maskray.data.shards import Dataset, decoded_bytes
-from maskray.data.stream import StreamSpec, Unit, augment, load_unit
+from maskray.data.spec import StreamSpec
+from maskray.data.stream import Unit, augment, load_unit
 from maskray.errors import DataError, StorageError, UnreachableError
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ what they have in common and an old one stays readable as it was.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from math import sqrt
@@ -18,13 +19,14 @@ from maskray.config.load import fingerprint
 from maskray.data.storage import TEMPORARY, Storage
 from maskray.errors import DataError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 KEY = "data.path"
 """The key that errors name: who reads a dataset trains on it."""
 MANIFEST = "manifest.json"
 VERSIONS = "versions"
-"""Folder of the manifests of all versions, each under its fingerprint; `manifest.json` is the newest."""
+"""Folder of the manifests of all versions, each under its fingerprint, and of what each set aside."""
 QUARANTINE = "quarantine.parquet"
+"""What the newest version set aside."""
 SplitName = Literal["train", "held_out"]
 SPLITS: tuple[SplitName, ...] = ("train", "held_out")
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -34,7 +36,10 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 # shards, in whose footers pyarrow writes its version: `content` is over the images themselves.
 _NOT_IDENTITY = ("fingerprint",)
 _NOT_IDENTITY_OF_A_SHARD = ("size", "sha256")
-_NOT_IDENTITY_OF_AN_ORIGIN = ("source", "stamp", "skipped")
+_NOT_IDENTITY_OF_AN_ORIGIN = ("source", "stamp", "skipped", "options")
+_SCHEMA_VERSION_OF_FINGERPRINTS = 2  # what was noted since is no identity: the same images keep their fingerprint
+_SHARD_FILE = re.compile(r"\d{5,}\.parquet")
+_VERSION_FILE = re.compile(r"[0-9a-f]{16}\.(json|quarantine)")
 _LUMA = (299, 587, 114)  # of red, green and blue in gray, in thousandths: ITU-R 601
 _LUMA_C = np.array(_LUMA, dtype=np.float64)
 _SAFE_ROWS = 256  # sums of one image are below 2**50, so those of so many fit into 64 bits
@@ -80,6 +85,8 @@ class Origin:
     """Images that were there already."""
     content: str
     """SHA-256 over keys, labels and the stored images' own SHA-256, in the order of keys."""
+    options: dict[str, Any]
+    """Ingest's options that decided on which images were taken; empty where an older maskray did not note them."""
 
 
 def grid_of(image_CHW: Bytes) -> Bytes:
@@ -164,7 +171,7 @@ class Manifest:
 
     def expected_fingerprint(self) -> str:
         """Digest over all but where and when."""
-        plain = json.loads(json.dumps(asdict(self)))
+        plain = json.loads(json.dumps(asdict(self))) | {"schema_version": _SCHEMA_VERSION_OF_FINGERPRINTS}
         for split in plain["splits"].values():
             for shard, key in product(split["shards"], _NOT_IDENTITY_OF_A_SHARD):
                 del shard[key]
@@ -227,16 +234,16 @@ class Manifest:
             version = raw["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"the manifest of {place} cannot be read", key=key, found=str(error), fix=again) from error
-        if version != SCHEMA_VERSION:
+        if version not in (2, SCHEMA_VERSION):
             raise DataError(
                 f"{place} was written with another schema version",
                 key=key,
                 found=version,
-                allowed=f"{SCHEMA_VERSION} (this version of maskray)",
+                allowed=f"2 or {SCHEMA_VERSION} (this version of maskray)",
                 fix="ingest again, or use the version of maskray that wrote it",
             )
         try:
-            manifest = _manifest_from(raw)
+            manifest = _manifest_from(_upgraded_from_2(raw) if version == 2 else raw)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"the manifest of {place} is incomplete", key=key, found=repr(error), fix=again) from error
         expected = manifest.expected_fingerprint()
@@ -248,6 +255,12 @@ class Manifest:
                 fix=again,
             )
         return manifest
+
+
+def _upgraded_from_2(raw: dict[str, Any]) -> dict[str, Any]:
+    """Since 3 it is noted of each origin under which options its images were taken."""
+    origins = [origin | {"options": {}} for origin in raw["origins"]]
+    return raw | {"schema_version": SCHEMA_VERSION, "origins": origins}
 
 
 def _manifest_from(raw: dict[str, Any]) -> Manifest:
@@ -287,8 +300,41 @@ def versions(storage: Storage) -> dict[str, Manifest]:
     return dict(sorted(every.items(), key=lambda item: len(item[1].origins)))
 
 
+def is_ours(folder: str, name: str) -> bool:
+    """Whether a file in a folder of a dataset is one that ingest writes: no other is ever deleted."""
+    ours = _VERSION_FILE if folder == VERSIONS else _SHARD_FILE
+    return name.startswith(TEMPORARY) or ours.fullmatch(name) is not None
+
+
+def quarantine_of(fingerprint: str) -> str:
+    """Name of the list of what a version set aside: Parquet, and no shard of anything."""
+    return f"{VERSIONS}/{fingerprint}.quarantine"
+
+
 def keep(storage: Storage, manifest: Manifest) -> None:
-    """Keep a version under its fingerprint, so that it can be opened once another is the newest."""
-    name = f"{VERSIONS}/{manifest.fingerprint}.json"
+    """Keep the newest version and its list under its fingerprint, so that both can be read once another is the newest.
+
+    The other way round, its list is laid out as that of the newest: the kill of an ingest comes between the two.
+    """
+    name, listed = f"{VERSIONS}/{manifest.fingerprint}.json", quarantine_of(manifest.fingerprint)
     if not storage.exists(name):
         storage.write_bytes(name, manifest.dump())
+    own, shown = _read(storage, listed), _read(storage, QUARANTINE)
+    if own is None and shown is not None:
+        storage.write_bytes(listed, shown)  # an older maskray wrote no other
+    elif own is not None and own != shown:
+        storage.write_bytes(QUARANTINE, own)
+
+
+def is_kept(storage: Storage, manifest: Manifest) -> bool:
+    """Whether the newest version is kept, with its list, and nothing is left to be done."""
+    own = _read(storage, quarantine_of(manifest.fingerprint))
+    is_there = storage.exists(f"{VERSIONS}/{manifest.fingerprint}.json")
+    return is_there and own is not None and own == _read(storage, QUARANTINE)
+
+
+def _read(storage: Storage, name: str) -> bytes | None:
+    try:
+        return storage.read_bytes(name)
+    except FileNotFoundError:
+        return None

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from maskray.data import decode
 from maskray.data.crop import crop_resize
-from maskray.data.manifest import QUARANTINE, SPLITS, Manifest, SplitName, versions
+from maskray.data.manifest import SPLITS, Manifest, SplitName, versions
 from maskray.data.mapper import Mapper, Progress
+from maskray.data.quarantine import read_set_aside
 from maskray.data.shards import ColumnsJob, Dataset, read_columns
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ class Overview:
     channels: dict[int, int]
     """Images by the channels of the picture as it came, alpha included."""
     reasons: dict[str, int]
-    """Images that were set aside, by reason, the most first."""
+    """Images that were set aside, by reason, the most first; empty where that is not known."""
     versions: list[Manifest]
     """Oldest first."""
 
@@ -121,6 +120,8 @@ def _count(job: ColumnsJob) -> _Counts:
 
 
 def _reasons(dataset: Dataset) -> Counter[str]:
-    table = pq.read_table(pa.BufferReader(dataset.storage.read_bytes(QUARANTINE)))
+    table = read_set_aside(dataset.storage, dataset.manifest)
+    if table is None:
+        return Counter()
     pairs = zip(table["reason"].to_pylist(), table["kind"].to_pylist(), strict=True)
     return Counter("duplicate" if kind == "duplicate" else str(reason) for reason, kind in pairs)

@@ -46,7 +46,7 @@ class Parts:
     @property
     def place(self) -> str:
         """Where they are kept."""
-        return self.storage.join(FOLDER)
+        return self.storage.join(FOLDER, self.digest)
 
     def surveyed(self) -> set[int]:
         """Numbers of the chunks whose survey is there."""

@@ -1,10 +1,11 @@
 """A dataset on disk: Parquet shards and the manifest that is written last.
 
     manifest.json          what there is: shards with sizes and checksums, statistics, class names, fingerprint
-    versions/              the manifest of each version under its fingerprint, so that an older one can be opened
+    versions/              the manifest of each version under its fingerprint, so that an older one can be opened,
+                           and what it set aside
     train/00000.parquet    rows in row groups of exactly G (the split's last may be short)
     held_out/00000.parquet rows that pretraining never sees
-    quarantine.parquet     each image that was set aside: key, reason, where it lies, whether it is bad or a duplicate
+    quarantine.parquet     each image that the newest set aside: key, reason, where it lies, if it is bad or a duplicate
 
 A folder without a manifest does not exist: a killed writer leaves nothing that could be read by mistake.
 """

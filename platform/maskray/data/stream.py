@@ -12,19 +12,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from maskray import masking
-from maskray.config.resolve import RunPlan
-from maskray.config.schema import Crop, Mask, RunConfig
 from maskray.data import crop, decode
 from maskray.data.manifest import SplitName
-from maskray.data.plan import Plan, share, shared_rounds
+from maskray.data.plan import share, shared_rounds
 from maskray.data.shards import Dataset, Group
+from maskray.data.spec import StreamSpec
 from maskray.errors import DataError, StreamError, UnreachableError
 
 logger = logging.getLogger(__name__)
@@ -32,86 +30,6 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 Images = list[torch.Tensor | None]
 """Decoded whole images of a row group, (C, H, W) uint8; None where one cannot be decoded."""
-
-
-@dataclass(frozen=True)
-class StreamSpec:
-    """All that a stream is a function of. Picklable."""
-
-    path: str
-    version: str
-    """The dataset's fingerprint: images may be added to it while a run goes on."""
-    seed: int
-    image_size: tuple[int, int]
-    channels: int
-    crop: Crop
-    flip_probability: float
-    views_per_image: int
-    mask: Mask
-    grid_HW: tuple[int, int]
-    num_row_groups: int
-    group_rows: int
-    groups_per_step: int
-    total_steps: int
-    unreadable: Literal["stop", "skip"] = "stop"
-
-    @classmethod
-    def of(cls, config: RunConfig, plan: RunPlan, dataset: Dataset) -> Self:
-        """The stream of a run."""
-        height, width = config.data.image_size
-        return cls(
-            path=dataset.storage.uri,
-            version=dataset.manifest.fingerprint,
-            seed=config.seed,
-            image_size=config.data.image_size,
-            channels=config.data.channels,
-            crop=config.data.crop,
-            flip_probability=config.data.flip_probability,
-            views_per_image=config.data.views_per_image,
-            mask=config.mask,
-            grid_HW=(height // config.model.patch[0], width // config.model.patch[1]),
-            num_row_groups=plan.num_row_groups,
-            group_rows=plan.group_rows,
-            groups_per_step=plan.groups_per_step,
-            total_steps=plan.total_steps,
-            unreadable=config.data.unreadable,
-        )
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The order of row groups."""
-        return Plan(self.seed, self.num_row_groups)
-
-    @cached_property
-    def num_visible(self) -> int:
-        """Visible cells in each image."""
-        return masking.num_visible(self.mask, self.grid_HW)
-
-    @property
-    def views_per_group(self) -> int:
-        """N of a unit."""
-        return self.group_rows * self.views_per_image
-
-    def positions(self, rank: int, world_size: int, start_step: int) -> Iterator[int]:
-        """A worker's share of the plan from a step on."""
-        for step in range(start_step, self.total_steps):
-            yield from share(step, self.groups_per_step, rank, world_size)
-
-    def open_dataset(self) -> Dataset:
-        """The dataset at `path`.
-
-        Raises:
-            DataError: it is missing or damaged, or another one than the spec was made for.
-        """
-        dataset = Dataset.open(self.path, self.version, unreadable=self.unreadable)
-        found = (dataset.num_row_groups(), dataset.manifest.group_rows)
-        if found != (self.num_row_groups, self.group_rows):
-            raise DataError(
-                f"{self.path} is not the dataset that this run was planned on",
-                found=f"{found[0]} row groups of {found[1]} rows",
-                allowed=f"{self.num_row_groups} row groups of {self.group_rows} rows",
-            )
-        return dataset
 
 
 class Unit(NamedTuple):

@@ -204,16 +204,17 @@ def _survey_chunk(job: _SurveyJob) -> Any:
     table = job.parts.load_survey(job.number) if job.is_kept else None
     if table is not None:
         return table
-    seen, staged = [], bytearray()
+    seen, staged, end = [], list[bytes](), 0
     for known, data in zip(job.known, read_ahead(partial(_fetch, job.read), job.entries, job.threads), strict=True):
         row, encoded = _look(data, known, job)
         if encoded is not None:
-            row = row._replace(at=len(staged), size=len(encoded))
-            staged += encoded
+            row = row._replace(at=end, size=len(encoded))
+            staged.append(encoded)
+            end += len(encoded)
         seen.append(row)
     columns = [pa.array(c, f.type) for c, f in zip(zip(*seen, strict=True), _SEEN, strict=True)]
     table = pa.Table.from_arrays(columns, schema=_SEEN)
-    job.parts.save_survey(job.number, table, bytes(staged))
+    job.parts.save_survey(job.number, table, b"".join(staged))
     return table
 
 

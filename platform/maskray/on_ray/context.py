@@ -16,10 +16,11 @@ from ray.train.torch import get_device
 
 from maskray.config.schema import DataConfig
 from maskray.data import local
+from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.data.stream import StreamSpec, Unit
+from maskray.data.stream import Unit
 from maskray.on_ray import stream
-from maskray.training import checkpoint
+from maskray.training import checkpoint, folders
 from maskray.training.context import Snapshot
 
 
@@ -89,7 +90,7 @@ class RayContext:
         ray.train.report(
             {"step": step},
             checkpoint=reported,
-            checkpoint_dir_name=checkpoint.folder_name(step, self._attempt),
+            checkpoint_dir_name=folders.folder_name(step, self._attempt),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
             delete_local_checkpoint_after_upload=True,

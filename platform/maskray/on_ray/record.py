@@ -19,6 +19,7 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.training import checkpoint
+from maskray.training.folders import FOLDER_PREFIX, step_of
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def settle(run: Storage) -> None:
     Raises:
         CheckpointError: the record is torn, and none of the checkpoints is whole.
     """
-    folders = [name for name in run.list_names() if name.startswith(checkpoint.FOLDER_PREFIX)]
+    folders = [name for name in run.list_names() if name.startswith(FOLDER_PREFIX)]
     try:
         listed = _listed(run.read_bytes(SNAPSHOT), folders)
     except FileNotFoundError:  # no checkpoint was ever registered
@@ -67,7 +68,7 @@ def _made_again(run: Storage, folders: list[str], problem: str) -> set[str]:
             allowed="a record, or at least one folder whose files are as its state.json says",
             fix=f"restore one of them from a copy, or delete {run.uri} to begin anew",
         )
-    results = [Result(checkpoint_dir_name=name, metrics={"step": checkpoint.step_of(name)}) for name in whole]
+    results = [Result(checkpoint_dir_name=name, metrics={"step": step_of(name)}) for name in whole]
     state = State(
         checkpoint_results=results,
         checkpoint_report_indices=list(range(len(results))),

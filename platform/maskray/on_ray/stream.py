@@ -13,6 +13,9 @@ How the order is kept (each setting was needed; Ray 2.60):
 The plan is cut into segments, each one execution, many passes long where the data is small: Ray keeps a record for
 every task of an execution. The next one is opened while the last row groups of the one before are still read, because
 an execution takes seconds to start.
+
+Torch is imported by the functions that need it, and not above: a start through Train makes two processes, one after the
+other, that only pass this module's functions on, and importing torch takes longer than all else that they do.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.data
@@ -33,10 +36,13 @@ import ray.train
 from maskray.config.schema import DataConfig
 from maskray.data.retry import RETRIES
 from maskray.data.shards import Dataset
+from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.data.stream import StreamSpec, Unit, load_unit
 from maskray.on_ray import background
-from maskray.training.checkpoint import step_of
+from maskray.training.folders import step_of
+
+if TYPE_CHECKING:
+    from maskray.data.stream import Unit
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 _PREPARE_SECONDS = 20.0  # before the end of an execution; a process of Ray's is up in 3 s here, and may take longer
@@ -223,6 +229,8 @@ class _Loader:
 
 def _load(spec: StreamSpec, first: int, batch: dict[str, Any]) -> Iterator[Row]:
     """A task: several row groups, each given on as soon as it is ready."""
+    from maskray.data.stream import load_unit
+
     dataset = _opened(spec)
     for offset in batch["id"]:
         before = RETRIES.count
@@ -249,6 +257,8 @@ def _to_row(unit: Unit, retries: int) -> Row:
 
 
 def _to_unit(row: Row) -> Unit:
+    from maskray.data.stream import Unit
+
     RETRIES.add(int(row["retries"][0]))
     return Unit(
         position=int(row["position"][0]),

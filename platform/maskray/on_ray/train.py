@@ -15,7 +15,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from maskray.data.local import is_walked_locally
-from maskray.data.stream import StreamSpec
+from maskray.data.spec import StreamSpec
 from maskray.errors import CheckpointError, NonFiniteError, TrainingError
 from maskray.evaluation.judgement import Judgement
 from maskray.launch import Prepared, unstored_metrics

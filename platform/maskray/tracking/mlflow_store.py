@@ -80,6 +80,16 @@ def has_embedded_store(storage_path: str) -> bool:
     return "://" not in storage_path and (Path(storage_path).expanduser() / DATABASE).exists()
 
 
+def refuse_missing(uri: str) -> None:
+    """For who only wants to read: `open_store` makes an SQLite file of a mistyped name.
+
+    Raises:
+        TrackingError: there is no such file.
+    """
+    if urlsplit(uri).scheme == "sqlite" and not _database(uri).exists():
+        raise TrackingError("there is no such SQLite file", key="tracking.uri", found=uri, fix="check the path")
+
+
 def shown(uri: str) -> str:
     """A URI, or a text with one in it, without its password."""
     return re.sub(r"//[^/@]*@", "//***@", uri)

@@ -30,22 +30,11 @@ from maskray.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-FOLDER_PREFIX = "step_"
 STATE = "state.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 CONFIG = "config.yaml"
 FILES = (CONFIG, WEIGHTS, OPTIMIZER)
-
-
-def folder_name(step: int, attempt: str) -> str:
-    """Name of a checkpoint's folder: an attempt never writes into another's folder."""
-    return f"{FOLDER_PREFIX}{step:09d}-{attempt}"
-
-
-def step_of(name: str) -> int:
-    """The step in a folder's name."""
-    return int(name.removeprefix(FOLDER_PREFIX).partition("-")[0])
 
 
 @dataclass(frozen=True)

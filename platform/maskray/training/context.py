@@ -12,8 +12,9 @@ import torch
 
 from maskray.config.schema import DataConfig
 from maskray.data import local
-from maskray.data.stream import StreamSpec, Unit
-from maskray.training import checkpoint
+from maskray.data.spec import StreamSpec
+from maskray.data.stream import Unit
+from maskray.training import checkpoint, folders
 
 Snapshot = Callable[[Path], None]
 """A checkpoint to be: fills a folder, on any thread. It holds copies, so training goes on."""
@@ -84,7 +85,7 @@ class LocalContext:
     def report(self, step: int, snapshot: Snapshot | None) -> float:
         """Write at once: nothing to wait for."""
         if snapshot is not None:
-            folder = self.run_folder / checkpoint.folder_name(step, "local")
+            folder = self.run_folder / folders.folder_name(step, "local")
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -96,5 +97,5 @@ class LocalContext:
         return 0.0
 
     def _folders(self) -> list[Path]:
-        found = self.run_folder.glob(f"{checkpoint.FOLDER_PREFIX}*")
+        found = self.run_folder.glob(f"{folders.FOLDER_PREFIX}*")
         return sorted((f for f in found if f.suffix != ".partial"), reverse=True)

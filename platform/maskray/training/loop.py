@@ -10,7 +10,8 @@ from pathlib import Path
 
 from maskray.config.schema import TrainingConfig
 from maskray.data import stream
-from maskray.data.stream import Step, StreamSpec, Unit, read_images
+from maskray.data.spec import StreamSpec
+from maskray.data.stream import Step, Unit, read_images
 from maskray.errors import NonFiniteError
 from maskray.tracking.base import Tracker
 from maskray.training.context import RunContext, Snapshot

@@ -9,7 +9,7 @@ import pytest
 
 from maskray.data.check import check
 from maskray.data.garbage import delete_garbage, find_garbage
-from maskray.data.manifest import PixelSums, grid_of, versions
+from maskray.data.manifest import MANIFEST, PixelSums, grid_of, versions
 from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
@@ -32,6 +32,10 @@ def more(tmp_path, picture):
 
 def groups_of(path, version=None, split="train"):
     return [(g.keys, g.images, g.labels.tolist()) for g in Dataset.open(str(path), version).iter_groups(split)]
+
+
+def files_of(path):
+    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("group_rows", [8, 7, 64])  # the training split ends with a full one, a short one, has only one
@@ -71,15 +75,39 @@ def test_a_grown_source_adds_what_is_new(folder, tmp_path, ingest_here, picture,
     assert ingest_here(folder, tmp_path / "shards", group_rows=4, seed=3, add=True) == second
 
 
+def test_what_cannot_be_added_is_named_where_nothing_is_added(folder, tmp_path, ingest_here, caplog):
+    first = ingest_here(folder, tmp_path / "shards", held_out_fraction=0)
+    for name in ("bad.png", "worse.png"):
+        (folder / "cats" / name).write_bytes(b"x")
+    assert ingest_here(folder, tmp_path / "shards", held_out_fraction=0, add=True, max_bad_fraction=1) == first
+    assert "nothing to add: 50 images are there already, and 2 were set aside: cats/bad.png (" in caplog.text
+    assert "; cats/worse.png (" in caplog.text
+
+
 def test_the_result_is_that_of_the_same_steps_elsewhere(folder, tmp_path, ingest_here, more):
     for place in ("a", "b"):
         ingest_here(folder, tmp_path / place)
     shutil.rmtree(tmp_path / "b/versions")  # as a kill right after the first manifest leaves it
     source = more(1, 20)
     assert ingest_here(source, tmp_path / "a", add=True) == ingest_here(source, tmp_path / "b", add=True)
-    assert {p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*")} == {
-        p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*")
-    }
+    assert files_of(tmp_path / "a").keys() == files_of(tmp_path / "b").keys()
+
+
+def test_the_order_of_rows_does_not_hang_on_which_versions_were_kept(folder, tmp_path, ingest_here, picture):
+    fingerprints = []
+    for place in (tmp_path / "all", tmp_path / "cleaned"):
+        ingest_here(folder, place)
+        for number, (first, last) in enumerate([(100, 110), (120, 160)]):
+            for i in range(first, last):
+                (tmp_path / f"{number}/birds").mkdir(parents=True, exist_ok=True)
+                picture(i).save(tmp_path / f"{number}/birds/{i}.png")
+            manifest = ingest_here(tmp_path / str(number), place, add=True)
+            if place.name == "cleaned":
+                delete_garbage(Storage(place), find_garbage(Storage(place), set()))
+        fingerprints.append(manifest.fingerprint)
+    assert len(set(fingerprints)) == 1
+    assert list(versions(Storage(tmp_path / "cleaned"))) == fingerprints[:1]
+    assert groups_of(tmp_path / "cleaned") == groups_of(tmp_path / "all")
 
 
 def test_statistics_are_those_of_all_images(folder, tmp_path, ingest_here, more):
@@ -114,6 +142,19 @@ def test_added_images_come_under_the_options_of_the_dataset(folder, tmp_path, in
         ingest(config.model_copy(update={"resize_short": 20}), thread_mapper(2))
 
 
+def test_added_images_are_taken_under_the_options_of_the_last_ingest_unless_told(folder, tmp_path, ingest_here, more):
+    (folder / "cats/copy.png").write_bytes((folder / "dogs/003.png").read_bytes())
+    first = ingest_here(folder, tmp_path / "shards", deduplicate=True)
+    more(100, 110)
+    for i in (100, 101):
+        (tmp_path / f"more/birds/copy{i}.png").write_bytes((tmp_path / f"more/birds/{i}.png").read_bytes())
+    second = ingest_here(tmp_path / "more", tmp_path / "shards", add=True)
+    assert second.origins[-1].options == first.origins[0].options
+    assert (second.num_duplicates, second.origins[-1].rows) == (3, 10)
+    third = ingest_here(tmp_path / "more", tmp_path / "shards", add=True, deduplicate=False)
+    assert (third.num_duplicates, third.origins[-1].rows, third.origins[-1].skipped) == (1, 2, 10)
+
+
 def test_mistakes_of_adding(folder, tmp_path, ingest_here, more):
     with pytest.raises(DataError, match=r"destination: there is no dataset to add to"):
         ingest_here(folder, tmp_path / "shards", add=True)
@@ -143,6 +184,54 @@ def test_what_was_set_aside_before_stays_listed(folder, tmp_path, ingest_here, m
     assert third.num_quarantined == 2
     listed = pq.read_table(tmp_path / "shards/quarantine.parquet")
     assert listed["key"].to_pylist() == ["birds/worse.png", "cats/bad.png"]
+
+
+def test_an_addition_that_was_killed_and_given_up_leaves_no_trace(
+    folder, tmp_path, ingest_here, more, picture, monkeypatch
+):
+    write = Storage.write_bytes
+
+    def killed(storage, name, content):
+        if name == MANIFEST:
+            raise KeyboardInterrupt
+        write(storage, name, content)
+
+    ingest_here(folder, tmp_path / "shards")
+    shutil.copytree(tmp_path / "shards", tmp_path / "quiet")
+    (more(100, 110) / "birds/bad.png").write_bytes(b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ingest_here(tmp_path / "more", tmp_path / "shards", add=True, max_bad_fraction=0.2)
+    assert pq.read_table(tmp_path / "shards/quarantine.parquet").num_rows == 0
+    (tmp_path / "other/fish").mkdir(parents=True)
+    picture(200).save(tmp_path / "other/fish/200.png")
+    second = ingest_here(tmp_path / "other", tmp_path / "shards", add=True)
+    assert second == ingest_here(tmp_path / "other", tmp_path / "quiet", add=True)
+    assert second.num_quarantined == 0
+    assert files_of(tmp_path / "shards") == files_of(tmp_path / "quiet")
+
+
+def test_the_list_of_the_newest_is_laid_out_after_a_kill_before_that(folder, tmp_path, ingest_here):
+    (folder / "cats/bad.png").write_bytes(b"x")
+    ingest_here(folder, tmp_path / "shards", max_bad_fraction=0.1)
+    before = files_of(tmp_path / "shards")
+    (tmp_path / "shards/quarantine.parquet").unlink()
+    ingest_here(folder, tmp_path / "shards", max_bad_fraction=0.1)
+    assert files_of(tmp_path / "shards") == before
+
+
+def test_a_dataset_with_one_list_for_all_versions_is_added_to(folder, tmp_path, ingest_here, more):
+    """As an older maskray left it."""
+    (folder / "cats/bad.png").write_bytes(b"x")
+    for place in ("new", "old"):
+        ingest_here(folder, tmp_path / place, max_bad_fraction=0.1)
+    for path in (tmp_path / "old").glob("versions/*.quarantine"):
+        path.unlink()
+    (more(100, 110) / "birds/worse.png").write_bytes(b"x")
+    for place in ("new", "old"):
+        ingest_here(tmp_path / "more", tmp_path / place, add=True, max_bad_fraction=0.1)
+    assert files_of(tmp_path / "old") == files_of(tmp_path / "new")
 
 
 def test_a_damaged_dataset_of_two_sources_cannot_be_mended_from_one(folder, tmp_path, ingest_here, more):
@@ -192,7 +281,7 @@ def test_what_no_version_in_use_needs_goes_and_nothing_else(three_versions, used
     left = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
     assert left == {
         *("manifest.json", "quarantine.parquet"),
-        *(f"versions/{m.fingerprint}.json" for m in kept),
+        *(f"versions/{m.fingerprint}{end}" for m in kept for end in (".json", ".quarantine")),
         *(shard.name for m in kept for shard in m.shards),
     }
     assert {m.fingerprint: groups_of(path, m.fingerprint) for m in kept} == before
@@ -238,7 +327,8 @@ def test_every_damaged_shard_of_every_version_is_named(three_versions):
 
 
 def test_a_stream_reads_the_version_it_began_with(folder, tmp_path, ingest_here, more, tiny):
-    from maskray.data.stream import StreamSpec, load_unit
+    from maskray.data.spec import StreamSpec
+    from maskray.data.stream import load_unit
     from maskray.launch import prepare
 
     first = ingest_here(folder, tmp_path / "shards")

@@ -1,17 +1,22 @@
 """Ingest: the same dataset however it is run, bad images set aside, a kill leaves nothing that could be read."""
 
+import json
 import logging
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from maskray.config.schema import IngestConfig
+from maskray.data import lease
+from maskray.data.garbage import find_garbage
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
+from maskray.data.storage import Storage
 from maskray.data.survey import split_of
-from maskray.errors import DataError, StorageError
+from maskray.errors import DataError, RunConflictError, StorageError
 
 
 def keys_of(path, split="train"):
@@ -134,9 +139,132 @@ def test_another_dataset_is_not_written_over(folder, tmp_path, ingest_here, pict
         ingest_here(folder, tmp_path / "shards")
 
 
-def test_a_folder_with_other_things_is_not_written_into(folder, ingest_here):
-    with pytest.raises(DataError, match=r"destination: the folder holds other things.*cats, dogs"):
-        ingest_here(folder, folder)
+@pytest.mark.parametrize("option", [{"deduplicate": True}, {"max_pixels": 560}])
+def test_options_that_decide_on_which_images_are_taken_are_not_ignored(folder, tmp_path, ingest_here, option):
+    first = ingest_here(folder, tmp_path / "shards")
+    (name, value), before = *option.items(), files_of(tmp_path / "shards")
+    was = first.origins[0].options[name]
+    with pytest.raises(DataError, match=rf"another dataset is already there. Found: .*pictures \(.*{name} {was}"):
+        ingest_here(folder, tmp_path / "shards", **option)
+    assert files_of(tmp_path / "shards") == before
+    ingest_here(folder, tmp_path / "others", max_bad_fraction=1, **option)
+    again = ingest_here(folder, tmp_path / "others", max_bad_fraction=1, **option)
+    assert again.origins[0].options[name] == value
+
+
+@pytest.mark.parametrize("copies", [0, 1])
+def test_where_options_were_not_noted_the_images_tell(folder, tmp_path, ingest_here, copies):
+    for number in range(copies):
+        (folder / f"cats/copy{number}.png").write_bytes((folder / "dogs/003.png").read_bytes())
+    first = ingest_here(folder, tmp_path / "shards")
+    raw = json.loads((tmp_path / "shards/manifest.json").read_bytes())
+    del raw["origins"][0]["options"]  # as an older maskray wrote it
+    (tmp_path / "shards/manifest.json").write_text(json.dumps(raw | {"schema_version": 2}))
+    assert ingest_here(folder, tmp_path / "shards").fingerprint == first.fingerprint
+    if copies:
+        with pytest.raises(DataError, match=r"another dataset is already there.*options that were not noted"):
+            ingest_here(folder, tmp_path / "shards", deduplicate=True)
+    else:
+        assert ingest_here(folder, tmp_path / "shards", deduplicate=True).fingerprint == first.fingerprint
+
+
+def files_of(path):
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "train/00000.parquet", "held_out/a.png", "versions/a", "quarantine.parquet"]
+)
+def test_a_folder_with_other_things_is_not_written_into(folder, tmp_path, ingest_here, name):
+    theirs = tmp_path / "theirs" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    with pytest.raises(DataError, match=rf"destination: the folder holds other things.*Found: {name.split('/')[0]} in"):
+        ingest_here(folder, tmp_path / "theirs")
+    assert files_of(tmp_path / "theirs") == {name: b"theirs"}
+
+
+@pytest.mark.parametrize("destination", [".", "cats", "shards/of/them", "..", "../linked"])
+def test_a_source_and_a_destination_inside_each_other_are_refused(folder, tmp_path, ingest_here, destination):
+    (tmp_path / "linked").symlink_to(folder)
+    before = files_of(tmp_path)
+    with pytest.raises(DataError, match=r"destination: the source and the destination lie inside each other"):
+        ingest_here(folder, folder / destination)
+    assert files_of(tmp_path) == before
+
+
+def test_tables_in_a_folder_named_as_a_split_are_not_taken_for_shards(folder, tmp_path, ingest_here):
+    table = pa.table({"image": [{"bytes": path.read_bytes(), "path": path.name} for path in folder.rglob("*.png")]})
+    (tmp_path / "hub/train").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "hub/train/0000.parquet")
+    with pytest.raises(DataError, match="inside each other"):
+        ingest_here(tmp_path / "hub/train", tmp_path / "hub")
+    with pytest.raises(DataError, match="inside each other"):
+        ingest_here(tmp_path / "hub/train/*.parquet", tmp_path / "hub")
+    assert [path.name for path in tmp_path.glob("hub/**/*.*")] == ["0000.parquet"]
+    ingest_here(tmp_path / "hub/train/*.parquet", tmp_path / "shards")
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_what_others_put_into_a_dataset_stays_there(folder, tmp_path, ingest_here, picture, add):
+    ingest_here(folder, tmp_path / "shards")
+    theirs = ("train/0000.parquet", "train/a.png", "versions/notes.txt", "held_out/00000.parquet.bak")
+    for name in theirs:
+        (tmp_path / "shards" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "shards" / name).write_bytes(b"theirs")
+    for name in ("train/77777.parquet", "train/.tmp-1-00000.parquet"):
+        (tmp_path / "shards" / name).write_bytes(b"left by a kill")
+    if add:
+        picture(999).save(folder / "cats/new.png")
+    else:
+        (tmp_path / "shards/train/00000.parquet").unlink()
+    ingest_here(folder, tmp_path / "shards", add=add)
+    left = files_of(tmp_path / "shards")
+    assert {name for name, data in left.items() if data == b"theirs"} == set(theirs)
+    assert b"left by a kill" not in left.values()
+    assert not set(theirs) & set(find_garbage(Storage(tmp_path / "shards"), set()).files)
+
+
+def test_of_two_ingests_into_one_place_the_second_is_refused(folder, tmp_path, ingest_here):
+    refused = []
+
+    def meanwhile(done, total, phase):
+        with pytest.raises(
+            RunConflictError, match=r"destination: the ingest into .*/shards is running already"
+        ) as error:
+            ingest_here(folder, tmp_path / "shards", group_rows=4)
+        refused.append(error)
+        with pytest.raises(RunConflictError, match="is running already"):
+            find_garbage(Storage(tmp_path / "shards"), set())
+
+    one = ingest_here(folder, tmp_path / "shards", meanwhile)
+    assert refused
+    assert one == ingest_here(folder, tmp_path / "quiet")
+    assert files_of(tmp_path / "shards") == files_of(tmp_path / "quiet")
+
+
+def test_a_finished_dataset_is_recognised_where_nobody_may_write(folder, tmp_path, ingest_here, monkeypatch):
+    first = ingest_here(folder, tmp_path / "shards")
+    with lease.hold(Storage(tmp_path / "shards"), "shards", lease.INGEST):
+        assert ingest_here(folder, tmp_path / "shards") == first
+    monkeypatch.setattr(Storage, "write_bytes", lambda *_: pytest.fail("writes"))
+    monkeypatch.setattr(Storage, "create_exclusive", lambda *_: pytest.fail("writes"))
+    assert ingest_here(folder, tmp_path / "shards") == first
+
+
+def test_what_another_ingest_did_meanwhile_is_seen(folder, tmp_path, ingest_here, monkeypatch):
+    hold = lease.hold
+
+    def after_another(*arguments):
+        monkeypatch.setattr(lease, "hold", hold)
+        ingest_here(folder, tmp_path / "shards")
+        return hold(*arguments)
+
+    monkeypatch.setattr(lease, "hold", after_another)
+    told = []
+    manifest = ingest_here(folder, tmp_path / "shards", lambda *now: told.append(now))
+    assert manifest == ingest_here(folder, tmp_path / "quiet")
+    assert {phase for _, _, phase in told} == {"verify"}
 
 
 def test_a_damaged_dataset_is_written_anew(folder, tmp_path, ingest_here, caplog):

@@ -8,6 +8,7 @@ from maskray.data.garbage import delete_garbage, find_garbage
 from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
+from maskray.errors import DataError
 
 
 class StoppedError(Exception):
@@ -42,6 +43,14 @@ def test_an_object_store_that_fails_requests_changes_no_byte(folder, tmp_path, b
     manifest = ingest_here(folder, f"{bucket}/shards", resize_short=16)
     assert sum(proxy.faults.values()) > 0
     assert manifest == ingest_here(folder, tmp_path / "shards", resize_short=16)
+
+
+@pytest.mark.parametrize(("source", "destination"), [("a", "a/b"), ("a/b/*.tar", "a")])
+def test_a_source_and_a_destination_inside_each_other_are_refused_in_a_bucket(bucket, ingest_here, source, destination):
+    with pytest.raises(DataError, match="the source and the destination lie inside each other"):
+        ingest_here(f"{bucket}/{source}", f"{bucket}/{destination}")
+    with pytest.raises(DataError, match="no such folder or file"):
+        ingest_here(f"{bucket}/a", f"{bucket}/ab")
 
 
 def test_versions_in_a_bucket(folder, tmp_path, bucket, picture, ingest_here):

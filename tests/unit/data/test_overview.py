@@ -1,5 +1,7 @@
 """What is said of a dataset is what is in it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,24 @@ def test_counts_are_those_of_the_images(dataset):
     assert found.channels == {1: 1, 3: 50, 4: 1}
     assert found.reasons == {"the file is empty": 2, "duplicate": 1}
     assert [m.fingerprint for m in found.versions] == [dataset.manifest.fingerprint]
+
+
+def test_each_version_has_its_own_reasons(dataset, folder, ingest_here, picture, caplog):
+    (folder / "dogs/a.png").unlink()
+    (folder / "dogs/c.png").write_bytes(b"x")
+    picture(99).save(folder / "cats/new.png")
+    path = Path(dataset.storage.uri)
+    second = ingest_here(folder, path, add=True, deduplicate=True, max_bad_fraction=0.1)
+
+    def reasons(version):
+        return overview(Dataset.open(str(path), version), thread_mapper(2), lambda *told: None).reasons
+
+    first = dataset.manifest
+    assert sum(reasons(second.fingerprint).values()) == second.num_quarantined + second.num_duplicates == 4
+    assert reasons(first.fingerprint) == {"the file is empty": 2, "duplicate": 1}
+    (path / f"versions/{first.fingerprint}.quarantine").unlink()  # an older maskray had one list for all
+    assert reasons(first.fingerprint) == {}
+    assert f"what version {first.fingerprint} of {path} set aside is not known" in caplog.text
 
 
 def test_samples_are_of_all_the_dataset_and_small(dataset):

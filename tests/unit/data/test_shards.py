@@ -111,8 +111,19 @@ def test_a_missing_folder_and_a_half_written_one_are_told_apart(tmp_path):
 def test_another_schema_version_is_refused(dataset):
     raw = json.loads(dataset.storage.read_bytes(MANIFEST))
     dataset.storage.write_bytes(MANIFEST, json.dumps(raw | {"schema_version": 99}).encode())
-    with pytest.raises(DataError, match=r"another schema version. Found: 99. Allowed: 2"):
+    with pytest.raises(DataError, match=r"another schema version. Found: 99. Allowed: 2 or 3"):
         Dataset.open(dataset.storage.uri)
+
+
+def test_a_manifest_of_schema_version_2_is_read_and_keeps_its_fingerprint(dataset):
+    raw = json.loads(dataset.storage.read_bytes(MANIFEST))
+    for origin in raw["origins"]:
+        del origin["options"]
+    dataset.storage.write_bytes(MANIFEST, json.dumps(raw | {"schema_version": 2}).encode())
+    again = Dataset.open(dataset.storage.uri).manifest
+    assert [origin.options for origin in again.origins] == [{}]
+    assert (again.schema_version, again.fingerprint) == (3, dataset.manifest.fingerprint)
+    assert again.splits == dataset.manifest.splits
 
 
 @pytest.mark.parametrize(
@@ -126,7 +137,7 @@ def test_a_manifest_that_was_changed_is_refused(dataset, change):
         Dataset.open(dataset.storage.uri)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 2}', b'{"schema_version": 2, "x": 2}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 2}', b'{"schema_version": 3, "x": 2}'])
 def test_a_manifest_that_is_none_is_refused(dataset, content):
     dataset.storage.write_bytes(MANIFEST, content)
     with pytest.raises(DataError, match=r"manifest of .*ingest again"):

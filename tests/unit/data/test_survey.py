@@ -9,7 +9,10 @@ from PIL import Image
 
 from maskray.data import survey as room
 from maskray.data.decode import decode
+from maskray.data.garbage import find_garbage
 from maskray.data.shards import Dataset
+from maskray.data.storage import Storage
+from maskray.errors import DataError
 
 
 @pytest.fixture
@@ -195,13 +198,46 @@ def test_parts_of_other_options_are_not_taken(folder, tmp_path, ingest_here, loo
 @pytest.mark.usefixtures("small_chunks")
 def test_more_bad_images_may_be_allowed_without_a_second_look(folder, tmp_path, ingest_here, looked_at):
     (folder / "dogs/bad.png").write_bytes(b"x")
-    from maskray.errors import DataError
-
     with pytest.raises(DataError, match="max_bad_fraction"):
         ingest_here(folder, tmp_path / "out", max_bad_fraction=0)
     seen = len(looked_at)
     ingest_here(folder, tmp_path / "out", max_bad_fraction=0.1)
     assert len(looked_at) < seen + 51 - 8
+
+
+def test_a_source_that_has_grown_is_refused_before_its_images_are_looked_at(
+    folder, tmp_path, ingest_here, looked_at, picture
+):
+    (folder / "cats/bad.png").write_bytes(b"x")
+    ingest_here(folder, tmp_path / "out", max_bad_fraction=0.1)
+    looked_at.clear()
+    whole = (folder / "cats/001.png").read_bytes()
+    for i in range(5):
+        picture(900 + i).save(folder / f"cats/new{i}.png")
+    with pytest.raises(DataError, match=r"already there.*the source has 5 images more \(cats/new0.png, .*…\).*--add"):
+        ingest_here(folder, tmp_path / "out", max_bad_fraction=0.1)
+    for path in [*folder.glob("cats/new*"), folder / "cats/001.png"]:
+        path.unlink()
+    with pytest.raises(DataError, match=r"already there.*the source has 49 images of that"):
+        ingest_here(folder, tmp_path / "out", max_bad_fraction=0.1)
+    assert not looked_at
+    (folder / "cats/001.png").write_bytes(whole)
+    ingest_here(folder, tmp_path / "out", max_bad_fraction=0.1)  # touched, and the same
+    assert len(looked_at) == 51
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_refusal_leaves_no_parts_in_a_finished_dataset(folder, tmp_path, ingest_here, looked_at, picture, damage):
+    ingest_here(folder, tmp_path / "out", resize_short=16)
+    picture(999).save(folder / "cats/001.png")
+    if damage:  # its keys are not known then
+        (tmp_path / "out/train/00000.parquet").write_bytes(b"x")
+    looked_at.clear()
+    with pytest.raises(DataError, match="another dataset is already there"):
+        ingest_here(folder, tmp_path / "out", resize_short=16)
+    assert len(looked_at) == 50
+    assert not (tmp_path / "out/.ingest").exists()
+    assert find_garbage(Storage(tmp_path / "out"), set()).files == {}
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -219,11 +255,9 @@ def test_a_damaged_part_is_made_again(folder, tmp_path, ingest_here, caplog):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_a_damaged_staging_file_is_not_taken_for_a_picture(folder, tmp_path, ingest_here):
-    from maskray.errors import DataError
-
     with pytest.raises(StoppedError):
         ingest_here(folder, tmp_path / "out", stop_at("write", 0), resize_short=16)
     for staged in (tmp_path / "out").glob(".ingest/*/staging/*.bin"):
         staged.write_bytes(bytes(staged.stat().st_size))
-    with pytest.raises(DataError, match=r"a part of this ingest in .*\.ingest is damaged.*delete"):
+    with pytest.raises(DataError, match=r"a part of this ingest in .*\.ingest/\w+ is damaged.*delete"):
         ingest_here(folder, tmp_path / "out", resize_short=16)

@@ -14,7 +14,8 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
 from maskray.on_ray import record
 from maskray.on_ray.stream import SNAPSHOT
-from maskray.training.checkpoint import FOLDER_PREFIX, STATE, WEIGHTS, Facts, HostCopy, step_of
+from maskray.training.checkpoint import STATE, WEIGHTS, Facts, HostCopy
+from maskray.training.folders import FOLDER_PREFIX, step_of
 
 OLD, NEW, UNFINISHED = "step_000000004-a", "step_000000008-b", "step_000000012-c"
 

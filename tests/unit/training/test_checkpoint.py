@@ -11,7 +11,7 @@ import yaml
 from maskray.config.load import dump
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
-from maskray.training import checkpoint
+from maskray.training import checkpoint, folders
 from maskray.training.checkpoint import CONFIG, FILES, OPTIMIZER, STATE, WEIGHTS, Facts, HostCopy
 
 CPU = torch.device("cpu")
@@ -197,10 +197,10 @@ def test_a_write_that_was_interrupted_never_counts(trained, tmp_path, monkeypatc
 
 
 def test_folder_names_sort_by_step_and_say_it():
-    names = [checkpoint.folder_name(step, "local") for step in (4, 12, 100, 123456789)]
+    names = [folders.folder_name(step, "local") for step in (4, 12, 100, 123456789)]
     assert names == sorted(names)
-    assert [checkpoint.step_of(name) for name in names] == [4, 12, 100, 123456789]
-    assert checkpoint.step_of(checkpoint.folder_name(7, "a-b")) == 7
+    assert [folders.step_of(name) for name in names] == [4, 12, 100, 123456789]
+    assert folders.step_of(folders.folder_name(7, "a-b")) == 7
 
 
 def test_other_conditions_are_told(caplog):

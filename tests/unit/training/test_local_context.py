@@ -5,8 +5,8 @@ import pytest
 from maskray.config.resolve import resolve
 from maskray.config.schema import DataConfig
 from maskray.data.shards import Dataset
-from maskray.data.stream import StreamSpec
-from maskray.training import checkpoint
+from maskray.data.spec import StreamSpec
+from maskray.training import checkpoint, folders
 from maskray.training.checkpoint import STATE, WEIGHTS, Facts, HostCopy
 from maskray.training.context import LocalContext
 
@@ -24,7 +24,7 @@ def snapshot(rig):
 
 
 def steps_in(context):
-    return sorted(checkpoint.step_of(f.name) for f in context.run_folder.iterdir() if f.suffix != ".partial")
+    return sorted(folders.step_of(f.name) for f in context.run_folder.iterdir() if f.suffix != ".partial")
 
 
 def newest(context):
@@ -79,8 +79,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, snapshot):
     context = LocalContext(tmp_path, DATA, keep_checkpoints=3)
     for step in (4, 8, 12):
         context.report(step, snapshot(step))
-    (tmp_path / checkpoint.folder_name(12, "local") / WEIGHTS).write_bytes(b"")
-    (tmp_path / checkpoint.folder_name(8, "local") / STATE).unlink()
+    (tmp_path / folders.folder_name(12, "local") / WEIGHTS).write_bytes(b"")
+    (tmp_path / folders.folder_name(8, "local") / STATE).unlink()
     assert newest(context) == 4
 
 

@@ -19,7 +19,7 @@ from maskray.data.sources.folder import open_folder
 from maskray.data.sources.tables import open_csv, open_parquet
 from maskray.errors import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "Entry", "Place", "Source", "open_source"]
+__all__ = ["IMAGE_SUFFIXES", "Entry", "Place", "Source", "is_shipped", "open_source"]
 
 ALLOWED = (
     "a folder of images; a .tar or .zip, or a folder of those; a .csv, .tsv or .parquet of paths; "
@@ -37,6 +37,11 @@ _KINDS = {
 }
 _OF_A_FOLDER = ("images", "tars", "zips", "Parquet files")  # a .csv beside images is often something else
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+def is_shipped(text: str) -> bool:
+    """Whether a library ships what `ingest.source` names: then it lies at no place."""
+    return text in _EMBEDDED
 
 
 def open_source(text: str) -> Source:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from maskray.data import lease
+from maskray.data.lease import LEASE, Holder, hold, holder_of
 from maskray.data.storage import Storage
 from maskray.errors import RunConflictError, StorageError
-from maskray.training import lease
-from maskray.training.lease import LEASE, Holder, hold, holder_of
 
 PACKAGE = str(Path(__file__).parents[3] / "platform")
 
@@ -134,8 +134,8 @@ def test_storage_that_cannot_be_read_is_no_free_run(tmp_path):
 
 HOLDER = """
 import sys, time
+from maskray.data.lease import hold
 from maskray.data.storage import Storage
-from maskray.training.lease import hold
 with hold(Storage(sys.argv[1]), "digits"):
     print("held", flush=True)
     time.sleep(600)

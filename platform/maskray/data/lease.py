@@ -1,4 +1,4 @@
-"""One launch at a time: a file in the run's folder that says who has it, renewed while it runs.
+"""One launch at a time: a file in the folder of a run, or of a dataset, that says who has it, renewed while it runs.
 
 A launch that was killed leaves its lease behind. It counts for nothing once its heartbeat is two minutes old, or at
 once where its process was on this machine and is gone. A launch that was taken for dead, because its machine slept, and
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -33,9 +34,22 @@ BEAT_SECONDS = 20.0
 SETTLE_SECONDS = 0.5
 
 
+class Kind(NamedTuple):
+    """What is held, in the words of errors."""
+
+    noun: str
+    key: str
+    """That they name."""
+    fix: str
+
+
+RUN = Kind("the run", "name", "wait for it, stop it, or give this run another name or seed")
+INGEST = Kind("the ingest into", "destination", "wait for it, or stop it")
+
+
 @dataclass(frozen=True)
 class Holder:
-    """Who has a run."""
+    """Who has a place."""
 
     token: str
     host: str
@@ -80,42 +94,42 @@ class Lease:
         """Who has taken the run over: what it holds, its MLflow run too, is theirs now."""
 
 
-def holder_of(run: Storage) -> Holder | None:
-    """Who has the run, alive or not; None where nobody does."""
+def holder_of(place: Storage) -> Holder | None:
+    """Who has a place, alive or not; None where nobody does."""
     try:
-        return Holder(**json.loads(run.read_bytes(LEASE)))
+        return Holder(**json.loads(place.read_bytes(LEASE)))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, TypeError):
         return None
 
 
-def refuse_if_held(run: Storage, name: str) -> None:
+def refuse_if_held(place: Storage, name: str, kind: Kind = RUN) -> None:
     """A look that changes nothing.
 
     Raises:
-        RunConflictError: a living holder has the run.
+        RunConflictError: a living holder has it.
     """
-    other = holder_of(run)
+    other = holder_of(place)
     if other is not None and other.is_alive():
         age = max(0.0, time.time() - other.heartbeat)
         raise RunConflictError(
-            f"the run {name} is running already",
-            key="name",
+            f"{kind.noun} {name} is running already",
+            key=kind.key,
             found=f"process {other.pid} on {other.host}, last heard of {age:.0f} s ago",
-            fix="wait for it, stop it, or give this run another name or seed",
+            fix=kind.fix,
         )
 
 
 @contextmanager
-def hold(run: Storage, name: str) -> Iterator[Lease]:
-    """Hold a run's lease, with a heartbeat from a thread. Where it is lost, the process gets a SIGTERM.
+def hold(place: Storage, name: str, kind: Kind = RUN) -> Iterator[Lease]:
+    """Hold the lease of a place, with a heartbeat from a thread. Where it is lost, the process gets a SIGTERM.
 
     Raises:
         RunConflictError: somebody else has it, or has taken it over.
     """
     me, held = Holder.this_process(), Lease()
-    _take(run, name, me)
+    _take(place, name, kind, me)
     stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(run, me, held, stop), name="maskray-lease", daemon=True)
+    beat = threading.Thread(target=_beat, args=(place, me, held, stop), name="maskray-lease", daemon=True)
     beat.start()
     try:
         yield held
@@ -123,49 +137,49 @@ def hold(run: Storage, name: str) -> Iterator[Lease]:
         if held.lost_to is None:
             raise
         raise RunConflictError(
-            f"the run {name} was taken over by another launch, which took this one for dead",
-            key="name",
+            f"{kind.noun} {name} was taken over by another launch, which took this one for dead",
+            key=kind.key,
             found=f"process {held.lost_to.pid} on {held.lost_to.host}",
-            fix="leave the run to that launch, or stop it there; a machine that sleeps for two minutes loses its runs",
+            fix="leave it to that launch, or stop it there; a machine that sleeps for two minutes loses what it runs",
         ) from error
     finally:
         stop.set()
         beat.join()
         try:
-            found = holder_of(run)
+            found = holder_of(place)
             if found is not None and found.token == me.token:
-                run.delete(LEASE)
+                place.delete(LEASE)
         except StorageError:  # it grows old by itself; what ended the run is what the user must hear of
             log.warning("The lease could not be given back", exc_info=True)
 
 
-def _take(run: Storage, name: str, me: Holder) -> None:
+def _take(place: Storage, name: str, kind: Kind, me: Holder) -> None:
     content = json.dumps(asdict(me)).encode()
-    if run.create_exclusive(LEASE, content):
-        if run.is_local:
+    if place.create_exclusive(LEASE, content):
+        if place.is_local:
             return
     else:
-        refuse_if_held(run, name)
-        log.warning("Taking over the run %s: its last launch ended without a word", name)
-        run.write_bytes(LEASE, content)  # over the old one: were it deleted first, a third launch could slip in
+        refuse_if_held(place, name, kind)
+        log.warning("Taking over %s %s: its last launch ended without a word", kind.noun, name)
+        place.write_bytes(LEASE, content)  # over the old one: were it deleted first, a third launch could slip in
     # Several may take over in the same moment, or create in an object store without conditional writes: the last to
     # write has it, and all look again.
     time.sleep(SETTLE_SECONDS)
-    found = holder_of(run)
+    found = holder_of(place)
     if found is None or found.token != me.token:
-        raise RunConflictError(f"the run {name} is being started by somebody else", fix="wait for it")
+        raise RunConflictError(f"{kind.noun} {name} is being started by somebody else", fix="wait for it")
 
 
-def _beat(run: Storage, me: Holder, held: Lease, stop: threading.Event) -> None:
+def _beat(place: Storage, me: Holder, held: Lease, stop: threading.Event) -> None:
     while not stop.wait(BEAT_SECONDS):
         try:
-            found = holder_of(run)
+            found = holder_of(place)
             if found is not None and found.token != me.token:
                 held.lost_to = found
                 # To the main thread, whatever it waits for. Two launches of a run would write over each other.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
                 return
             renewed = replace(me, heartbeat=time.time())
-            run.write_bytes(LEASE, json.dumps(asdict(renewed)).encode())
+            place.write_bytes(LEASE, json.dumps(asdict(renewed)).encode())
         except StorageError:
             log.warning("The lease could not be renewed; trying again", exc_info=True)
