@@ -36,10 +36,11 @@ class Stream(IntEnum):
     CROP = 1
     FLIP = 2
     MASK = 3
-    RATIO = 4  # kept for ratios drawn image by image: nothing draws from it yet
+    RATIO = 4
     INGEST = 5
     HELD_OUT = 6
     PROBE = 7
+    TARGET = 8
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

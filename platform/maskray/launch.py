@@ -159,7 +159,8 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     config = config.model_copy(update={"data": data})
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
-    log.info("%d of %d cells visible", spec.num_visible, spec.grid_HW[0] * spec.grid_HW[1])
+    counts = " or ".join(map(str, spec.visible_counts))
+    log.info("%s of %d cells visible", counts, spec.grid_HW[0] * spec.grid_HW[1])
     build_normalize(config, dataset.manifest)
     if config.init_from is not None:
         initial_model(config)

@@ -1,65 +1,292 @@
 """Masks: which cells of an image the encoder sees. Drawn outside the model, passed in, used by model and loss alike.
 
 `visible` is bool, True = the encoder sees the cell, shape (B, H, W) in cells of the model. Every image of a batch hides
-exactly the same number of cells. Shape letters: B images, H and W cells down and across, L = H·W.
+exactly the same number of cells.
+
+A mask is drawn in units of one or more cells. Most are an order: each unit of an image gets a key, and the units of the
+smallest keys are hidden, or shown. So the count is exact whatever the shape, and equal keys go by place: numpy and
+torch draw the same bits.
+
+Shape letters: B images, H and W cells down and across, L = H·W; h and w units down and across, l = h·w; K rectangles.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from maskray import draws
-from maskray.config.schema import Mask
+from maskray.config.models import (
+    BlockMask,
+    GridMask,
+    InverseBlockMask,
+    Mask,
+    ObjectiveConfig,
+    PixelMask,
+    RandomMask,
+)
 from maskray.errors import ConfigError
 
+_SPARE_RECTANGLES = 8
+_SHOWN = 8
 
-def num_visible(mask: Mask, grid_HW: tuple[int, int]) -> int:
-    """Cells that stay visible in each image: the whole part of L × (1 - ratio), as the MAE authors' code takes it.
 
-    The ratio is taken as the decimal that was written, so no float error can hide or show a cell too many: 10 cells at
-    ratio 0.9 keep 1.
+class Drawing(NamedTuple):
+    """Where draws come from."""
+
+    seed: int
+    pass_: Any
+    """The pass over the data, a scalar or (B,) int64."""
+    rows: Any
+    """(B,) int64 row numbers in the dataset."""
+    view: Any
+    """Which view of the image, a scalar or (B,) int64."""
+    xp: ModuleType = np
+    """`numpy` or `torch`."""
+    stream: draws.Stream = draws.Stream.MASK
+
+    def words(self, num: int) -> Any:
+        """(B, num) int64 below 2**32."""
+        return draws.words(
+            seed=self.seed,
+            stream=self.stream,
+            pass_=self.pass_,
+            row=self.rows,
+            view=self.view,
+            num=num,
+            xp=self.xp,
+        )
+
+    def arange(self, num: int) -> Any:
+        """(num,) int64 where the rows are."""
+        return np.arange(num) if self.xp is np else self.xp.arange(num, device=self.rows.device)
+
+
+def visible_counts(mask: Mask, grid_HW: tuple[int, int]) -> tuple[int, ...]:
+    """Cells that stay visible in each image, for each ratio of the mask.
+
+    The whole part of l × (1 - ratio), as the MAE authors' code takes it, with the ratio taken as the decimal that was
+    written, so no float error can hide or show a unit too many: 10 cells at ratio 0.9 keep 1.
 
     Raises:
-        ConfigError: the ratio would hide nothing or everything on this grid.
+        ConfigError: the unit does not divide the grid, a ratio would hide nothing or everything, or a regular grid
+            cannot have it.
     """
-    cells = grid_HW[0] * grid_HW[1]
-    visible = int(cells * (1 - Fraction(repr(mask.ratio))))
-    if not 0 < visible < cells:
+    units_hw = unit_grid(mask, grid_HW)
+    area = mask.unit[0] * mask.unit[1]
+    return tuple(_visible_units(mask, ratio, units_hw) * area for ratio in mask.ratio)
+
+
+def unit_grid(mask: Mask, grid_HW: tuple[int, int]) -> tuple[int, int]:
+    """Units down and across.
+
+    Raises:
+        ConfigError: the unit does not divide the grid.
+    """
+    (H, W), (down, across) = grid_HW, mask.unit
+    if H % down or W % across:
         raise ConfigError(
-            f"hides {cells - visible} of {cells} cells",
-            key="mask.ratio",
-            found=mask.ratio,
-            allowed=f"{1 / cells:.3g} to {1 - 1 / cells:.3g} on a grid of {grid_HW[0]} × {grid_HW[1]} cells",
+            f"a unit of {down} × {across} cells does not divide the grid of {H} × {W}",
+            key="mask.unit",
+            found=list(mask.unit),
+            allowed=f"[one of {_divisors(H)}, one of {_divisors(W)}]",
         )
-    return visible
+    return H // down, W // across
 
 
 def draw(
-    mask: Mask, grid_HW: tuple[int, int], *, seed: int, pass_: Any, rows: Any, view: Any, xp: ModuleType = np
+    mask: Mask,
+    grid_HW: tuple[int, int],
+    num_visible: int,
+    *,
+    seed: int,
+    pass_: Any,
+    rows: Any,
+    view: Any,
+    xp: ModuleType = np,
 ) -> Any:
     """Visibility of each row's cells, (B, H, W) bool, in numpy or torch (`xp`): equal bits in both.
 
     Args:
         mask: what to draw.
         grid_HW: cells down and across.
+        num_visible: in each image, one of `visible_counts`.
         seed: the run's seed.
         pass_: the pass over the data, a scalar or (B,) int64.
         rows: (B,) int64 row numbers in the dataset.
         view: which view of the image, a scalar or (B,) int64.
         xp: `numpy` or `torch`.
-
-    Raises:
-        ConfigError: the ratio hides nothing or everything on this grid.
     """
-    keep, cells = num_visible(mask, grid_HW), grid_HW[0] * grid_HW[1]
-    noise_BL = draws.words(seed=seed, stream=draws.Stream.MASK, pass_=pass_, row=rows, view=view, num=cells, xp=xp)
-    # Rank of each cell's noise; ties (one in 2**32) go to the earlier cell, in numpy as in torch.
+    drawing, units_hw = Drawing(seed, pass_, rows, view, xp), unit_grid(mask, grid_HW)
+    visible_Bl = _draw_units(mask, units_hw, num_visible // (mask.unit[0] * mask.unit[1]), drawing)
+    visible_Bhw = visible_Bl.reshape(-1, *units_hw)
+    if mask.unit == (1, 1):
+        return visible_Bhw
+    repeat = np.repeat if xp is np else xp.repeat_interleave
+    return repeat(repeat(visible_Bhw, mask.unit[0], 1), mask.unit[1], 2)
+
+
+def choice_at(mask: Mask, seed: int, step: int) -> int:
+    """Which of the mask's ratios a step has: drawn by step, since a batch has but one."""
+    return draws.word(seed, draws.Stream.RATIO, step) % len(mask.ratio)
+
+
+def num_target(objective: ObjectiveConfig, grid_HW: tuple[int, int], num_visible: int) -> int:
+    """Cells of each image that the loss counts: at least one."""
+    num_cells = grid_HW[0] * grid_HW[1]
+    if objective.cells == "all":
+        return num_cells
+    return max(1, int((num_cells - num_visible) * Fraction(repr(objective.predict_fraction))))
+
+
+def draw_target(visible_BHW: Any, num: int, *, seed: int, pass_: Any, rows: Any, view: Any, xp: ModuleType = np) -> Any:
+    """(B, H, W) bool: `num` hidden cells of each image, at random. Arguments as those of `draw`."""
+    drawing = Drawing(seed, pass_, rows, view, xp, draws.Stream.TARGET)
+    visible_BL = visible_BHW.reshape(len(visible_BHW), -1)
+    keys_BL = drawing.words(visible_BL.shape[1]) + visible_BL * 2**32  # visible ones last
+    return _smallest(keys_BL, num, xp).reshape(visible_BHW.shape)
+
+
+# --------------------------------------------------------------------------------------------------------------- kinds
+
+
+def _draw_units(mask: Mask, units_hw: tuple[int, int], num_visible: int, drawing: Drawing) -> Any:
+    """(B, l) bool, exactly `num_visible` of each image."""
+    match mask:
+        case RandomMask() | PixelMask():
+            return _smallest(drawing.words(units_hw[0] * units_hw[1]), num_visible, drawing.xp)
+        case BlockMask():
+            return ~_smallest(_block_keys(mask, units_hw, drawing), units_hw[0] * units_hw[1] - num_visible, drawing.xp)
+        case InverseBlockMask():
+            return _smallest(_inverse_block_keys(mask, units_hw, num_visible, drawing), num_visible, drawing.xp)
+        case GridMask():
+            return _grid_units(units_hw, num_visible, drawing)
+
+
+def _block_keys(mask: BlockMask, units_hw: tuple[int, int], drawing: Drawing) -> Any:
+    """(B, l): units of the first rectangle first, line by line, and those of none last, at random."""
+    low, high = ([min(side, limit) for limit in units_hw] for side in mask.sides)
+    area = (low[0] + high[0]) * (low[1] + high[1]) / 4
+    num = _SPARE_RECTANGLES + int(4 * units_hw[0] * units_hw[1] / area)  # hides 98 of 100 units on average
+    words = drawing.words(4 * num + units_hw[0] * units_hw[1])
+    sides = [low[i] + words[:, i * num : (i + 1) * num] % (high[i] - low[i] + 1) for i in (0, 1)]
+    starts = [words[:, i * num : (i + 1) * num] for i in (2, 3)]
+    keys_BKl = _rectangle_keys(sides, starts, units_hw, drawing, roll=mask.roll)
+    num_units = units_hw[0] * units_hw[1]
+    order_K1 = drawing.arange(num)[:, None] * num_units
+    none = num * num_units
+    keys_BKl = drawing.xp.where(keys_BKl < num_units, keys_BKl + order_K1, none)
+    first_Bl = keys_BKl.min(axis=1) if drawing.xp is np else keys_BKl.amin(dim=1)
+    return drawing.xp.where(first_Bl < none, first_Bl, none + words[:, 4 * num :])
+
+
+def _inverse_block_keys(mask: InverseBlockMask, units_hw: tuple[int, int], num_visible: int, drawing: Drawing) -> Any:
+    """(B, l): units of the rectangle first, line by line."""
+    shapes = _rectangles_of(num_visible, units_hw, mask.aspect)
+    words = drawing.words(3)
+    table = drawing.xp.asarray(shapes) if drawing.xp is np else drawing.xp.tensor(shapes, device=words.device)
+    sides_B2 = table[words[:, 0] % len(shapes)]
+    sides, starts = [sides_B2[:, i, None] for i in (0, 1)], [words[:, i, None] for i in (1, 2)]
+    return _rectangle_keys(sides, starts, units_hw, drawing, roll=mask.roll)[:, 0]
+
+
+def _rectangle_keys(
+    sides: list[Any], starts: list[Any], units_hw: tuple[int, int], drawing: Drawing, *, roll: bool
+) -> Any:
+    """(B, K, l): place of a unit in each rectangle, line by line, below l; l for a unit outside it.
+
+    Args:
+        sides: (B, K) each, units down and across.
+        starts: (B, K) each, words that say where the rectangle begins.
+        units_hw: of the image.
+        drawing: where draws come from.
+        roll: whether rectangles go on at the other side of the image.
+    """
+    places, inside = [], []
+    for side_BK, start_BK, length in zip(sides, starts, units_hw, strict=True):
+        first_BK = start_BK % length if roll else start_BK % (length - side_BK + 1)
+        at_BKx = drawing.arange(length) - first_BK[:, :, None]
+        at_BKx = at_BKx % length if roll else at_BKx
+        places.append(at_BKx)
+        inside.append((at_BKx >= 0) & (at_BKx < side_BK[:, :, None]))
+    keys_BKhw = places[0][:, :, :, None] * units_hw[1] + places[1][:, :, None, :]
+    is_in_BKhw = inside[0][:, :, :, None] & inside[1][:, :, None, :]
+    num_units = units_hw[0] * units_hw[1]
+    return drawing.xp.where(is_in_BKhw, keys_BKhw, num_units).reshape(*sides[0].shape, num_units)
+
+
+def _grid_units(units_hw: tuple[int, int], num_visible: int, drawing: Drawing) -> Any:
+    periods, shown = _periods(units_hw)[num_visible]
+    words = drawing.words(2)
+    down_Bh = (drawing.arange(units_hw[0]) + words[:, :1]) % periods[0] == 0
+    across_Bw = (drawing.arange(units_hw[1]) + words[:, 1:]) % periods[1] == 0
+    on_Bl = (down_Bh[:, :, None] & across_Bw[:, None, :]).reshape(len(words), -1)
+    return on_Bl if shown else ~on_Bl
+
+
+# -------------------------------------------------------------------------------------------------------------- counts
+
+
+def _visible_units(mask: Mask, ratio: float, units_hw: tuple[int, int]) -> int:
+    num_units = units_hw[0] * units_hw[1]
+    exact = num_units * (1 - Fraction(repr(ratio)))
+    visible = int(exact)
+    if not 0 < visible < num_units:
+        raise ConfigError(
+            f"hides {num_units - visible} of {num_units} cells" + ("" if mask.unit == (1, 1) else " (in units)"),
+            key="mask.ratio",
+            found=ratio,
+            allowed=f"{1 / num_units:.3g} to {1 - 1 / num_units:.3g} on a grid of {units_hw[0]} × {units_hw[1]} cells",
+        )
+    if not isinstance(mask, GridMask):
+        return visible
+    counts = _periods(units_hw)
+    nearest = min(counts, key=lambda count: abs(count - exact), default=None)
+    if nearest is None or abs(nearest - exact) >= 1:
+        ratios = sorted((1 - count / num_units for count in counts), key=lambda r: abs(r - ratio))[:_SHOWN]
+        raise ConfigError(
+            f"no regular grid hides this share of {units_hw[0]} × {units_hw[1]} units",
+            key="mask.ratio",
+            found=ratio,
+            allowed=", ".join(f"{r:.4g}" for r in sorted(ratios)) or "none on this grid",
+        )
+    return nearest
+
+
+def _periods(units_hw: tuple[int, int]) -> dict[int, tuple[tuple[int, int], bool]]:
+    """By the number of visible units: the pattern's periods down and across, and whether a unit a period is shown."""
+    num_units, out = units_hw[0] * units_hw[1], dict[int, tuple[tuple[int, int], bool]]()
+    pairs = [(down, across) for down in _divisors(units_hw[0]) for across in _divisors(units_hw[1])]
+    for down, across in sorted(pairs, key=lambda pair: abs(pair[0] - pair[1])):  # the most even one of a count
+        count = num_units // (down * across)
+        if count < num_units:
+            out.setdefault(count, ((down, across), True))
+            out.setdefault(num_units - count, ((down, across), False))
+    return out
+
+
+def _rectangles_of(num_units: int, units_hw: tuple[int, int], aspect: tuple[float, float]) -> list[tuple[int, int]]:
+    """Sides of the rectangles that hold so many units with less than a line to spare, by their width."""
+    fitting = [
+        (height, width) for width in range(1, units_hw[1] + 1) if (height := -(-num_units // width)) <= units_hw[0]
+    ]
+    inside = [(height, width) for height, width in fitting if aspect[0] <= width / height <= aspect[1]]
+    return inside or [min(fitting, key=lambda sides: abs(sides[0] - sides[1]))]
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _smallest(keys_Bl: Any, count: int, xp: ModuleType) -> Any:
+    """(B, l) bool: the `count` smallest keys of each row, equal ones by their place."""
     if xp is np:
-        rank_BL = np.argsort(np.argsort(noise_BL, axis=1, kind="stable"), axis=1, kind="stable")
+        last_B1 = np.partition(keys_Bl, count - 1, axis=1)[:, count - 1 : count]
     else:
-        rank_BL = noise_BL.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    return (rank_BL < keep).reshape(-1, *grid_HW)
+        last_B1 = keys_Bl.sort(dim=1).values[:, count - 1 : count]
+    below_Bl, same_Bl = keys_Bl < last_B1, keys_Bl == last_B1
+    wanted_B1 = count - below_Bl.sum(axis=1, keepdims=True)
+    return below_Bl | (same_Bl & (same_Bl.cumsum(axis=1) <= wanted_B1))

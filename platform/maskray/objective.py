@@ -1,4 +1,4 @@
-"""What the decoder must paint, and how a miss is counted: hidden cells only, in fp32.
+"""What the decoder must paint, and how a miss is counted: over the target cells, in fp32.
 
 Shape letters: B images, C channels, H and W down and across (pixels of an image, cells of a visibility), L = cells of
 an image in raster order, P pixel values of a cell.
@@ -11,23 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskray.config.schema import ObjectiveConfig
+from maskray.config.models import ObjectiveConfig
 from maskray.errors import ConfigError
 
 NORM_PIX_EPS = 1e-6
 
 
-def patchify(images_BCHW: Tensor, patch_HW: tuple[int, int]) -> Tensor:
+def patchify(images_BCHW: Tensor, cell_HW: tuple[int, int]) -> Tensor:
     """(B, L, P) values of each cell, in the authors' (row, column, channel) order."""
     B, C, H, W = images_BCHW.shape
-    (p, q), grid = patch_HW, (H // patch_HW[0], W // patch_HW[1])
+    (p, q), grid = cell_HW, (H // cell_HW[0], W // cell_HW[1])
     cells = images_BCHW.reshape(B, C, grid[0], p, grid[1], q).permute(0, 2, 4, 3, 5, 1)
     return cells.reshape(B, grid[0] * grid[1], p * q * C)
 
 
-def unpatchify(cells_BLP: Tensor, patch_HW: tuple[int, int], grid_HW: tuple[int, int]) -> Tensor:
+def unpatchify(cells_BLP: Tensor, cell_HW: tuple[int, int], grid_HW: tuple[int, int]) -> Tensor:
     """The images (B, C, H, W) whose cells these are."""
-    (p, q), (grid_h, grid_w) = patch_HW, grid_HW
+    (p, q), (grid_h, grid_w) = cell_HW, grid_HW
     B, channels = len(cells_BLP), cells_BLP.shape[2] // (p * q)
     cells = cells_BLP.reshape(B, grid_h, grid_w, p, q, channels).permute(0, 5, 1, 3, 2, 4)
     return cells.reshape(B, channels, grid_h * p, grid_w * q)
@@ -45,13 +45,13 @@ class Painted:
 
 @dataclass(frozen=True)
 class Objective:
-    """The reconstruction loss of a config, for cells of `patch_HW` pixels."""
+    """The reconstruction loss of a config, for cells of `cell_HW` pixels."""
 
     config: ObjectiveConfig
-    patch_HW: tuple[int, int]
+    cell_HW: tuple[int, int]
 
-    def __call__(self, images_BCHW: Tensor, pred_BLP: Tensor, visible_BHW: Tensor) -> Tensor:
-        """Loss (B,) of each image: mean over a cell's pixel values, then over its hidden cells.
+    def __call__(self, images_BCHW: Tensor, pred_BLP: Tensor, target_BHW: Tensor) -> Tensor:
+        """Loss (B,) of each image: mean over a cell's pixel values, then over its target cells (True = it counts).
 
         fp32 whatever the prediction's type is (under bf16 the difference of near values has no digits left); float64
         stays float64.
@@ -59,8 +59,8 @@ class Objective:
         target_BLP = self._target(_wide(images_BCHW))
         error_BLP = pred_BLP.to(target_BLP.dtype) - target_BLP
         loss_BL = (error_BLP.abs() if self.config.loss == "l1" else error_BLP.square()).mean(dim=2)
-        hidden_BL = (~visible_BHW).flatten(1).to(loss_BL.dtype)
-        return (loss_BL * hidden_BL).sum(dim=1) / hidden_BL.sum(dim=1)
+        counts_BL = target_BHW.flatten(1).to(loss_BL.dtype)
+        return (loss_BL * counts_BL).sum(dim=1) / counts_BL.sum(dim=1)
 
     def paint(self, images_BCHW: Tensor, pred_BLP: Tensor) -> Painted:
         """Predictions turned into pixels of all cells.
@@ -71,14 +71,14 @@ class Objective:
         images_BCHW = _wide(images_BCHW)
         cells_BLP = pred_BLP.to(images_BCHW.dtype)
         if self.config.norm_pix:
-            mean_BL1, std_BL1 = self._statistics(patchify(images_BCHW, self.patch_HW))
+            mean_BL1, std_BL1 = self._statistics(patchify(images_BCHW, self.cell_HW))
             cells_BLP = cells_BLP * std_BL1 + mean_BL1
         H, W = images_BCHW.shape[2:]
-        grid_HW = (H // self.patch_HW[0], W // self.patch_HW[1])
-        return Painted(unpatchify(cells_BLP, self.patch_HW, grid_HW), self.config.norm_pix)
+        grid_HW = (H // self.cell_HW[0], W // self.cell_HW[1])
+        return Painted(unpatchify(cells_BLP, self.cell_HW, grid_HW), self.config.norm_pix)
 
     def _target(self, images_BCHW: Tensor) -> Tensor:
-        cells_BLP = patchify(images_BCHW, self.patch_HW)
+        cells_BLP = patchify(images_BCHW, self.cell_HW)
         if not self.config.norm_pix:
             return cells_BLP
         mean_BL1, std_BL1 = self._statistics(cells_BLP)

@@ -43,9 +43,9 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
 
-    model = initial_model(config).to(context.device)
+    model = initial_model(config, spec.views_per_group).to(context.device)
     normalize = build_normalize(config, dataset.manifest).to(context.device)
-    objective = Objective(config.objective, config.model.patch)
+    objective = Objective(config.objective, config.cell)
     optimizer = build_optimizer(model, config.optim)
     schedule = Schedule.of(config.optim, plan)
     if config.training.compile:
@@ -80,12 +80,15 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         rates[on] = matmul_rate(context.device, config.training.precision)
     tracker.tag("maskray.mfu_of", f"{rates[on]:.4g} FLOP/s in a matrix product ({on})")
     fixed_images = first_images(dataset, config)
-    costs = cost(config.model, config.data.image_size, config.data.channels, spec.num_visible)
+    costs = [
+        cost(model, num, masking.num_target(config.objective, spec.grid_HW, num)).training_flops
+        for num in spec.visible_counts
+    ]
     parts = loop.Parts(
         spec=spec,
         step=step,
         schedule=schedule,
-        meter=Meter(plan.global_batch, context.world_size, costs.training_flops, rates[on]),
+        meter=Meter(plan.global_batch, context.world_size, sum(costs) / len(costs), rates[on]),
         snapshot=snapshot,
         probe=probe,
         ledger=_ledger(config.training.ledger, context.rank),
@@ -104,11 +107,16 @@ def settle(config: RunConfig) -> int:
 
 def zero_batch(spec: StreamSpec) -> Batch:
     """One black row group under real masks, for the warm-up."""
-    rows = torch.arange(spec.views_per_group)
+    rows, num_visible = torch.arange(spec.views_per_group), spec.num_visible(0)
+    visible_BHW = masking.draw(
+        spec.mask, spec.grid_HW, num_visible, seed=spec.seed, pass_=0, rows=rows, view=0, xp=torch
+    )
     return Batch(
         images_BCHW=torch.zeros(len(rows), spec.channels, *spec.image_size, dtype=torch.uint8),
-        visible_BHW=masking.draw(spec.mask, spec.grid_HW, seed=spec.seed, pass_=0, rows=rows, view=0, xp=torch),
-        num_visible=spec.num_visible,
+        visible_BHW=visible_BHW,
+        num_visible=num_visible,
+        target_BHW=~visible_BHW,
+        num_target=visible_BHW[0].numel() - num_visible,
         weights_B=torch.ones(len(rows)),
         keys=[],
     )

@@ -1,4 +1,7 @@
-"""What every model keeps. The checks are functions, so that a model that breaks one can be seen to fail it."""
+"""What every model keeps, under every mask and target that go with it.
+
+The checks are functions, so that a model that breaks one can be seen to fail it.
+"""
 
 import numpy as np
 import pytest
@@ -6,47 +9,95 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maskray import masking
-from maskray.config.schema import ObjectiveConfig, RandomMask, VitConfig, VitDecoder
+from maskray.config.models import (
+    BlockDecoder,
+    BlockMask,
+    ConvConfig,
+    GridMask,
+    InverseBlockMask,
+    ObjectiveConfig,
+    PixelMask,
+    RandomMask,
+    SparseConvConfig,
+    TimmVitConfig,
+    UNetDecoder,
+    VitConfig,
+    VitDecoder,
+)
 from maskray.models.build import build_model
+from maskray.models.conv import ConvAutoencoder
+from maskray.models.sparse_conv import SparseConvAutoencoder
+from maskray.models.sparse_layers import Seen, drop_statistics, group_norms, settle_statistics
 from maskray.models.vit import MaskedAutoencoderViT
 from maskray.objective import Objective
 
+GROUP = 3
 DECODER = VitDecoder(width=48, depth=1, heads=3)
+CROSS = VitDecoder(width=48, depth=2, heads=3, attention="cross")
+SMALL = {"width": 32, "depth": 1, "heads": 2}
 CASES = {
     "square RGB": (VitConfig(patch=4, width=32, depth=2, heads=4, decoder=DECODER), (16, 16), 3),
-    "wide gray, oblong patch": (VitConfig(patch=(4, 2), width=32, depth=1, heads=2, decoder=DECODER), (8, 12), 1),
-    "tall, five channels": (VitConfig(patch=4, width=32, depth=1, heads=2, decoder=DECODER), (24, 8), 5),
-    "learnable positions": (
-        VitConfig(patch=4, width=32, depth=1, heads=2, positions="learnable", decoder=DECODER),
-        (16, 16),
-        3,
-    ),
+    "wide gray, oblong patch": (VitConfig(patch=(4, 2), **SMALL, decoder=DECODER), (8, 16), 1),
+    "tall, five channels": (VitConfig(patch=4, **SMALL, decoder=DECODER), (32, 8), 5),
+    "learnable positions": (VitConfig(patch=4, **SMALL, positions="learnable", decoder=DECODER), (16, 16), 3),
+    "no class token": (VitConfig(patch=4, **SMALL, class_token=False, decoder=DECODER), (16, 16), 3),
+    "registers": (VitConfig(patch=4, **SMALL, registers=3, positions="learnable", decoder=DECODER), (16, 16), 3),
+    "cross-attention": (VitConfig(patch=4, **SMALL, decoder=CROSS), (16, 16), 3),
+    "timm, class token": (TimmVitConfig(name="vit_tiny_patch16_224", patch=4, decoder=DECODER), (16, 16), 3),
+    "timm, registers": (TimmVitConfig(name="vit_little_patch16_reg4_gap_256", patch=4, decoder=DECODER), (16, 8), 1),
+    "timm, cross-attention": (TimmVitConfig(name="vit_tiny_patch16_224", patch=8, decoder=CROSS), (32, 32), 3),
+    "conv": (ConvConfig(widths=(8, 16, 16)), (32, 64), 3),
+    "conv, gray": (ConvConfig(widths=(8, 16), decoder_depth=2), (16, 16), 1),
+    "ResNet, U-Net": (SparseConvConfig(name="resnet18", decoder=UNetDecoder(width=64)), (64, 128), 3),
+    "ResNet-50, block": (SparseConvConfig(name="resnet50", decoder=BlockDecoder(width=32)), (64, 128), 3),
+    "ResNet-D, block": (SparseConvConfig(name="resnet26d", decoder=BlockDecoder(width=32)), (64, 128), 3),
+    "ConvNeXt, U-Net": (SparseConvConfig(name="convnext_atto", decoder=UNetDecoder(width=64)), (64, 128), 1),
+    "ConvNeXt V2, block": (SparseConvConfig(name="convnextv2_atto", decoder=BlockDecoder(width=32)), (64, 128), 3),
 }
-MASK = RandomMask(ratio=0.6)
+MASKS = {
+    "random": RandomMask(ratio=0.6),
+    "block": BlockMask(ratio=0.5, sides=(1, 2)),
+    "inverse block": InverseBlockMask(ratio=0.75),
+    "grid": GridMask(ratio=0.75),
+    "pixels": PixelMask(ratio=0.75),
+}
+PAIRS = [
+    pytest.param(case, mask, id=f"{case} × {mask}")
+    for case in CASES
+    for mask in MASKS
+    if mask != "pixels" or isinstance(CASES[case][0], ConvConfig)
+]
+OBJECTIVES = {
+    "l2, norm_pix": ObjectiveConfig(),
+    "l1, raw": ObjectiveConfig(loss="l1", norm_pix=False),
+    "l2, raw, all cells": ObjectiveConfig(norm_pix=False, cells="all"),
+    "l2, raw, half of the hidden cells": ObjectiveConfig(norm_pix=False, predict_fraction=0.5),
+}
 
 
-def build(case, seed=0):
+def build(case, seed=0, mask="random"):
+    config, size, channels = CASES[case]
     torch.manual_seed(seed)
-    return build_model(*CASES[case])
+    return build_model(config, size, channels, (1, 1) if mask == "pixels" else None, GROUP)
 
 
-def batch(model, num_images=6, seed=1):
-    size = [cells * pixels for cells, pixels in zip(model.grid_HW, model.patch_HW, strict=True)]
+def batch(model, num_images=6, seed=1, mask="random"):
+    size = [cells * pixels for cells, pixels in zip(model.grid_HW, model.cell_HW, strict=True)]
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(num_images, model.channels, *size, generator=generator)
-    visible = torch.from_numpy(
-        masking.draw(MASK, model.grid_HW, seed=seed, pass_=0, rows=np.arange(num_images), view=0)
-    )
-    return images, visible, masking.num_visible(MASK, model.grid_HW)
+    (num_visible,) = masking.visible_counts(MASKS[mask], model.grid_HW)
+    key = {"seed": seed, "pass_": 0, "rows": np.arange(num_images), "view": 0}
+    visible = torch.from_numpy(masking.draw(MASKS[mask], model.grid_HW, num_visible, **key))
+    return images, visible, num_visible
 
 
 def pixels_of(cells_BHW, model):
-    return cells_BHW.repeat_interleave(model.patch_HW[0], 1).repeat_interleave(model.patch_HW[1], 2)[:, None]
+    return cells_BHW.repeat_interleave(model.cell_HW[0], 1).repeat_interleave(model.cell_HW[1], 2)[:, None]
 
 
-def encoding_moves_with_hidden_pixels(model):
+def encoding_moves_with_hidden_pixels(model, mask="random"):
     """True if any change of hidden pixels changes any bit of what the encoder hands on, or of the predictions."""
-    images, visible, num_visible = batch(model)
+    images, visible, num_visible = batch(model, mask=mask)
     shown = pixels_of(visible, model)
     with torch.no_grad():
         encoding, pred = model.encode_visible(images, visible, num_visible), model(images, visible, num_visible)
@@ -59,30 +110,29 @@ def encoding_moves_with_hidden_pixels(model):
     return False
 
 
-def encoding_moves_with_visible_pixels(model):
+def encoding_moves_with_visible_pixels(model, mask="random"):
     """True if changing each visible cell changes the encoding of its own image, and of no other."""
-    images, visible, num_visible = batch(model)
+    images, visible, num_visible = batch(model, mask=mask)
     with torch.no_grad():
         before = model.encode_visible(images, visible, num_visible)
-        for b, row, column in visible.nonzero().tolist():
+        for b, row, column in visible.nonzero()[::5].tolist():
             one_cell = torch.zeros_like(visible)
             one_cell[b, row, column] = True
-            after = model.encode_visible(images + pixels_of(one_cell, model), visible, num_visible)
+            after = model.encode_visible(images + 3 * pixels_of(one_cell, model), visible, num_visible)
             moved = (before != after).flatten(1).any(dim=1)
             if moved.tolist() != [i == b for i in range(len(images))]:
                 return False
     return True
 
 
-def predictions_differ_by_position(model):
+def predictions_differ_by_position(model, mask="random"):
     """True if no two hidden cells of an image get the same prediction (all-zero positions are how they would)."""
-    images, visible, num_visible = batch(model)
+    images, visible, num_visible = batch(model, mask=mask)
     with torch.no_grad():
         pred_BLP = model(images, visible, num_visible)
     for pred_LP, hidden_L in zip(pred_BLP, ~visible.flatten(1), strict=True):
-        distances = torch.cdist(pred_LP[hidden_L], pred_LP[hidden_L])
-        distances.fill_diagonal_(torch.inf)
-        if distances.min() < 1e-3:
+        different = pred_LP[hidden_L].unique(dim=0)
+        if len(different) < hidden_L.sum():
             return False
     return True
 
@@ -92,6 +142,33 @@ class LeakyViT(MaskedAutoencoderViT):
 
     def _cells(self, images_BCHW):
         return super()._cells(torch.nn.functional.avg_pool2d(images_BCHW, 3, stride=1, padding=1))
+
+
+class LeakyConv(ConvAutoencoder):
+    """Masks the hidden map alone, as the description that it comes from did."""
+
+    def _maps(self, images_BCHW, seen):
+        return [seen.shown(each) for each in super()._maps(images_BCHW, Seen(None))]
+
+
+class LeakyResNet(SparseConvAutoencoder):
+    """Masks after every layer, but not at the input: it leaks through the first convolution."""
+
+    def _maps(self, images_BCHW, seen):
+        once = [True]
+
+        class Late(Seen):
+            def shown(self, x):
+                return x if once and once.pop() else super().shown(x)
+
+        return super()._maps(images_BCHW, Late(*seen))
+
+
+class InputOnly(SparseConvAutoencoder):
+    """Masks the input alone: no leak, but the pattern of the mask vanishes from layer to layer."""
+
+    def _maps(self, images_BCHW, seen):
+        return super()._maps(seen.shown(images_BCHW), Seen(None))
 
 
 class LostPositionsViT(MaskedAutoencoderViT):
@@ -107,37 +184,66 @@ def case(request):
     return request.param
 
 
-def test_hidden_pixels_cannot_move_the_encoding_by_a_bit(case):
-    assert not encoding_moves_with_hidden_pixels(build(case))
+@pytest.mark.parametrize(("case", "mask"), PAIRS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_hidden_pixels_cannot_move_the_encoding_by_a_bit(case, mask, training):
+    assert not encoding_moves_with_hidden_pixels(build(case, mask=mask).train(training), mask)
 
 
-def test_the_leak_check_catches_a_leak():
-    assert encoding_moves_with_hidden_pixels(LeakyViT(*CASES["square RGB"]))
+@pytest.mark.parametrize(
+    ("leaky", "like"), [(LeakyViT, "square RGB"), (LeakyConv, "conv"), (LeakyResNet, "ResNet-50, block")]
+)
+def test_the_leak_check_catches_a_leak(leaky, like):
+    config, size, channels = CASES[like]
+    more = {LeakyViT: (), LeakyConv: (config.cell,), LeakyResNet: (GROUP,)}[leaky]
+    assert encoding_moves_with_hidden_pixels(leaky(config, size, channels, *more))
 
 
 def test_every_visible_cell_moves_the_encoding_of_its_image_alone(case):
-    assert encoding_moves_with_visible_pixels(build(case))
+    # In evaluation: in training the images of a row group share the statistics of batch normalisation.
+    assert encoding_moves_with_visible_pixels(build(case).eval())
 
 
-def test_predictions_differ_by_position(case):
-    assert predictions_differ_by_position(build(case))
+@pytest.mark.parametrize(("case", "mask"), [p for p in PAIRS if "pixels" not in p.id])
+def test_predictions_differ_by_position(case, mask):
+    assert predictions_differ_by_position(build(case, mask=mask), mask)
 
 
 def test_the_position_check_catches_lost_positions():
     assert not predictions_differ_by_position(LostPositionsViT(*CASES["square RGB"]))
 
 
+def hidden_places_are_zero_at_every_scale(model):
+    images, visible, _ = batch(model)
+    with torch.no_grad():
+        maps = model.visible_maps(images, visible)
+    shown = [Seen(visible).at(each.shape[2:]) for each in maps]
+    return all(bool((each * ~at == 0).all()) and bool(each.any()) for each, at in zip(maps, shown, strict=True))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "onv" in c or "ResNet" in c])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_hidden_places_stay_zero_at_every_scale(case, training):
+    assert hidden_places_are_zero_at_every_scale(build(case).train(training))
+
+
+def test_the_check_of_preservation_catches_masks_at_the_input_alone():
+    assert not hidden_places_are_zero_at_every_scale(InputOnly(*CASES["ResNet-50, block"], GROUP))
+
+
 def test_shapes(case):
     model = build(case)
     images, visible, num_visible = batch(model)
     cells = model.grid_HW[0] * model.grid_HW[1]
-    width = CASES[case][0].width
     with torch.no_grad():
         assert model(images, visible, num_visible).shape == (6, cells, model.cell_pixels)
-        assert model.encode_visible(images, visible, num_visible).shape == (6, 1 + num_visible, width)
-        assert model.encode(images).shape == (6, cells, width)
-        assert model.pooled(images).shape == (6, width)
-    assert model.cell_pixels == model.patch_HW[0] * model.patch_HW[1] * model.channels
+        assert model.encode(images).shape == (6, cells, model.width)
+        assert model.pooled(images).shape == (6, model.width)
+        assert model.feature_maps(images)[-1].shape == (6, model.width, *model.grid_HW)
+        if isinstance(model, MaskedAutoencoderViT):
+            seen = model.num_prefix + num_visible
+            assert model.encode_visible(images, visible, num_visible).shape == (6, seen, model.width)
+    assert model.cell_pixels == model.cell_HW[0] * model.cell_HW[1] * model.channels
 
 
 def test_encode_never_masks(case):
@@ -150,15 +256,28 @@ def test_encode_never_masks(case):
         with torch.no_grad():
             features = model.encode(images)
             assert torch.equal(features, model.encode(images))
-            seen = model.encode_visible(images, everything, visible[0].numel())[:, 1:]
+            if isinstance(model, MaskedAutoencoderViT):
+                seen = model.encode_visible(images, everything, visible[0].numel())[:, model.num_prefix :]
+            else:
+                seen = model.visible_maps(images, everything)[-1].flatten(2).transpose(1, 2)
         torch.testing.assert_close(features, seen)
 
 
-def test_every_learned_parameter_gets_a_gradient(case):
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_learned_parameter_gets_a_gradient(case, name):
+    objective = Objective(OBJECTIVES[name], build(case).cell_HW)
     model = build(case)
+    with torch.no_grad():  # timm's residual branches begin with a last scale of zero: nothing would reach what is below
+        for norm in group_norms(model):
+            norm.weight.clamp_(min=0.5)
     images, visible, num_visible = batch(model)
-    objective = Objective(ObjectiveConfig(), model.patch_HW)
-    objective(images, model(images, visible, num_visible), visible).mean().backward()
+    num_target = masking.num_target(objective.config, model.grid_HW, num_visible)
+    target = ~visible if objective.config.cells == "hidden" else torch.ones_like(visible)
+    if objective.config.predict_fraction < 1:
+        key = {"seed": 1, "pass_": 0, "rows": torch.arange(len(images)), "view": 0, "xp": torch}
+        target = masking.draw_target(visible, num_target, **key)
+    pred = model(images, visible, num_visible, target, num_target)
+    objective(images, pred, target).mean().backward()
     without = [
         name
         for name, parameter in model.named_parameters()
@@ -167,27 +286,69 @@ def test_every_learned_parameter_gets_a_gradient(case):
     ]
     assert without == []
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    learnable = CASES[case][0].positions == "learnable"
+    learnable = getattr(CASES[case][0], "positions", "learnable") == "learnable"
     assert fixed == (set() if learnable else {"pos_embed", "decoder_pos_embed"})
 
 
 def test_an_image_does_not_depend_on_its_batch(case):
-    model = build(case)
+    model = build(case).eval()
     images, visible, num_visible = batch(model)
     with torch.no_grad():
         together = model(images, visible, num_visible)
         alone = torch.cat([model(images[i : i + 1], visible[i : i + 1], num_visible) for i in range(len(images))])
-    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_group_does_not_depend_on_its_batch_in_training(case):
+    model = build(case)
+    images, visible, num_visible = batch(model)
+    with torch.no_grad():
+        together = model(images, visible, num_visible)
+        parts = [slice(at, at + GROUP) for at in range(0, len(images), GROUP)]
+        alone = torch.cat([model(images[part], visible[part], num_visible) for part in parts])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["ResNet-50, block", "ResNet, U-Net"])
+def test_running_statistics_are_those_of_the_step_however_it_is_cut(case):
+    def after(cuts, weights):
+        model = build(case)
+        images, visible, num_visible = batch(model, num_images=9)
+        with torch.no_grad():
+            for part in cuts:
+                model(images[part], visible[part], num_visible, weights_B=weights[part])
+        settle_statistics(group_norms(model))
+        return {name: value for name, value in model.state_dict().items() if "running" in name or "num_" in name}
+
+    whole = after([slice(0, 9)], torch.ones(9))
+    fresh = build(case).state_dict()
+    assert all((value != fresh[name]).any() for name, value in whole.items())
+    cut = after([slice(0, 3), slice(3, 9)], torch.ones(9))
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value)
+    repeated = torch.tensor([1.0] * 6 + [0.0] * 3)  # a last group that only fills up
+    without, only_two = after([slice(0, 9)], repeated), after([slice(0, 6)], torch.ones(6))
+    for name, value in only_two.items():
+        torch.testing.assert_close(without[name], value)
+
+
+def test_a_batch_that_does_not_count_leaves_nothing_behind():
+    model = build("ResNet-50, block")
+    model(*batch(model))
+    drop_statistics(group_norms(model))
+    before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
+    settle_statistics(group_norms(model))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
 def test_the_seed_makes_the_weights(case):
     first, same, other = build(case, 0).state_dict(), build(case, 0).state_dict(), build(case, 1).state_dict()
     assert all(torch.equal(first[name], same[name]) for name in first)
-    assert not torch.equal(first["cls_token"], other["cls_token"])
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_saved_weights_give_the_same_bits(case, tmp_path):
-    model, fresh = build(case, 0), build(case, 1)
+    model, fresh = build(case, 0).eval(), build(case, 1).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     fresh.load_state_dict(load_file(tmp_path / "model.safetensors"))
     given = batch(model)
@@ -195,23 +356,34 @@ def test_saved_weights_give_the_same_bits(case, tmp_path):
         assert torch.equal(model(*given), fresh(*given))
 
 
+@pytest.mark.parametrize("attention", ["self", "cross"])
 @pytest.mark.parametrize(("patch", "channels", "width"), [(2, 3, 192), (4, 3, 64), (4, 1, 192), (8, 3, 512)])
-def test_the_loss_at_step_0_is_the_one_that_the_initialisation_promises(patch, channels, width):
-    """(P-1)/P + 2D/(D+P) under norm_pix within 10 %, on white noise (no cell of it is flat), mean of 12 seeds.
+def test_the_loss_at_step_0_is_the_one_that_the_initialisation_promises(patch, channels, width, attention):
+    """(P-1)/P + 2D/(D+P) under norm_pix within 10 %, on white noise (no cell of it is flat), mean of 40 seeds.
 
     One seed of a small head is not enough: the tokens have much in common, so few of its rows decide.
     """
-    config = VitConfig(patch=patch, width=64, depth=1, heads=2, decoder=VitDecoder(width=width, depth=1, heads=4))
+    decoder = VitDecoder(width=width, depth=1, heads=4, attention=attention)
+    config = VitConfig(patch=patch, width=64, depth=1, heads=2, decoder=decoder)
     losses = []
-    for seed in range(12):
+    for seed in range(40):
         torch.manual_seed(seed)
         model = build_model(config, (4 * patch, 4 * patch), channels)
         images, visible, num_visible = batch(model, num_images=32)
         with torch.no_grad():
             pred = model(images, visible, num_visible)
-            losses.append(Objective(ObjectiveConfig(norm_pix=True), model.patch_HW)(images, pred, visible).mean())
+            losses.append(Objective(ObjectiveConfig(norm_pix=True), model.cell_HW)(images, pred, ~visible).mean())
     P = model.cell_pixels
     assert torch.stack(losses).mean().item() == pytest.approx((P - 1) / P + 2 * width / (width + P), rel=0.1)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "block" in c])
+def test_the_loss_at_step_0_of_a_head_that_starts_near_zero_is_1(case):
+    model = build(case)
+    images, visible, num_visible = batch(model)
+    with torch.no_grad():
+        loss = Objective(ObjectiveConfig(), model.cell_HW)(images, model(images, visible, num_visible), ~visible)
+    assert loss.mean().item() == pytest.approx(1, rel=0.1)
 
 
 def test_nothing_waits_for_the_device(case):
@@ -219,13 +391,14 @@ def test_nothing_waits_for_the_device(case):
     model = build(case).to("meta")
     images, visible, num_visible = (t.to("meta") if torch.is_tensor(t) else t for t in batch(model))
     pred = model(images, visible, num_visible)
-    loss = Objective(ObjectiveConfig(), model.patch_HW)(images, pred, visible)
+    loss = Objective(ObjectiveConfig(), model.cell_HW)(images, pred, ~visible)
     assert loss.shape == (6,)
     loss.mean().backward()
 
 
 def test_compiles_in_place_as_one_graph(case):
-    model = build(case)
+    torch._dynamo.reset()  # it counts the graphs of all cases together
+    model = build(case).eval()
     given, names = batch(model), list(model.state_dict())
     with torch.no_grad():
         eager = model(*given)
@@ -237,12 +410,35 @@ def test_compiles_in_place_as_one_graph(case):
 def test_bf16_autocast_keeps_the_loss_in_fp32(case):
     model = build(case)
     images, visible, num_visible = batch(model)
-    objective = Objective(ObjectiveConfig(), model.patch_HW)
+    objective = Objective(ObjectiveConfig(norm_pix=False), model.cell_HW)
     with torch.no_grad():
-        full = objective(images, model(images, visible, num_visible), visible)
+        full = objective(images, model(images, visible, num_visible), ~visible)
         with torch.autocast("cpu", torch.bfloat16):
             pred = model(images, visible, num_visible)
-            loss = objective(images, pred, visible)
+            loss = objective(images, pred, ~visible)
     assert pred.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, full, rtol=0.03, atol=0)
+    torch.testing.assert_close(loss, full, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("case", [c for c, (config, *_) in CASES.items() if isinstance(config, VitConfig)])
+def test_recomputed_activations_give_the_same_gradients(case):
+    gradients = []
+    for remembers in (True, False):
+        model = build(case)
+        model.remembers_activations = remembers
+        images, visible, num_visible = batch(model)
+        model(images, visible, num_visible).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_only_targets_are_painted_across():
+    model = build("cross-attention")
+    images, visible, num_visible = batch(model)
+    key = {"seed": 1, "pass_": 0, "rows": torch.arange(6), "view": 0, "xp": torch}
+    target = masking.draw_target(visible, 4, **key)
+    with torch.no_grad():
+        whole, part = model(images, visible, num_visible), model(images, visible, num_visible, target, 4)
+    torch.testing.assert_close(part[target.flatten(1)], whole[target.flatten(1)])
+    assert not part[~target.flatten(1)].any()

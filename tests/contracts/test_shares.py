@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskray.config.schema import RandomMask, WholeImage
+from maskray.config.models import ObjectiveConfig, RandomMask
+from maskray.config.schema import WholeImage
 from maskray.data.plan import share, shared_rounds
 from maskray.data.spec import StreamSpec
 from maskray.data.stream import Unit, steps
@@ -23,6 +24,7 @@ def spec(k, group_rows, views, total):
         flip_probability=0.0,
         views_per_image=views,
         mask=RandomMask(),
+        objective=ObjectiveConfig(),
         grid_HW=(2, 2),
         num_row_groups=5,
         group_rows=group_rows,

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from maskray import masking
+from maskray.config.models import BlockMask, ObjectiveConfig, RandomMask
 from maskray.config.resolve import resolve
-from maskray.config.schema import DataConfig, IngestConfig, RandomMask, RandomResizedCrop, RunConfig, WholeImage
+from maskray.config.schema import DataConfig, IngestConfig, RandomResizedCrop, RunConfig, WholeImage
 from maskray.data import device, row_groups
 from maskray.data.cache import open_cache
 from maskray.data.device import device_units
@@ -130,6 +131,9 @@ def test_spec_and_dataset_travel(spec, dataset, reference):
         {"views_per_image": 1},
         {"views_per_image": 3},
         {"mask": RandomMask(ratio=0.5)},
+        {"mask": RandomMask(ratio=[0.25, 0.5, 0.75])},
+        {"mask": BlockMask(ratio=0.5, sides=(1, 2), roll=True)},
+        {"mask": RandomMask(ratio=0.5), "objective": ObjectiveConfig(predict_fraction=0.5)},
         {"crop": RandomResizedCrop(scale=(0.9, 1.0))},
         {"image_size": (8, 8), "grid_HW": (4, 4)},
     ],
@@ -143,7 +147,11 @@ def test_every_option_keeps_the_contract(spec, dataset, cache_folder, options):
         assert unit.images_NCHW.dtype == np.uint8
         assert unit.visible_NHW.shape == (n, *spec.grid_HW)
         assert unit.visible_NHW.dtype == np.bool_
-        assert (unit.visible_NHW.sum((1, 2)) == spec.num_visible).all()
+        step = spec.step_of(unit.position)
+        assert (unit.visible_NHW.sum((1, 2)) == spec.num_visible(step)).all()
+        if unit.target_NHW is not None:
+            assert (unit.target_NHW.sum((1, 2)) == spec.num_target(step)).all()
+            assert not (unit.target_NHW & unit.visible_NHW).any()
         assert unit.weights_N.tolist() == [1.0] * n
         assert len(unit.keys) == n
     whole = open_cache(dataset, spec.channels, cache_folder)
@@ -167,7 +175,8 @@ def test_rows_are_numbered_over_the_whole_split(spec, dataset, reference):
         pass_, number = plan.locate(unit.position)
         rows = np.repeat(np.arange(number * GROUP, (number + 1) * GROUP), 2)
         views = np.tile([0, 1], GROUP)
-        expected = masking.draw(spec.mask, spec.grid_HW, seed=spec.seed, pass_=pass_, rows=rows, view=views)
+        (num,) = spec.visible_counts
+        expected = masking.draw(spec.mask, spec.grid_HW, num, seed=spec.seed, pass_=pass_, rows=rows, view=views)
         np.testing.assert_array_equal(unit.visible_NHW, expected)
 
 
@@ -453,8 +462,9 @@ def test_micro_batches_only_cut(spec, reference, micro_batch):
         for got, wanted in zip(joined(step), joined(expected), strict=True):
             assert torch.equal(got, wanted) if isinstance(got, torch.Tensor) else got == wanted
         for batch in step.batches:
-            assert batch.num_visible == spec.num_visible
+            assert batch.num_visible == spec.num_visible(step.number)
             assert (batch.visible_BHW.sum((1, 2)) == batch.num_visible).all()
+            assert (batch.target_BHW.sum((1, 2)) == batch.num_target).all()
             assert (batch.images_BCHW.dtype, batch.weights_B.dtype) == (torch.uint8, torch.float32)
 
 

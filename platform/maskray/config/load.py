@@ -13,7 +13,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from maskray.config.schema import RunConfig, Section
+from maskray.config.schema import RunConfig
+from maskray.config.section import Section
 from maskray.errors import ConfigError
 
 S = TypeVar("S", bound=Section)

@@ -7,50 +7,13 @@ so the same run on more workers or in another bucket is the same run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from maskray.config.models import ConvConfig, Mask, Model, ObjectiveConfig, PixelMask, RandomMask, VitConfig
+from maskray.config.section import Fraction, PositiveInt, Section, SizeHW, of_kind, operational
 from maskray.errors import ConfigError
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, defaults validated, no NaN."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_switch_is_no_number(cls, raw: object) -> object:
-        # pydantic would take `clip_norm: yes` for 1.0.
-        for key, value in raw.items() if isinstance(raw, Mapping) else ():
-            if isinstance(value, bool) and key in cls.model_fields and cls.model_fields[key].annotation is not bool:
-                raise ValueError(f"{key} cannot be true or false (found {str(value).lower()})")
-        return raw
-
-
-def operational(default: Any = ..., **limits: Any) -> Any:
-    """A field that does not change what is learned: left out of the run's identity."""
-    return Field(default, json_schema_extra={"operational": True}, **limits)
-
-
-def _pair(value: object) -> object:
-    """`224` means `[224, 224]`."""
-    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _kind(default: str) -> BeforeValidator:
-    """A section that does not say its `kind` is of the default one."""
-    return BeforeValidator(lambda value: {"kind": default, **value} if isinstance(value, Mapping) else value)
-
-
-PositiveInt = Annotated[int, Field(ge=1)]
-PairOfInts = tuple[PositiveInt, PositiveInt]
-SizeHW = Annotated[PairOfInts, BeforeValidator(_pair, json_schema_input_type=PositiveInt | PairOfInts)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 MAX_CHANNELS = 64
 """Bands of an image at most."""
@@ -82,7 +45,7 @@ class WholeImage(Section):
     kind: Literal["whole"] = "whole"
 
 
-Crop = Annotated[RandomResizedCrop | WholeImage, Field(discriminator="kind"), _kind("random_resized")]
+Crop = Annotated[RandomResizedCrop | WholeImage, Field(discriminator="kind"), of_kind("random_resized")]
 
 
 class DataConfig(Section):
@@ -156,75 +119,6 @@ class DataConfig(Section):
                 allowed="a folder on a disk of the workers' machines",
             )
         return self
-
-
-# ---------------------------------------------------------------------------------------------- mask, model, objective
-
-
-class RandomMask(Section):
-    """Cells hidden uniformly at random, the same number in every image (He et al. 2022, §3)."""
-
-    kind: Literal["random"] = "random"
-    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
-    """Share of the cells that the encoder does not see."""
-
-
-Mask = RandomMask
-
-
-class TransformerSize(Section):
-    """Width, depth and heads of a stack of transformer blocks."""
-
-    width: PositiveInt
-    depth: PositiveInt
-    heads: PositiveInt
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        if self.width % self.heads:
-            near = [h for h in range(1, self.width + 1) if self.width % h == 0]
-            near = sorted(sorted(near, key=lambda h: abs(h - self.heads))[:3])
-            raise ValueError(f"heads {self.heads} must divide width {self.width}; the nearest that do are {near}")
-        if self.width % 4:
-            near = [n for n in (self.width // 4 * 4, self.width // 4 * 4 + 4) if n]
-            raise ValueError(
-                f"width {self.width} must be a multiple of 4 (2-D sine-cosine positions); the nearest are {near}"
-            )
-        return self
-
-
-class VitDecoder(TransformerSize):
-    """The decoder: thrown away after pretraining."""
-
-    width: PositiveInt = 512
-    depth: PositiveInt = 8
-    heads: PositiveInt = 16
-
-
-class VitConfig(TransformerSize):
-    """Vision transformer MAE (He et al. 2022): the encoder sees the visible patches only."""
-
-    kind: Literal["vit"] = "vit"
-    patch: SizeHW = (16, 16)
-    """[height, width] of a patch in pixels."""
-    width: PositiveInt = 768
-    depth: PositiveInt = 12
-    heads: PositiveInt = 12
-    positions: Literal["fixed", "learnable"] = "fixed"
-    """2-D sine-cosine positions, or learned ones that start from them."""
-    decoder: VitDecoder = VitDecoder()
-
-
-Model = VitConfig
-
-
-class ObjectiveConfig(Section):
-    """What the decoder must paint, and how a miss is counted. Hidden cells only, in fp32."""
-
-    loss: Literal["l2", "l1"] = "l2"
-    norm_pix: bool = True
-    """Each cell's pixels minus their own mean by their own std (He et al. 2022, §3)."""
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -383,28 +277,52 @@ class RunConfig(Section):
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Pixels down and across of what is hidden or shown as one."""
+        return (1, 1) if isinstance(self.mask, PixelMask) else self.model.cell
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Cells down and across."""
+        (height, width), (down, across) = self.data.image_size, self.cell
+        return height // down, width // across
+
     @model_validator(mode="after")
-    def _patch_divides_image(self) -> Self:
-        for side, size, patch in zip(("height", "width"), self.data.image_size, self.model.patch, strict=True):
-            if size % patch:
-                below = size // patch * patch
-                near = [n for n in (below, below + patch) if n]
+    def _cells_divide_the_image(self) -> Self:
+        for side, size, cell in zip(("height", "width"), self.data.image_size, self.model.cell, strict=True):
+            if size % cell:
+                below = size // cell * cell
+                near = [n for n in (below, below + cell) if n]
+                what = "patch" if hasattr(self.model, "patch") else "stride"
                 raise ConfigError(
-                    f"the patch's {side} must divide the image's {side}",
+                    f"the {what}'s {side} must divide the image's {side}",
                     key="data.image_size",
-                    found=f"image {side} {size}, model.patch {side} {patch}",
+                    found=f"image {side} {size}, model.{what} {side} {cell}",
                     allowed=" or ".join(map(str, near)),
-                    fix="change data.image_size or model.patch",
+                    fix=f"change data.image_size or model.{'patch' if what == 'patch' else 'kind'}",
                 )
         return self
 
     @model_validator(mode="after")
-    def _norm_pix_has_something_to_normalise(self) -> Self:
-        if self.objective.norm_pix and self.model.patch == (1, 1) and self.data.channels == 1:
+    def _pixels_are_hidden_of_whole_images(self) -> Self:
+        if isinstance(self.mask, PixelMask) and not isinstance(self.model, ConvConfig):
             raise ConfigError(
-                "a cell of one value has no mean and std of its own",
+                f"scattered pixels leave no cell of a {self.model.kind} hidden or seen as a whole",
+                key="mask.kind",
+                found="pixels",
+                allowed="random, block, inverse_block or grid; pixels with model.kind: conv",
+                fix="take mask.kind: random for scattered patches",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _norm_pix_has_something_to_normalise(self) -> Self:
+        if self.objective.norm_pix and self.cell == (1, 1):
+            raise ConfigError(
+                "a cell of one pixel has no mean and std of its own",
                 key="objective.norm_pix",
-                found="true, with model.patch 1 and data.channels 1",
+                found=f"true, with cells of 1 × 1 pixels and data.channels {self.data.channels}",
                 fix="set objective.norm_pix: false, or a larger patch",
             )
         return self

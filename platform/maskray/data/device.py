@@ -15,13 +15,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from maskray import masking
 from maskray.config.schema import DataConfig
 from maskray.data.cache import WholeImages
 from maskray.data.resize import resize
 from maskray.data.shards import Dataset, decoded_bytes
 from maskray.data.spec import StreamSpec
-from maskray.data.stream import Array, Unit, draw_crops
+from maskray.data.stream import Array, Unit, draw_crops, draw_masks
 from maskray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -72,20 +71,15 @@ def load_unit(spec: StreamSpec, images: WholeImages, position: int) -> Unit:
     sizes = np.stack([images.heights[rows], images.widths[rows]], axis=1)
     boxes_N4, flips_N = draw_crops(spec, pass_, rows, sizes)
     view_N = torch.arange(len(boxes_N4), device=device)
-    visible_NHW = masking.draw(
-        *(spec.mask, spec.grid_HW),
-        seed=spec.seed,
-        pass_=pass_,
-        rows=view_N // num_views + int(rows[0]),
-        view=view_N % num_views,
-        xp=torch,
-    )
+    of_N = (view_N // num_views + int(rows[0]), view_N % num_views)
+    visible_NHW, target_NHW = draw_masks(spec, position, pass_, *of_N, xp=torch)
     return Unit(
         position=position,
         images_NCHW=_crop(images, np.repeat(rows, num_views), boxes_N4, flips_N, spec.image_size),
         visible_NHW=visible_NHW,
         weights_N=np.repeat(images.is_decoded[rows], num_views).astype(np.float32),
         keys=[key for key in images.keys_of(group) for _ in range(num_views)],
+        target_NHW=target_NHW,
     )
 
 

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Literal, Self
 
 from maskray import masking
+from maskray.config.models import Mask, ObjectiveConfig
 from maskray.config.resolve import RunPlan
-from maskray.config.schema import Crop, Mask, RunConfig
+from maskray.config.schema import Crop, RunConfig
 from maskray.data.plan import Plan, share
 from maskray.data.shards import Dataset
 from maskray.errors import DataError
@@ -29,6 +30,7 @@ class StreamSpec:
     flip_probability: float
     views_per_image: int
     mask: Mask
+    objective: ObjectiveConfig
     grid_HW: tuple[int, int]
     num_row_groups: int
     group_rows: int
@@ -39,7 +41,6 @@ class StreamSpec:
     @classmethod
     def of(cls, config: RunConfig, plan: RunPlan, dataset: Dataset) -> Self:
         """The stream of a run."""
-        height, width = config.data.image_size
         return cls(
             path=dataset.storage.uri,
             version=dataset.manifest.fingerprint,
@@ -50,7 +51,8 @@ class StreamSpec:
             flip_probability=config.data.flip_probability,
             views_per_image=config.data.views_per_image,
             mask=config.mask,
-            grid_HW=(height // config.model.patch[0], width // config.model.patch[1]),
+            objective=config.objective,
+            grid_HW=config.grid,
             num_row_groups=plan.num_row_groups,
             group_rows=plan.group_rows,
             groups_per_step=plan.groups_per_step,
@@ -64,9 +66,21 @@ class StreamSpec:
         return Plan(self.seed, self.num_row_groups)
 
     @cached_property
-    def num_visible(self) -> int:
-        """Visible cells in each image."""
-        return masking.num_visible(self.mask, self.grid_HW)
+    def visible_counts(self) -> tuple[int, ...]:
+        """Visible cells in each image, for each ratio of the mask."""
+        return masking.visible_counts(self.mask, self.grid_HW)
+
+    def num_visible(self, step: int) -> int:
+        """Visible cells in each image of a step."""
+        return self.visible_counts[masking.choice_at(self.mask, self.seed, step)]
+
+    def num_target(self, step: int) -> int:
+        """Cells in each image of a step that the loss counts."""
+        return masking.num_target(self.objective, self.grid_HW, self.num_visible(step))
+
+    def step_of(self, position: int) -> int:
+        """The step that a position of the plan is trained in."""
+        return position // self.groups_per_step
 
     @property
     def views_per_group(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +46,8 @@ class Unit(NamedTuple):
     keys: list[str]
     warnings: tuple[str, ...] = ()
     """What could not be read or decoded, and why. To be said where it is trained on: nobody sees the logs of tasks."""
+    target_NHW: Array | torch.Tensor | None = None
+    """bool, True = the loss counts the cell; None: all hidden ones, or all, as the objective says."""
 
 
 def load_unit(spec: StreamSpec, dataset: Dataset, position: int) -> Unit:
@@ -107,7 +110,7 @@ def augment(spec: StreamSpec, position: int, pass_: int, rows: Array, keys: list
     sizes = np.array([(1, 1) if image is None else image.shape[1:] for image in images], dtype=np.int64)
     boxes_N4, flips_N = draw_crops(spec, pass_, rows, sizes)
     rows_N, views_N = _by_view(spec, rows)
-    visible_NHW = masking.draw(spec.mask, spec.grid_HW, seed=spec.seed, pass_=pass_, rows=rows_N, view=views_N)
+    visible_NHW, target_NHW = draw_masks(spec, position, pass_, rows_N, views_N)
 
     out_NCHW = np.zeros((len(boxes_N4), spec.channels, *spec.image_size), dtype=np.uint8)
     weights_N = np.zeros(len(boxes_N4), dtype=np.float32)
@@ -116,7 +119,21 @@ def augment(spec: StreamSpec, position: int, pass_: int, rows: Array, keys: list
         if image is not None:
             out_NCHW[n] = crop.crop_resize(image, boxes_N4[n], spec.image_size, flip=bool(flips_N[n])).numpy()
             weights_N[n] = 1
-    return Unit(position, out_NCHW, visible_NHW, weights_N, [key for key in keys for _ in range(num_views)])
+    return Unit(
+        position, out_NCHW, visible_NHW, weights_N, [k for k in keys for _ in range(num_views)], target_NHW=target_NHW
+    )
+
+
+def draw_masks(
+    spec: StreamSpec, position: int, pass_: int, rows_N: Any, views_N: Any, xp: ModuleType = np
+) -> tuple[Any, Any]:
+    """Visibility and, where it is a part of the hidden cells, target (N, H, W) bool of the views of a row group."""
+    step = spec.step_of(position)
+    by_key: dict[str, Any] = {"seed": spec.seed, "pass_": pass_, "rows": rows_N, "view": views_N, "xp": xp}
+    visible_NHW = masking.draw(spec.mask, spec.grid_HW, spec.num_visible(step), **by_key)
+    if spec.objective.predict_fraction == 1:
+        return visible_NHW, None
+    return visible_NHW, masking.draw_target(visible_NHW, spec.num_target(step), **by_key)
 
 
 def draw_crops(spec: StreamSpec, pass_: int, rows: Array, sizes: Array) -> tuple[Array, Array]:
@@ -144,6 +161,10 @@ class Batch:
     """bool, True = the encoder sees the cell."""
     num_visible: int
     """Visible cells in each image."""
+    target_BHW: torch.Tensor
+    """bool, True = the loss counts the cell."""
+    num_target: int
+    """Such cells in each image."""
     weights_B: torch.Tensor
     """float32: 0 for what does not count."""
     keys: list[str]
@@ -191,7 +212,7 @@ def steps(
         taken = [_next_unit(units, wanted, number, rank) for wanted in positions]
         if len(taken) < rounds:
             taken.append(taken[0]._replace(weights_N=np.zeros_like(taken[0].weights_N)))
-        yield Step(number, _batches(taken, spec, micro_batch), positions)
+        yield Step(number, _batches(taken, spec, number, micro_batch), positions)
 
 
 def _next_unit(units: Iterator[Unit], wanted: int, step: int, rank: int) -> Unit:
@@ -204,7 +225,8 @@ def _next_unit(units: Iterator[Unit], wanted: int, step: int, rank: int) -> Unit
     return unit
 
 
-def _batches(units: list[Unit], spec: StreamSpec, micro_batch: int | None) -> list[Batch]:
+def _batches(units: list[Unit], spec: StreamSpec, step: int, micro_batch: int | None) -> list[Batch]:
+    counts = {"num_visible": spec.num_visible(step), "num_target": spec.num_target(step)}
     size = micro_batch or len(units) * spec.views_per_group
     groups = max(1, size // spec.views_per_group)
     out: list[Batch] = []
@@ -212,12 +234,29 @@ def _batches(units: list[Unit], spec: StreamSpec, micro_batch: int | None) -> li
         some = units[first : first + groups]
         images_NCHW = _tensor([u.images_NCHW for u in some])
         visible_NHW = _tensor([u.visible_NHW for u in some])
+        target_NHW = _target(some, visible_NHW, spec)
         weights_N = _tensor([u.weights_N for u in some])
         keys = [key for u in some for key in u.keys]
         for at in range(0, len(keys), size):
             rows = slice(at, at + size)
-            out.append(Batch(images_NCHW[rows], visible_NHW[rows], spec.num_visible, weights_N[rows], keys[rows]))
+            out.append(
+                Batch(
+                    images_BCHW=images_NCHW[rows],
+                    visible_BHW=visible_NHW[rows],
+                    target_BHW=target_NHW[rows],
+                    weights_B=weights_N[rows],
+                    keys=keys[rows],
+                    **counts,
+                )
+            )
     return out
+
+
+def _target(units: list[Unit], visible_NHW: torch.Tensor, spec: StreamSpec) -> torch.Tensor:
+    if spec.objective.cells == "all":
+        return torch.ones_like(visible_NHW)
+    given = [unit.target_NHW for unit in units if unit.target_NHW is not None]
+    return _tensor(given) if given else ~visible_NHW
 
 
 def _tensor(parts: list[Array | torch.Tensor]) -> torch.Tensor:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from maskray.models.base import MaskedAutoencoder
 from maskray.models.normalize import Normalize
-from maskray.models.vit import MaskedAutoencoderViT
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 Features = np.ndarray[Any, np.dtype[np.float32]]
@@ -23,7 +23,7 @@ BATCH = 256
 
 
 def pooled_features(
-    model: MaskedAutoencoderViT, normalize: Normalize, images: Images | Iterable[Images], batch: int = BATCH
+    model: MaskedAutoencoder, normalize: Normalize, images: Images | Iterable[Images], batch: int = BATCH
 ) -> Features:
     """Mean-pooled features (N, D) of the encoder, unmasked, in fp32, in the order of the images.
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from maskray import draws, figures, masking
-from maskray.config.schema import Mask
+from maskray.config.models import Mask
 from maskray.evaluation.features import Images, evaluating
+from maskray.models.base import MaskedAutoencoder
 from maskray.models.normalize import Normalize
-from maskray.models.vit import MaskedAutoencoderViT
 from maskray.objective import Objective
 
 
@@ -45,7 +45,7 @@ class Reconstruction:
 
 
 def reconstruct(
-    model: MaskedAutoencoderViT,
+    model: MaskedAutoencoder,
     normalize: Normalize,
     objective: Objective,
     images_NCHW: Images,
@@ -56,16 +56,17 @@ def reconstruct(
 
     Image n gets the mask that (seed, n) draws: the same at every step of a run, and no mask of training's.
     """
-    num_visible = masking.num_visible(mask, model.grid_HW)
+    counts = masking.visible_counts(mask, model.grid_HW)
+    num_visible = sorted(counts)[len(counts) // 2]  # of several ratios, the one in the middle
     probe_seed = draws.word(seed, draws.Stream.PROBE)
     rows = np.arange(len(images_NCHW))
-    visible_NHW = masking.draw(mask, model.grid_HW, seed=probe_seed, pass_=0, rows=rows, view=0)
+    visible_NHW = masking.draw(mask, model.grid_HW, num_visible, seed=probe_seed, pass_=0, rows=rows, view=0)
     device = next(model.parameters()).device
     visible = torch.from_numpy(visible_NHW).to(device)
     with evaluating(model), torch.no_grad():
         images = normalize(torch.from_numpy(np.ascontiguousarray(images_NCHW)).to(device))
         pred = model(images, visible, num_visible)
-        loss_N = objective(images, pred, visible)
+        loss_N = objective(images, pred, ~visible)
         painted = objective.paint(images, pred)
     return Reconstruction(
         images_NCHW=images_NCHW,

@@ -22,13 +22,13 @@ from torch import Tensor
 from maskray.data.shards import sha256_of
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, StorageError
-from maskray.models.vit import MaskedAutoencoderViT
+from maskray.models.base import MaskedAutoencoder
 
 KEY = "init_from"
 WEIGHTS_FILE = "model.safetensors"
 SUFFIXES = (".safetensors", ".pth", ".pt")
 ALLOWED = "a .safetensors, .pth or .pt file, or the folder of a checkpoint"
-_DECODER = ("decoder_", "mask_token")
+_DECODER = ("decoder", "mask_token")
 _POSITIONS = ("pos_embed", "decoder_pos_embed")
 _SHOWN = 6
 # What torch's restricted unpickler and safetensors raise for bytes that are not theirs.
@@ -46,7 +46,7 @@ _NOT_WEIGHTS = (
 log = logging.getLogger(__name__)
 
 
-def load_weights(model: MaskedAutoencoderViT, path: str | Path) -> tuple[str, ...]:
+def load_weights(model: MaskedAutoencoder, path: str | Path) -> tuple[str, ...]:
     """Load a file's weights into `model`, in place.
 
     Args:
@@ -64,7 +64,7 @@ def load_weights(model: MaskedAutoencoderViT, path: str | Path) -> tuple[str, ..
         return _load(model, file)
 
 
-def _load(model: MaskedAutoencoderViT, path: Path) -> tuple[str, ...]:
+def _load(model: MaskedAutoencoder, path: Path) -> tuple[str, ...]:
     found, wanted = _read(path), model.state_dict()
     missing = tuple(name for name in wanted if name not in found)
     decoder = tuple(name for name in wanted if name.startswith(_DECODER))
@@ -162,7 +162,7 @@ def _unreadable(path: str | Path, error: OSError | StorageError) -> CheckpointEr
     )
 
 
-def _fit(name: str, tensor: Tensor, model: MaskedAutoencoderViT) -> Tensor:
+def _fit(name: str, tensor: Tensor, model: MaskedAutoencoder) -> Tensor:
     """The tensor, positions resampled where their grid has another number of cells."""
     num_cells = model.grid_HW[0] * model.grid_HW[1]
     if name not in _POSITIONS or tensor.ndim != 3 or tensor.shape[1] == 1 + num_cells:

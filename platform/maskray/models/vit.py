@@ -1,23 +1,31 @@
 """The vision transformer MAE (He et al., "Masked autoencoders are scalable vision learners", CVPR 2022).
 
 The blocks are timm's; parameter names, initialisation and positions are those of the authors' code (`models_mae.py` and
-`util/pos_embed.py` of facebookresearch/mae), so that their checkpoints load and their numbers come out.
+`util/pos_embed.py` of facebookresearch/mae), so that their checkpoints load and their numbers come out. A transformer
+that timm knows by name brings its own blocks and tokens; the rest is the same.
 
 Shape letters: B images, C channels, H and W down and across (pixels of an image, cells of a visibility), L = cells of
-an image in raster order, N visible cells, T tokens (class token and cells), D width of a token, P pixel values of a
-cell.
+an image in raster order, N visible cells, Q cells to be painted, T tokens (those that belong to no cell, then cells), D
+width of a token, P pixel values of a cell.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 
+import timm
 import torch
-from timm.models.vision_transformer import Block
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from maskray.config.schema import TransformerSize, VitConfig
+from maskray.config.models import TimmVitConfig, TransformerSize, VitConfig, VitDecoder
+from maskray.errors import ConfigError
+from maskray.models.base import MaskedAutoencoder, indices, put, taken
 
 LAYER_NORM_EPS = 1e-6
 TOKEN_STD = 0.02
@@ -40,105 +48,153 @@ class PatchEmbed(nn.Module):
         return F.linear(cells_BNP, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class MaskedAutoencoderViT(nn.Module):
-    """Encoder over the visible cells, decoder over all of them.
+class MaskedAutoencoderViT(MaskedAutoencoder):
+    """Encoder over the visible cells; decoder over all of them, or over those to be painted alone.
 
     Args:
         config: sizes of encoder and decoder.
         image_size: height and width of the images in pixels; the patch divides them.
         channels: of the images.
+
+    Raises:
+        ConfigError: timm has no plain vision transformer of that name.
     """
 
-    def __init__(self, config: VitConfig, image_size: tuple[int, int], channels: int) -> None:
-        super().__init__()
-        self.patch_HW = config.patch
-        self.grid_HW = (image_size[0] // config.patch[0], image_size[1] // config.patch[1])
-        self.channels = channels
-        self.cell_pixels = config.patch[0] * config.patch[1] * channels
+    def __init__(self, config: VitConfig | TimmVitConfig, image_size: tuple[int, int], channels: int) -> None:
+        parts = _from_timm(config, image_size, channels) if isinstance(config, TimmVitConfig) else _own(config)
+        width, decoder = parts.width, config.decoder
+        super().__init__(image_size, channels, config.patch, width)
         learnable = config.positions == "learnable"
-        width, decoder = config.width, config.decoder
+        self.remembers_activations = True
+        """False: blocks are computed again in the backward pass."""
 
         self.patch_embed = PatchEmbed(channels, config.patch, width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(position_table(width, self.grid_HW), requires_grad=learnable)
-        self.blocks = _blocks(config)
-        self.norm = _LayerNorm(width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if parts.class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, parts.registers, width)) if parts.registers else None
+        self.num_prefix = int(parts.class_token) + parts.registers
+        """Tokens that belong to no cell."""
+        self._placed_prefix = self.num_prefix if parts.prefix_has_positions else 0
+        table = position_table(width, self.grid_HW, self._placed_prefix)
+        self.pos_embed = nn.Parameter(table, requires_grad=learnable)
+        self.norm_pre = parts.norm_pre
+        self.blocks = nn.ModuleList(parts.blocks)
+        self.norm = parts.norm
 
         self.decoder_embed = nn.Linear(width, decoder.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
-        self.decoder_pos_embed = nn.Parameter(position_table(decoder.width, self.grid_HW), requires_grad=learnable)
-        self.decoder_blocks = _blocks(decoder)
+        table = position_table(decoder.width, self.grid_HW, 0 if decoder.attention == "cross" else self.num_prefix)
+        self.decoder_pos_embed = nn.Parameter(table, requires_grad=learnable)
+        self._crosses = decoder.attention == "cross"
+        self.decoder_blocks = _decoder_blocks(decoder)
         self.decoder_norm = _LayerNorm(decoder.width)
         self.decoder_pred = nn.Linear(decoder.width, self.cell_pixels)
 
         self.apply(_init)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # a view: as if it were a Linear
-        nn.init.normal_(self.cls_token, std=TOKEN_STD)
-        nn.init.normal_(self.mask_token, std=TOKEN_STD)
+        for token in (self.cls_token, self.reg_token, self.mask_token):
+            if token is not None:
+                nn.init.normal_(token, std=TOKEN_STD)
 
-    def forward(self, images_BCHW: Tensor, visible_BHW: Tensor, num_visible: int) -> Tensor:
-        """Predicted values (B, L, P) of all cells, in the (row, column, channel) order of the objective's target.
-
-        Args:
-            images_BCHW: normalised pixels.
-            visible_BHW: bool, in cells; True = the encoder sees it.
-            num_visible: how many cells of each image are visible; given, since counting on the device is a sync.
-        """
-        index_BN = visible_indices(visible_BHW, num_visible)
-        return self._decode(self._encode(images_BCHW, index_BN), index_BN)
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        visible_BHW: Tensor,
+        num_visible: int,
+        target_BHW: Tensor | None = None,
+        num_target: int = 0,
+        weights_B: Tensor | None = None,
+    ) -> Tensor:
+        """As `MaskedAutoencoder.forward`."""
+        del weights_B  # no statistics are kept
+        index_BN = indices(visible_BHW, num_visible)
+        latents_BTD = self._encode(images_BCHW, index_BN)
+        if not self._crosses:
+            return self._decode(latents_BTD, index_BN)
+        if target_BHW is None:
+            target_BHW, num_target = ~visible_BHW, visible_BHW[0].numel() - num_visible
+        return self._decode_across(latents_BTD, indices(target_BHW, num_target))
 
     def encode_visible(self, images_BCHW: Tensor, visible_BHW: Tensor, num_visible: int) -> Tensor:
-        """Latents (B, 1 + N, D) that the decoder gets: the class token, then the visible cells in raster order."""
-        return self._encode(images_BCHW, visible_indices(visible_BHW, num_visible))
+        """Latents (B, T, D) that the decoder gets: tokens of no cell, then the visible cells in raster order."""
+        return self._encode(images_BCHW, indices(visible_BHW, num_visible))
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Features (B, L, D) of all cells in raster order. Nothing is ever masked here."""
-        return self._encode(images_BCHW, None)[:, 1:]
+        """As `MaskedAutoencoder.encode`."""
+        return self._encode(images_BCHW, None)[:, self.num_prefix :]
 
-    def pooled(self, images_BCHW: Tensor) -> Tensor:
-        """One feature vector (B, D) an image: the mean over its cells."""
-        return self.encode(images_BCHW).mean(dim=1)
+    def feature_maps(self, images_BCHW: Tensor) -> list[Tensor]:
+        """One scale alone, that of the patches."""
+        return [self.encode(images_BCHW).transpose(1, 2).unflatten(2, self.grid_HW)]
 
     def _encode(self, images_BCHW: Tensor, index_BN: Tensor | None) -> Tensor:
-        cells_BNP, positions = self._cells(images_BCHW), self.pos_embed[:, 1:]
+        cells_BNP, positions = self._cells(images_BCHW), self.pos_embed[:, self._placed_prefix :]
         if index_BN is not None:
-            cells_BNP = cells_BNP.gather(1, index_BN[:, :, None].expand(-1, -1, cells_BNP.shape[2]))
-            positions = positions[0, index_BN]
-        tokens_BND = self.patch_embed(cells_BNP) + positions
-        class_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens_BND), -1, -1)
-        x = torch.cat((class_B1D, tokens_BND), dim=1)
-        for block in self.blocks:
-            x = block(x)
+            cells_BNP, positions = taken(cells_BNP, index_BN), positions[0, index_BN]
+        x = torch.cat([*self._prefix(len(cells_BNP)), self.patch_embed(cells_BNP) + positions], dim=1)
+        x = self._through(self.blocks, self.norm_pre(x))
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _prefix(self, num: int) -> list[Tensor]:
+        tokens: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if not tokens:
+            return []
+        prefix_1TD = torch.cat(tokens, dim=1)
+        if self._placed_prefix:
+            prefix_1TD = prefix_1TD + self.pos_embed[:, : self._placed_prefix]
+        return [prefix_1TD.expand(num, -1, -1)]
 
     def _decode(self, latents_BTD: Tensor, index_BN: Tensor) -> Tensor:
         # The mask token's type, not that of `decoder_embed` under autocast: the sum of the residuals stays fp32.
         x = self.decoder_embed(latents_BTD).to(self.mask_token.dtype)
-        num_cells = self.grid_HW[0] * self.grid_HW[1]
-        hidden_BLD = self.mask_token.expand(len(x), num_cells, -1)
-        cells_BLD = hidden_BLD.scatter(1, index_BN[:, :, None].expand(-1, -1, x.shape[2]), x[:, 1:])
-        x = torch.cat((x[:, :1], cells_BLD), dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x)[:, 1:])  # type: ignore[no-any-return]
+        hidden_BLD = self.mask_token.expand(len(x), self.grid_HW[0] * self.grid_HW[1], -1)
+        cells_BLD = put(x[:, self.num_prefix :], index_BN, hidden_BLD)
+        x = torch.cat((x[:, : self.num_prefix], cells_BLD), dim=1) + self.decoder_pos_embed
+        x = self._through(self.decoder_blocks, x)
+        return self.decoder_pred(self.decoder_norm(x)[:, self.num_prefix :])  # type: ignore[no-any-return]
+
+    def _decode_across(self, latents_BTD: Tensor, index_BQ: Tensor) -> Tensor:
+        x = self.mask_token + self.decoder_pos_embed[0, index_BQ]
+        x = self._through(self.decoder_blocks, x, self.decoder_embed(latents_BTD))
+        pred_BQP = self.decoder_pred(self.decoder_norm(x))
+        nothing_BLP = pred_BQP.new_zeros(len(x), self.grid_HW[0] * self.grid_HW[1], self.cell_pixels)
+        return put(pred_BQP, index_BQ, nothing_BLP)
+
+    def _through(self, blocks: Iterable[nn.Module], x: Tensor, *others: Tensor) -> Tensor:
+        for block in blocks:
+            x = block(x, *others) if self.remembers_activations else checkpoint(block, x, *others, use_reentrant=False)
+        return x
 
     def _cells(self, images_BCHW: Tensor) -> Tensor:
         """(B, L, P) pixel values of each cell in the order of the convolution's weight."""
-        (grid_h, grid_w), (patch_h, patch_w) = self.grid_HW, self.patch_HW
+        (grid_h, grid_w), (patch_h, patch_w) = self.grid_HW, self.cell_HW
         shape = (self.channels, grid_h * patch_h, grid_w * patch_w)
         assert images_BCHW.shape[1:] == shape, f"images {tuple(images_BCHW.shape)}, the model is built for {shape}"
         cells = images_BCHW.reshape(-1, self.channels, grid_h, patch_h, grid_w, patch_w).permute(0, 2, 4, 1, 3, 5)
         return cells.reshape(-1, grid_h * grid_w, self.cell_pixels)
 
 
-def visible_indices(visible_BHW: Tensor, num_visible: int) -> Tensor:
-    """Numbers (B, N) of the visible cells, in raster order. The shape is known to the host: nothing waits."""
-    hidden_BL = (~visible_BHW).flatten(1).to(torch.uint8)
-    return hidden_BL.argsort(dim=1, stable=True)[:, :num_visible]
+class CrossBlock(nn.Module):
+    """A block whose tokens attend to others and not to each other (CrossMAE, Fu et al. 2024)."""
+
+    def __init__(self, size: TransformerSize) -> None:
+        super().__init__()
+        self.heads = size.heads
+        self.norm1, self.norm_seen, self.norm2 = (_LayerNorm(size.width) for _ in range(3))
+        self.q, self.kv = nn.Linear(size.width, size.width), nn.Linear(size.width, 2 * size.width)
+        self.proj = nn.Linear(size.width, size.width)
+        self.mlp = Mlp(size.width, int(size.width * size.mlp_ratio))
+
+    def forward(self, x_BQD: Tensor, seen_BTD: Tensor) -> Tensor:
+        """(B, Q, D), each token from itself and from what was seen."""
+        q = self.q(self.norm1(x_BQD)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(self.norm_seen(seen_BTD)).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x_BQD + self.proj(attended)
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 
-def position_table(width: int, grid_HW: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sine-cosine positions (1, 1 + L, D); zeros for the class token.
+def position_table(width: int, grid_HW: tuple[int, int], num_prefix: int = 1) -> Tensor:
+    """Fixed 2-D sine-cosine positions (1, prefix + L, D); zeros for tokens of no cell, which come first.
 
     The first half of the width encodes the column and the second half the row ("w goes first" in the authors' code,
     whose names say otherwise; mae#18, mae#67). Each half is the sines and then the cosines of falling frequencies.
@@ -152,12 +208,76 @@ def position_table(width: int, grid_HW: tuple[int, int]) -> Tensor:
         angles = place_HW.reshape(-1, 1) * frequencies
         halves += [angles.sin(), angles.cos()]
     cells_LD = torch.cat(halves, dim=1)
-    return torch.cat((torch.zeros(1, width, dtype=torch.float64), cells_LD)).float()[None]
+    return torch.cat((torch.zeros(num_prefix, width, dtype=torch.float64), cells_LD)).float()[None]
+
+
+# ------------------------------------------------------------------------------------------------------------- encoder
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    width: int
+    blocks: Iterable[nn.Module]
+    norm_pre: nn.Module
+    norm: nn.Module
+    class_token: bool
+    registers: int
+    prefix_has_positions: bool
+
+
+def _own(config: VitConfig) -> _Encoder:
+    return _Encoder(
+        width=config.width,
+        blocks=_blocks(config),
+        norm_pre=nn.Identity(),
+        norm=_LayerNorm(config.width),
+        class_token=config.class_token,
+        registers=config.registers,
+        prefix_has_positions=True,
+    )
+
+
+def _from_timm(config: TimmVitConfig, image_size: tuple[int, int], channels: int) -> _Encoder:
+    wrong = {"key": "model.name", "found": config.name, "fix": "timm.list_models('vit_*') lists names"}
+    allowed = (
+        "plain vision transformers of timm: vit_tiny to vit_giant, deit, deit3, with class token, registers or none"
+    )
+    if not timm.is_model(config.name):
+        raise ConfigError("timm knows no such model", allowed=allowed, **wrong)
+    if timm.models.get_arch_name(config.name) not in timm.list_models(module="vision_transformer") + timm.list_models(
+        module="deit"
+    ):
+        raise ConfigError("the model is no plain vision transformer", allowed=allowed, **wrong)
+    vit = timm.create_model(
+        config.name,
+        pretrained=False,
+        img_size=image_size,
+        patch_size=config.patch,
+        in_chans=channels,
+        num_classes=0,
+        global_pool="",
+    )
+    is_plain = type(vit) is VisionTransformer and vit.pos_embed is not None
+    if not is_plain or not isinstance(vit.patch_embed.norm, nn.Identity) or vit.embed_dim % 4:
+        raise ConfigError("the model is no plain vision transformer", allowed=allowed, **wrong)
+    return _Encoder(
+        width=vit.embed_dim,
+        blocks=vit.blocks,
+        norm_pre=vit.norm_pre,
+        norm=vit.norm,
+        class_token=vit.cls_token is not None,
+        registers=vit.num_reg_tokens,
+        prefix_has_positions=not vit.no_embed_class,
+    )
 
 
 def _blocks(size: TransformerSize) -> nn.ModuleList:
     block = partial(Block, size.width, size.heads, mlp_ratio=size.mlp_ratio, qkv_bias=True, norm_layer=_LayerNorm)
     return nn.ModuleList(block() for _ in range(size.depth))
+
+
+def _decoder_blocks(size: VitDecoder) -> nn.ModuleList:
+    return nn.ModuleList(CrossBlock(size) for _ in range(size.depth)) if size.attention == "cross" else _blocks(size)
 
 
 def _init(module: nn.Module) -> None:

@@ -245,7 +245,8 @@ def _opened(spec: StreamSpec) -> Dataset:
 
 
 def _to_row(unit: Unit, retries: int) -> Row:
-    return {
+    target = {} if unit.target_NHW is None else {"target": unit.target_NHW[None]}
+    return target | {
         "position": np.array([unit.position]),
         "images": unit.images_NCHW[None],
         "visible": unit.visible_NHW[None],
@@ -267,4 +268,5 @@ def _to_unit(row: Row) -> Unit:
         weights_N=row["weights"][0],
         keys=json.loads(str(row["keys"][0])),
         warnings=tuple(json.loads(str(row["warnings"][0]))),
+        target_NHW=row["target"][0] if "target" in row else None,
     )

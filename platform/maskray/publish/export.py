@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskray.config.load import parse
-from maskray.config.schema import RunConfig, VitConfig, VitDecoder
+from maskray.config.models import AnyVit, Model, VitDecoder
+from maskray.config.schema import RunConfig
+from maskray.config.section import Section
 from maskray.errors import CheckpointError, ConfigError, DataError
+from maskray.models.base import MaskedAutoencoder
+from maskray.models.build import build_model
 from maskray.models.normalize import Normalize
-from maskray.models.vit import MaskedAutoencoderViT
 
 SCHEMA_VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "encoder.json"
-DECODER_NAMES = ("decoder_", "mask_token")
+DECODER_NAMES = ("decoder", "mask_token")
 _SMALLEST_DECODER = VitDecoder(width=4, depth=1, heads=1)
 
 
@@ -40,7 +43,7 @@ class Encoder(nn.Module):
         image_size: height and width in pixels that the model takes; other images are resized to it.
     """
 
-    def __init__(self, model: MaskedAutoencoderViT, normalize: Normalize, image_size: tuple[int, int]) -> None:
+    def __init__(self, model: MaskedAutoencoder, normalize: Normalize, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.model, self.normalize, self.image_size = model, normalize, image_size
 
@@ -52,7 +55,7 @@ class Encoder(nn.Module):
     @property
     def width(self) -> int:
         """Of a feature."""
-        return int(self.model.cls_token.shape[2])
+        return self.model.width
 
     def forward(self, bytes_BCHW: Tensor) -> Tensor:
         """Features (B, D) in fp32, the mean over the image's cells, of uint8 (B, C, H, W).
@@ -80,7 +83,7 @@ def resize(bytes_BCHW: Tensor, size_HW: tuple[int, int]) -> Tensor:
 
 def save_encoder(
     folder: Path,
-    model: MaskedAutoencoderViT,
+    model: MaskedAutoencoder,
     normalize: Normalize,
     config: RunConfig,
 ) -> None:
@@ -133,8 +136,8 @@ def load_encoder(folder: str | Path) -> Encoder:
             fix="use the maskray that wrote it, or export it again",
         )
     try:
-        config = parse(VitConfig, card["model"], origin=str(folder / CARD))
-        model = _encoder_only(config, tuple(card["image_size"]), card["channels"])
+        config = parse(_Card, {"model": card["model"]}, origin=str(folder / CARD))
+        model = _encoder_only(config.model, tuple(card["image_size"]), card["channels"])
         model.load_state_dict(load_file(folder / WEIGHTS))
         encoder = Encoder(model, Normalize(card["mean"], card["std"]), tuple(card["image_size"]))
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ConfigError) as error:
@@ -142,10 +145,17 @@ def load_encoder(folder: str | Path) -> Encoder:
     return encoder.eval().requires_grad_(requires_grad=False)
 
 
-def _encoder_only(config: VitConfig, image_size: tuple[int, int], channels: int) -> MaskedAutoencoderViT:
+class _Card(Section):
+    """What the card says of the model."""
+
+    model: Model
+
+
+def _encoder_only(config: Model, image_size: tuple[int, int], channels: int) -> MaskedAutoencoder:
     with torch.random.fork_rng(devices=[]):  # the initialisation is thrown away, and must not be noticed
-        small = config.model_copy(update={"decoder": _SMALLEST_DECODER})
-        model = MaskedAutoencoderViT(small, image_size, channels)
+        if isinstance(config, AnyVit):
+            config = config.model_copy(update={"decoder": _SMALLEST_DECODER})
+        model = build_model(config, image_size, channels)
     for name in {name.split(".")[0] for name in model.state_dict() if name.startswith(DECODER_NAMES)}:
         delattr(model, name)
     return model

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from maskray.config.schema import RunConfig
 from maskray.data.device import moved
 from maskray.data.stream import Batch
+from maskray.models.sparse_layers import drop_statistics, group_norms, settle_statistics
 from maskray.objective import Objective
 from maskray.training.optim import Schedule
 
@@ -51,7 +52,9 @@ class TrainStep:
         device: torch.device,
     ) -> None:
         self._world = dist.get_world_size() if dist.is_initialized() else 1
-        self._model = DistributedDataParallel(model) if self._world > 1 else model
+        # Statistics are reduced once a step, by `settle_statistics`.
+        self._model = DistributedDataParallel(model, broadcast_buffers=False) if self._world > 1 else model
+        self._norms = group_norms(model)
         self._normalize, self._objective = normalize, objective
         self._optimizer, self._schedule = optimizer, schedule
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -75,6 +78,7 @@ class TrainStep:
         """
         self._backward(batch)
         self._optimizer.zero_grad()
+        drop_statistics(self._norms)
 
     def __call__(self, number: int, batches: list[Batch]) -> None:
         """Train on a worker's batches of step `number`; all but the last keep their gradients to themselves."""
@@ -85,6 +89,7 @@ class TrainStep:
                 sums += self._backward(batch)
         if self._world > 1:
             dist.all_reduce(sums)
+        settle_statistics(self._norms)
         loss, weight = sums.unbind()
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
@@ -112,9 +117,10 @@ class TrainStep:
         """Gradients of a batch; its part of the step's loss and of its weights, as a tensor of two."""
         images_BCHW = self._normalize(moved(batch.images_BCHW, self._device))
         visible_BHW, weights_B = moved(batch.visible_BHW, self._device), moved(batch.weights_B, self._device)
+        target_BHW = moved(batch.target_BHW, self._device)
         with self._autocast:
-            pred_BLP = self._model(images_BCHW, visible_BHW, batch.num_visible)
-        loss_B = self._objective(images_BCHW, pred_BLP, visible_BHW)
+            pred_BLP = self._model(images_BCHW, visible_BHW, batch.num_visible, target_BHW, batch.num_target, weights_B)
+        loss_B = self._objective(images_BCHW, pred_BLP, target_BHW)
         loss: torch.Tensor = (weights_B * loss_B).sum() / self._global_batch
         (loss * self._world).backward()  # DDP averages the gradients over the workers where their sum is wanted
         return torch.stack([loss.detach(), weights_B.sum()])

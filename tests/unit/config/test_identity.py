@@ -4,7 +4,8 @@ import pytest
 
 from maskray.config.load import dotted_keys, fingerprint, identity, merge, parse
 from maskray.config.resolve import DatasetFacts, resolve
-from maskray.config.schema import RunConfig, Section
+from maskray.config.schema import RunConfig
+from maskray.config.section import Section
 
 BASE = {
     "name": "a",

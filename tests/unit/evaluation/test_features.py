@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskray.config.schema import VitConfig, VitDecoder
+from maskray.config.models import VitConfig, VitDecoder
 from maskray.evaluation.features import pixel_features, pooled_features
 from maskray.models.build import build_model
 from maskray.models.normalize import Normalize

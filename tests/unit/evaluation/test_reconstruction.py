@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from maskray import masking
-from maskray.config.schema import ObjectiveConfig, RandomMask, VitConfig, VitDecoder
+from maskray.config.models import ObjectiveConfig, RandomMask, VitConfig, VitDecoder
 from maskray.evaluation.reconstruction import reconstruct
 from maskray.models.build import build_model
 from maskray.models.normalize import Normalize
@@ -20,7 +20,7 @@ def build(seed=0):
 
 
 def painted(model, norm_pix=False, seed=3, images=IMAGES):
-    objective = Objective(ObjectiveConfig(norm_pix=norm_pix), model.patch_HW)
+    objective = Objective(ObjectiveConfig(norm_pix=norm_pix), model.cell_HW)
     return reconstruct(model, Normalize.from_kind("imagenet", 3), objective, images, MASK, seed)
 
 
@@ -28,7 +28,7 @@ def test_masks_are_fixed_by_the_seed_and_are_none_of_trainings():
     first, later = painted(build(0)), painted(build(1))
     np.testing.assert_array_equal(first.visible_NHW, later.visible_NHW)
     assert (first.visible_NHW != painted(build(0), seed=4).visible_NHW).any()
-    training = masking.draw(MASK, (2, 3), seed=3, pass_=0, rows=np.arange(5), view=0)
+    training = masking.draw(MASK, (2, 3), 3, seed=3, pass_=0, rows=np.arange(5), view=0)
     assert (first.visible_NHW != training).any()
 
 
@@ -45,7 +45,7 @@ def test_painting_and_loss_are_the_models(norm_pix):
     images, visible = normalize(torch.from_numpy(IMAGES)), torch.from_numpy(result.visible_NHW)
     with torch.no_grad():
         pred = model(images, visible, 3)
-        loss = Objective(ObjectiveConfig(norm_pix=norm_pix), model.patch_HW)(images, pred, visible)
+        loss = Objective(ObjectiveConfig(norm_pix=norm_pix), model.cell_HW)(images, pred, ~visible)
     np.testing.assert_array_equal(result.loss_N, loss.numpy())
     assert result.uses_target_statistics == norm_pix
     assert result.painted_NCHW.shape == IMAGES.shape

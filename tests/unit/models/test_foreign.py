@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskray.config.schema import VitConfig, VitDecoder
+from maskray.config.models import VitConfig, VitDecoder
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
 from maskray.models.build import build_model

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from maskray.config.schema import VitConfig, VitDecoder
+from maskray.config.models import VitConfig, VitDecoder
 from maskray.models.vit import MaskedAutoencoderViT, position_table, visible_indices
 
 CONFIG = VitConfig(patch=4, width=64, depth=2, heads=4, decoder=VitDecoder(width=32, depth=1, heads=4))

@@ -30,8 +30,10 @@ class Rig:
         images = torch.randint(
             0, 256, (size, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(number)
         )
-        visible = masking.draw(self.config.mask, grid, seed=number, pass_=0, rows=torch.arange(size), view=0, xp=torch)
-        return Batch(images, visible, masking.num_visible(self.config.mask, grid), torch.ones(size), ["key"] * size)
+        (num,) = masking.visible_counts(self.config.mask, grid)
+        rows = torch.arange(size)
+        visible = masking.draw(self.config.mask, grid, num, seed=number, pass_=0, rows=rows, view=0, xp=torch)
+        return Batch(images, visible, num, ~visible, visible[0].numel() - num, torch.ones(size), ["key"] * size)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -49,7 +51,7 @@ def rig(tiny):
         plan = resolve(config, DatasetFacts("0" * 16, 16, 80, 1280))
         model, normalize = initial_model(config), Normalize.from_kind("symmetric", 1)
         optimizer, schedule = build_optimizer(model, config.optim), Schedule.of(config.optim, plan)
-        objective = Objective(config.objective, config.model.patch)
+        objective = Objective(config.objective, config.cell)
         return Rig(
             config, model, optimizer, schedule, TrainStep(model, normalize, objective, optimizer, schedule, config, CPU)
         )
