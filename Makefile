@@ -32,7 +32,7 @@ bench: $(VENV)/.installed  ## see tests/benchmarks/RESULTS.md
 	$(BIN)/python tests/benchmarks/cache.py
 	$(BIN)/python tests/benchmarks/footers.py
 
-bench-data: $(VENV)/.installed  ## the data path against others: half an hour on two quiet cores
+bench-data: $(VENV)/.installed  ## the data path against others: an hour on two quiet cores
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	for name in $(DATA_BENCHMARKS); do $(BIN)/python tests/benchmarks/$$name.py --json runs/bench/results.jsonl || exit 1; done
 

@@ -29,7 +29,7 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, ConfigError, MaskrayError, StorageError, TrackingError
 from maskray.evaluation.judgement import Judgement, Scores
 from maskray.evaluation.linear_probe import Accuracy
-from maskray.models.build import build_normalize, initial_model
+from maskray.models.build import build_normalize, initial_model, weightless_model
 from maskray.models.foreign import load_weights, weights_digest
 from maskray.pretrain import first_images
 from maskray.publish import export, registry
@@ -162,6 +162,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     counts = " or ".join(map(str, spec.visible_counts))
     log.info("%s of %d cells visible", counts, spec.grid_HW[0] * spec.grid_HW[1])
     build_normalize(config, dataset.manifest)
+    weightless_model(config)
     if config.init_from is not None:
         initial_model(config)
     _say_what_is_left_out(config, plan, dataset)

@@ -131,7 +131,7 @@ def draw(
 
 def choice_at(mask: Mask, seed: int, step: int) -> int:
     """Which of the mask's ratios a step has: drawn by step, since a batch has but one."""
-    return draws.word(seed, draws.Stream.RATIO, step) % len(mask.ratio)
+    return draws.word(seed, draws.Stream.RATIO, step) % len(mask.ratio) if len(mask.ratio) > 1 else 0
 
 
 def num_target(objective: ObjectiveConfig, grid_HW: tuple[int, int], num_visible: int) -> int:

@@ -10,13 +10,14 @@ import torch
 from maskray import masking
 from maskray.config.load import dump
 from maskray.config.resolve import resolve
-from maskray.config.schema import RunConfig
+from maskray.config.schema import RunConfig, TrainingConfig
 from maskray.data.manifest import SplitName
 from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
 from maskray.data.stream import Batch, walk
 from maskray.evaluation.features import Images
 from maskray.evaluation.reconstruction import reconstruct
+from maskray.models.base import MaskedAutoencoder
 from maskray.models.build import build_normalize, initial_model
 from maskray.models.cost import cost
 from maskray.models.foreign import weights_digest
@@ -25,6 +26,7 @@ from maskray.tracking.base import Tracker
 from maskray.training import checkpoint, loop
 from maskray.training.context import RunContext, Snapshot
 from maskray.training.optim import Schedule, build_optimizer
+from maskray.training.sharding import shard
 from maskray.training.step import TrainStep
 from maskray.training.throughput import Meter, hardware, matmul_rate
 
@@ -43,13 +45,11 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
 
-    model = initial_model(config, spec.views_per_group).to(context.device)
+    model = placed(initial_model(config, spec.views_per_group).to(context.device), config.training)
     normalize = build_normalize(config, dataset.manifest).to(context.device)
     objective = Objective(config.objective, config.cell)
     optimizer = build_optimizer(model, config.optim)
     schedule = Schedule.of(config.optim, plan)
-    if config.training.compile:
-        model.compile()  # in place: the parameters keep their names
     step = TrainStep(model, normalize, objective, optimizer, schedule, config, context.device)
     if config.training.deterministic:
         step.warm_up(zero_batch(spec))
@@ -63,8 +63,9 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         return checkpoint.HostCopy(model, optimizer, facts(done), dump(config)).write
 
     def probe(done: int) -> None:
-        if context.rank == 0:
+        if context.rank == 0 or config.training.shard:  # a sharded model runs on all workers or on none
             picture = reconstruct(model, normalize, objective, fixed_images, config.mask, config.seed)
+        if context.rank == 0:
             tracker.figure("pretrain/reconstruction", picture.figure(f"{plan.run_name}, step {done}"), done)
 
     start_step, rates = 0, dict[str, float]()
@@ -94,6 +95,15 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         ledger=_ledger(config.training.ledger, context.rank),
     )
     return loop.run(parts, config.training, context, tracker, start_step)
+
+
+def placed(model: MaskedAutoencoder, config: TrainingConfig) -> MaskedAutoencoder:
+    """The model, on its device already, as it is trained; the parameters keep their names."""
+    if config.shard:
+        shard(model)
+    if config.compile:
+        model.compile()
+    return model
 
 
 def settle(config: RunConfig) -> int:

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from maskray import masking
+from maskray.cells import patchify, unpatchify
 from maskray.config.models import ObjectiveConfig, RandomMask
 from maskray.errors import ConfigError
-from maskray.objective import Objective, patchify, unpatchify
+from maskray.objective import Objective
 
 CONFIGS = [ObjectiveConfig(loss=loss, norm_pix=norm_pix) for loss in ("l2", "l1") for norm_pix in (True, False)]
 PATCH, GRID = (2, 4), (3, 5)

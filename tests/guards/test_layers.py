@@ -14,7 +14,7 @@ PACKAGE = ROOT / "platform" / "maskray"
 
 LAYERS: list[set[str]] = [  # from the ground up; rooms on one line do not import each other
     {"config", "errors", "draws", "figures"},
-    {"masking"},
+    {"masking", "cells"},
     {"data", "tracking"},
     {"models", "objective"},
     {"training"},

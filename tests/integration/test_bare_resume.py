@@ -104,8 +104,8 @@ class Left:
         return dict(json.loads((self.folder / f"losses-{rank}.json").read_text()))
 
 
-def configured(tiny, folder, workers=1):
-    training = {"log_steps": 1, "checkpoint_steps": CHECKPOINT_STEPS, "ledger": str(folder / "ledger")}
+def configured(tiny, folder, workers=1, *, shard=False):
+    training = {"log_steps": 1, "checkpoint_steps": CHECKPOINT_STEPS, "ledger": str(folder / "ledger"), "shard": shard}
     return tiny(
         optim={"steps": STEPS, "clip_norm": 0.5},
         # Wide enough for several places in a bucket: on a toy DDP adds everything in one order anyway.
@@ -127,12 +127,13 @@ def losses_of_one(tiny, folder):
     return {p.step: p.value for p in store.points if p.key == "pretrain/loss"}
 
 
-@pytest.mark.parametrize("workers", [2, 3])  # a + b = b + a: of two workers the order of a sum cannot show
-def test_a_killed_worker_changes_nothing(tiny, tmp_path, workers):
+# a + b = b + a: of two workers the order of a sum cannot show.
+@pytest.mark.parametrize(("workers", "shard"), [(2, False), (3, False), (2, True)])
+def test_a_killed_worker_changes_nothing(tiny, tmp_path, workers, shard):
     quiet, killed = Left(tmp_path / "quiet"), Left(tmp_path / "killed")
     for run in (quiet, killed):
         run.folder.mkdir()
-        (run.folder / "config.yaml").write_text(dump(configured(tiny, run.folder, workers)))
+        (run.folder / "config.yaml").write_text(dump(configured(tiny, run.folder, workers, shard=shard)))
     output = tmp_path / "output.log"
 
     assert torchrun(tmp_path, workers, quiet.folder, killed.folder, victim=workers - 1, moment=10) != 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PositiveFloat, model_validator
 
@@ -10,11 +10,21 @@ from maskray.config.section import PositiveInt, Section, SizeHW, of_kind
 
 # --------------------------------------------------------------------------------------------------------------- masks
 
+_MOST_RATIOS = 8
 Ratio = Annotated[float, Field(gt=0, lt=1)]
+_Several = Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=_MOST_RATIOS)]
+
+
+def _ratios(value: object) -> object:
+    """`0.75` means `[0.75]`."""
+    if isinstance(value, list | tuple) and not 0 < len(value) <= _MOST_RATIOS:
+        raise ValueError(f"ratio takes one number or a list of up to {_MOST_RATIOS} (found {len(value)})")
+    return (value,) if isinstance(value, int | float) else value
+
+
 Ratios = Annotated[
     tuple[Ratio, ...],
-    Field(min_length=1, max_length=8),
-    BeforeValidator(lambda value: (value,) if isinstance(value, int | float) else value, json_schema_input_type=Any),
+    BeforeValidator(_ratios, json_schema_input_type=Ratio | _Several),
     PlainSerializer(lambda ratios: ratios[0] if len(ratios) == 1 else list(ratios)),
 ]
 
@@ -169,15 +179,21 @@ class TimmVitConfig(AnyVit):
     """As timm knows it, such as `vit_small_patch16_dinov3` or `vit_base_patch14_reg4_dinov2`; without weights."""
 
 
+class ConvDecoder(Section):
+    """Transposed convolutions, as many as the encoder has convolutions, with blocks before them."""
+
+    depth: Annotated[int, Field(ge=0, le=32)] = 4
+    """Blocks of 7 × 7 convolutions, by which the sight of visible cells reaches hidden ones that have no visible
+    neighbour; 0 leaves those with one gray guess."""
+
+
 class ConvConfig(Section):
     """Convolutions down, transposed convolutions up; see the README for where it comes from."""
 
     kind: Literal["conv"] = "conv"
     widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=6)] = (64, 128, 256)
     """Channels after each convolution. Each halves the image, so a cell has 2 ** len(widths) pixels a side."""
-    decoder_depth: Annotated[int, Field(ge=0, le=32)] = 4
-    """Blocks of 7 × 7 convolutions before the transposed ones, by which the sight of visible cells reaches hidden ones
-    that have no visible neighbour; 0 leaves those with one grey guess."""
+    decoder: ConvDecoder = ConvDecoder()
 
     @property
     def cell(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maskray.config.load import fingerprint, identity
+from maskray.config.models import SparseConvConfig
 from maskray.config.schema import OptimConfig, RunConfig
 from maskray.errors import ConfigError, DataError
 
@@ -100,6 +101,14 @@ def resolve(config: RunConfig, data: DatasetFacts, init_digest: str | None = Non
             key="training.micro_batch",
             found=micro,
             allowed=", ".join(str(d) for d in range(1, group + 1) if group % d == 0) + f", or multiples of {group}",
+        )
+    if micro is not None and micro % group and isinstance(config.model, SparseConvConfig):
+        raise ConfigError(
+            f"batch normalisation takes its statistics over whole row groups ({group} views)",
+            key="training.micro_batch",
+            found=micro,
+            allowed=f"multiples of {group}",
+            fix="take one, or ingest again with a smaller group_rows",
         )
     total, warmup = _steps(config.optim, data.num_row_groups / k)
     plain: dict[str, Any] = identity(config)

@@ -171,6 +171,9 @@ class TrainingConfig(Section):
     """Views in one forward and backward pass of a worker (gradient accumulation); None takes a worker's whole share."""
     compile: bool = operational(default=False)
     """torch.compile, in place."""
+    shard: bool = operational(default=False)
+    """Weights, gradients and the optimiser's state divided among the workers (FSDP2): for models that one accelerator
+    cannot hold. Checkpoints are the same as without."""
     deterministic: bool = operational(default=False)
     """Bit-equal resume (fp32 on CPU at the same workers, threads and versions); see the README for what is promised."""
     threads: PositiveInt | None = operational(None)

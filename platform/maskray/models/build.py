@@ -43,6 +43,16 @@ def build_model(
             return SparseConvAutoencoder(config, image_size, channels, group_images)
 
 
+def weightless_model(config: RunConfig) -> MaskedAutoencoder:
+    """The model of a run on the `meta` device: no memory, no values; to count with, or to see that there is one.
+
+    Raises:
+        ConfigError: there is no such encoder.
+    """
+    with torch.device("meta"):
+        return build_model(config.model, config.data.image_size, config.data.channels, config.cell)
+
+
 def initial_model(config: RunConfig, group_images: int = 1) -> MaskedAutoencoder:
     """The model that a run starts from: drawn by its seed, or read from `init_from`. Torch's generator is left alone.
 

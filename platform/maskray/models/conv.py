@@ -17,10 +17,10 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskray.cells import patchify
 from maskray.config.models import ConvConfig
 from maskray.models.base import MaskedAutoencoder
 from maskray.models.sparse_layers import Seen
-from maskray.objective import patchify
 
 
 class ConvAutoencoder(MaskedAutoencoder):
@@ -40,7 +40,7 @@ class ConvAutoencoder(MaskedAutoencoder):
         widths = (channels, *config.widths)
         self.encoder = nn.ModuleList(nn.Conv2d(i, o, kernel_size=3, stride=2, padding=1) for i, o in pairwise(widths))
         self.decoder_blocks = nn.Sequential(
-            *(ConvNeXtBlock(widths[-1], ls_init_value=None) for _ in range(config.decoder_depth))
+            *(ConvNeXtBlock(widths[-1], ls_init_value=None) for _ in range(config.decoder.depth))
         )
         self.decoder = nn.ModuleList(
             nn.ConvTranspose2d(i, o, kernel_size=3, stride=2, padding=1, output_padding=1)

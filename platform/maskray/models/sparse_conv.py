@@ -18,11 +18,11 @@ from timm.models.convnext import ConvNeXtBlock
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from maskray.cells import patchify
 from maskray.config.models import SparseConvConfig, UNetDecoder
 from maskray.errors import ConfigError
 from maskray.models.base import MaskedAutoencoder
 from maskray.models.sparse_layers import GroupBatchNorm2d, Seen, through, with_group_norms
-from maskray.objective import patchify
 
 INIT_STD = 0.02
 

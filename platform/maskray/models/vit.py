@@ -238,28 +238,26 @@ def _own(config: VitConfig) -> _Encoder:
 
 
 def _from_timm(config: TimmVitConfig, image_size: tuple[int, int], channels: int) -> _Encoder:
-    wrong = {"key": "model.name", "found": config.name, "fix": "timm.list_models('vit_*') lists names"}
-    allowed = (
-        "plain vision transformers of timm: vit_tiny to vit_giant, deit, deit3, with class token, registers or none"
-    )
+    wrong = {
+        "key": "model.name",
+        "found": config.name,
+        "allowed": "plain vision transformers of timm, such as vit_small_patch16_224 or vit_base_patch14_reg4_dinov2",
+        "fix": "timm.list_models('vit_*') and timm.list_models('deit*') list names",
+    }
     if not timm.is_model(config.name):
-        raise ConfigError("timm knows no such model", allowed=allowed, **wrong)
-    if timm.models.get_arch_name(config.name) not in timm.list_models(module="vision_transformer") + timm.list_models(
-        module="deit"
-    ):
-        raise ConfigError("the model is no plain vision transformer", allowed=allowed, **wrong)
-    vit = timm.create_model(
-        config.name,
-        pretrained=False,
-        img_size=image_size,
-        patch_size=config.patch,
-        in_chans=channels,
-        num_classes=0,
-        global_pool="",
-    )
-    is_plain = type(vit) is VisionTransformer and vit.pos_embed is not None
-    if not is_plain or not isinstance(vit.patch_embed.norm, nn.Identity) or vit.embed_dim % 4:
-        raise ConfigError("the model is no plain vision transformer", allowed=allowed, **wrong)
+        raise ConfigError("timm knows no such model", **wrong)
+    plain = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+    options = {"img_size": image_size, "patch_size": config.patch, "in_chans": channels}
+    try:
+        if timm.models.get_arch_name(config.name) not in plain:
+            raise TypeError("it is of another module")
+        vit = timm.create_model(config.name, pretrained=False, num_classes=0, global_pool="", **options)
+        if type(vit) is not VisionTransformer or vit.pos_embed is None or vit.embed_dim % 4:
+            raise TypeError("it has other tokens or positions")
+        if not isinstance(vit.patch_embed.norm, nn.Identity):
+            raise TypeError("it normalises patches")
+    except (AssertionError, TypeError, ValueError) as error:  # timm's own refusals of an option, too
+        raise ConfigError(f"the model is no plain vision transformer ({error})", **wrong) from error
     return _Encoder(
         width=vit.embed_dim,
         blocks=vit.blocks,

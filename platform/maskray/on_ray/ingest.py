@@ -1,4 +1,8 @@
-"""Ingest on a cluster: the jobs of `data/ingest.py` as Ray tasks."""
+"""Ingest on a cluster: the jobs of `data/ingest.py` as Ray tasks.
+
+Tasks and not Ray Data: a job is a list of keys, and its result a small table. All that Ray Data would add is the
+transport of blocks, and it would wrap the user's mistake in errors of its own.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +31,15 @@ def ray_mapper(max_in_flight: int | None = None) -> Mapper:
     def run(function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
         task = ray.remote(num_cpus=1)(function)
         limit = max_in_flight or max(2, _TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
-        pending: deque[Any] = deque()
+        pending, running = deque[Any](), list[Any]()
         try:
             for item in items:
+                if len(running) >= limit:
+                    # Any of them: a slow job holds back results, which are small, and not the cluster.
+                    _, running = ray.wait(running, num_returns=1)
                 pending.append(task.remote(item))
-                if len(pending) >= limit:
+                running.append(pending[-1])
+                while pending[0] not in running:
                     yield _result(pending.popleft())
             while pending:
                 yield _result(pending.popleft())

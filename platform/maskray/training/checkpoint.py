@@ -26,6 +26,7 @@ from torch import nn
 
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
+from maskray.training.sharding import load_model, load_optimizer, whole
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Facts:
 
 
 class HostCopy:
-    """Copies of weights and optimiser state on the host, taken between two steps."""
+    """Weights and optimiser state copied to the host between two steps; of a sharded model, by all workers."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Facts, config_yaml: str) -> None:
         self._weights = {k: _to_host(v).contiguous() for k, v in model.state_dict().items()}
@@ -131,8 +132,8 @@ def restore(
             allowed=fingerprint,
             fix="start a new run from it with init_from, or undo the change of the config",
         )
-    model.load_state_dict(load_file(folder / WEIGHTS, device=str(device)))
-    optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True, map_location=device))
+    load_model(model, load_file(folder / WEIGHTS, device=str(device)))
+    load_optimizer(optimizer, torch.load(folder / OPTIMIZER, weights_only=True, map_location=device))
     return facts
 
 
@@ -165,7 +166,7 @@ def on_disk(storage: Storage) -> Iterator[Path]:
 
 def _to_host(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return whole(value.detach()).to("cpu", copy=True)
     if isinstance(value, dict):
         return {k: _to_host(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -56,7 +56,9 @@ def run(parts: Parts, config: TrainingConfig, context: RunContext, tracker: Trac
                 _stop_if_not_finite(report, parts.spec, done, tracker)
                 tracker.log(_metrics(report, parts, step.number), done)
             if done % config.checkpoint_steps == 0 or done == total:
-                snapshot = parts.snapshot(done) if context.rank == 0 else None
+                # All workers take part in that of a sharded model.
+                taken = parts.snapshot(done) if context.rank == 0 or config.shard else None
+                snapshot = taken if context.rank == 0 else None
                 parts.meter.checkpoint_wait_seconds += context.report(done, snapshot)
             if _is_probe_step(done, total, config):
                 parts.probe(done)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from maskray.config.schema import RunConfig
@@ -16,6 +17,7 @@ from maskray.data.stream import Batch
 from maskray.models.sparse_layers import drop_statistics, group_norms, settle_statistics
 from maskray.objective import Objective
 from maskray.training.optim import Schedule
+from maskray.training.sharding import whole
 
 INF = float("inf")
 
@@ -53,7 +55,8 @@ class TrainStep:
     ) -> None:
         self._world = dist.get_world_size() if dist.is_initialized() else 1
         # Statistics are reduced once a step, by `settle_statistics`.
-        self._model = DistributedDataParallel(model, broadcast_buffers=False) if self._world > 1 else model
+        ddp = self._world > 1 and not isinstance(model, FSDPModule)
+        self._model = DistributedDataParallel(model, broadcast_buffers=False) if ddp else model
         self._norms = group_norms(model)
         self._normalize, self._objective = normalize, objective
         self._optimizer, self._schedule = optimizer, schedule
@@ -85,13 +88,16 @@ class TrainStep:
         self._optimizer.zero_grad()
         sums = torch.zeros(2, device=self._device)
         for i, batch in enumerate(batches):
-            with self._alone(i < len(batches) - 1):
+            is_last = i == len(batches) - 1
+            if isinstance(self._model, FSDPModule):
+                self._model.set_requires_gradient_sync(is_last)
+            with self._alone(not is_last):
                 sums += self._backward(batch)
         if self._world > 1:
             dist.all_reduce(sums)
         settle_statistics(self._norms)
         loss, weight = sums.unbind()
-        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
         nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self._first_bad = torch.where(bad & (self._first_bad < 0), number, self._first_bad)
@@ -122,7 +128,7 @@ class TrainStep:
             pred_BLP = self._model(images_BCHW, visible_BHW, batch.num_visible, target_BHW, batch.num_target, weights_B)
         loss_B = self._objective(images_BCHW, pred_BLP, target_BHW)
         loss: torch.Tensor = (weights_B * loss_B).sum() / self._global_batch
-        (loss * self._world).backward()  # DDP averages the gradients over the workers where their sum is wanted
+        (loss * self._world).backward()  # DDP and FSDP average the gradients over the workers where their sum is wanted
         return torch.stack([loss.detach(), weights_B.sum()])
 
     def _alone(self, alone: bool) -> contextlib.AbstractContextManager[None]:

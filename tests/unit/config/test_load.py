@@ -198,7 +198,7 @@ def test_an_override_must_be_yaml():
             "data.crop.scales: no such key. Did you mean data.crop.scale?",
         ),
         ({"data": {"crop": {"kind": "whole", "scale": [0.5, 1]}}}, "data.crop.scale: no such key. Valid here: kind."),
-        ({"mask": {"zzzzz": 1}}, "mask.zzzzz: no such key. Valid here: kind, ratio."),
+        ({"mask": {"zzzzz": 1}}, "mask.zzzzz: no such key. Valid here: ratio, unit, kind."),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_valid_one(sections, message):
@@ -241,7 +241,7 @@ def takes(key, found, allowed):
             {"data": {"crop": {"scale": [0.9, 0.1]}}},
             "data.crop: scale must be [low, high] with 0 < low <= high (found [0.9, 0.1]).",
         ),
-        ({"mask": {"ratio": 1}}, takes("mask.ratio", "1", "less than 1")),
+        ({"mask": {"ratio": 1}}, takes("mask.ratio.0", "1", "less than 1")),
         (
             {"optim": {"base_lr": "fast"}},
             takes("optim.base_lr", "'fast'", "a number"),
@@ -346,7 +346,7 @@ def test_what_is_dumped_loads_as_the_same(write, sections):
 def test_a_dump_spells_every_field_out():
     raw = yaml.safe_load(dump(built()))
     assert set(raw) == set(RunConfig.model_fields)
-    assert set(raw["model"]["decoder"]) == {"width", "depth", "heads", "mlp_ratio"}
+    assert set(raw["model"]["decoder"]) == {"width", "depth", "heads", "mlp_ratio", "attention"}
     assert set(yaml.safe_load(dump(IngestConfig(source="digits", destination="x")))) == set(IngestConfig.model_fields)
 
 

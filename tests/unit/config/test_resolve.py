@@ -94,6 +94,17 @@ def test_a_micro_batch_across_row_groups(micro_batch):
     )
 
 
+def test_batch_normalisation_takes_whole_row_groups():
+    raw = merge(BASE, {"data": {"image_size": 64}, "training": {"micro_batch": 8}})
+    config = parse(RunConfig, {**raw, "model": {"kind": "sparse_conv", "name": "resnet18"}})
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, facts())
+    assert str(caught.value) == (
+        "training.micro_batch: batch normalisation takes its statistics over whole row groups (16 views). Found: 8. "
+        "Allowed: multiples of 16. What to do: take one, or ingest again with a smaller group_rows."
+    )
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 8, 16, 32, 48, 64, 128, None])
 def test_micro_batches_that_fit(micro_batch):
     assert resolved(training={"micro_batch": micro_batch}).groups_per_step == 4

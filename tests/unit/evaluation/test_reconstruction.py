@@ -3,11 +3,12 @@ import pytest
 import torch
 
 from maskray import masking
+from maskray.cells import unpatchify
 from maskray.config.models import ObjectiveConfig, RandomMask, VitConfig, VitDecoder
 from maskray.evaluation.reconstruction import reconstruct
 from maskray.models.build import build_model
 from maskray.models.normalize import Normalize
-from maskray.objective import Objective, unpatchify
+from maskray.objective import Objective
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 12), dtype=np.uint8)
 MASK = RandomMask(ratio=0.5)

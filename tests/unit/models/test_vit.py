@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from maskray.config.models import VitConfig, VitDecoder
-from maskray.models.vit import MaskedAutoencoderViT, position_table, visible_indices
+from maskray.models.base import indices
+from maskray.models.vit import MaskedAutoencoderViT, position_table
 
 CONFIG = VitConfig(patch=4, width=64, depth=2, heads=4, decoder=VitDecoder(width=32, depth=1, heads=4))
 
@@ -37,7 +38,7 @@ def test_every_cell_has_its_own_position():
 
 def test_visible_indices_are_those_of_the_raster():
     visible = torch.tensor([[[True, False, True], [False, True, False]], [[False, False, False], [True, True, True]]])
-    assert visible_indices(visible, 3).tolist() == [[0, 2, 4], [3, 4, 5]]
+    assert indices(visible, 3).tolist() == [[0, 2, 4], [3, 4, 5]]
 
 
 def test_initialisation_is_the_authors():

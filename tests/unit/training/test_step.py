@@ -15,6 +15,7 @@ def halves(batch, size):
             batch,
             images_BCHW=batch.images_BCHW[r],
             visible_BHW=batch.visible_BHW[r],
+            target_BHW=batch.target_BHW[r],
             weights_B=batch.weights_B[r],
             keys=batch.keys[r],
         )
@@ -160,6 +161,7 @@ def test_views_of_weight_0_do_not_count(rig):
                 batch,
                 images_BCHW=batch.images_BCHW[kept],
                 visible_BHW=batch.visible_BHW[kept],
+                target_BHW=batch.target_BHW[kept],
                 weights_B=torch.ones(62),
                 keys=batch.keys[:62],
             )
