@@ -47,6 +47,7 @@ class ConvAutoencoder(MaskedAutoencoder):
             for i, o in pairwise(widths[::-1])
         )
         self.apply(_init)
+        self.decoder_blocks.apply(_init_small)  # residual branches: as large as the rest they would drown it
 
     def forward(
         self,
@@ -85,6 +86,11 @@ class ConvAutoencoder(MaskedAutoencoder):
             x = seen.shown(layer(F.relu(x) if i else x))
             maps.append(x)
         return maps
+
+
+def _init_small(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
 
 
 def _init(module: nn.Module) -> None:
