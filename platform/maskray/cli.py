@@ -27,6 +27,7 @@ from rich.table import Table
 from maskray.config.load import json_schema, load, parse
 from maskray.config.schema import IngestConfig, RunConfig, TrackingConfig
 from maskray.errors import MaskrayError, TrainingError
+from maskray.models.parameter_names import FORMATS
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
     from maskray.data.mapper import Mapper
@@ -149,6 +150,18 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--launcher", choices=("ray", "torch"), default="ray", help="torch: no Ray, or torchrun")
     pretrain.set_defaults(command=_pretrain)
 
+    export = commands.add_parser("export", help="write a model under the names that others read")
+    export.add_argument("source", help="folder or URI of a checkpoint, or of an encoder")
+    export.add_argument("destination", help="where: a .pth file for mae, a folder for the others")
+    export.add_argument(
+        "--as",
+        required=True,
+        choices=FORMATS,
+        dest="format",
+        help="the MAE authors' code, Hugging Face's transformers, or timm (the encoder alone)",
+    )
+    export.set_defaults(command=_export)
+
     schema = commands.add_parser("schema", help="JSON Schema of the YAML, for editors")
     schema.set_defaults(command=_schema)
 
@@ -269,6 +282,14 @@ def _pretrain(arguments: argparse.Namespace) -> int:
             summary = launch(prepared, RayLauncher())
     if summary is not None:
         _show(summary, config)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from maskray.publish.foreign import export
+
+    said = export(arguments.source, arguments.destination, arguments.format)
+    Console(highlight=False).print(said, soft_wrap=True, markup=False)
     return 0
 
 

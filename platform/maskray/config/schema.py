@@ -267,8 +267,9 @@ class RunConfig(Section):
     """First part of the run's name; the second is the fingerprint of its identity."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init_from: str | None = operational(None)
-    """Weights to start from, at a path or URI that all workers see: a checkpoint's folder, or a `.safetensors` or
-    `.pth` file with the MAE authors' parameter names. The digest of the weights, not their place, is identity."""
+    """Weights to start from, at a path or URI that all workers see: a checkpoint's folder, or a `.safetensors`, `.pth`
+    or `.bin` file with the names of the MAE authors, of Hugging Face's ViTMAE or of timm's vision transformers. The
+    digest of the weights, not their place, is identity."""
     data: DataConfig
     mask: Mask = RandomMask()
     model: Model = VitConfig()

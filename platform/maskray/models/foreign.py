@@ -1,4 +1,4 @@
-"""Weights that somebody else made, under the MAE authors' parameter names: what `init_from` starts a run with."""
+"""Weights that somebody else made or is to read, under their names: what `init_from` starts a run with, and exports."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from maskray.data.shards import sha256_of
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, StorageError
+from maskray.models import parameter_names as names
 from maskray.models.base import MaskedAutoencoder
 
 KEY = "init_from"
 WEIGHTS_FILE = "model.safetensors"
-SUFFIXES = (".safetensors", ".pth", ".pt")
-ALLOWED = "a .safetensors, .pth or .pt file, or the folder of a checkpoint"
-_DECODER = ("decoder", "mask_token")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+ALLOWED = f"a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a folder with {WEIGHTS_FILE}, as a checkpoint's"
+_TABLES = ("model", "state_dict")
+"""Under which the authors' and timm's training scripts save the weights, beside other things."""
 _POSITIONS = ("pos_embed", "decoder_pos_embed")
 _SHOWN = 6
 # What torch's restricted unpickler and safetensors raise for bytes that are not theirs.
@@ -47,12 +49,12 @@ log = logging.getLogger(__name__)
 
 
 def load_weights(model: MaskedAutoencoder, path: str | Path) -> tuple[str, ...]:
-    """Load a file's weights into `model`, in place.
+    """Load a file's weights into `model`, in place, whoever's names they have; the log says whose.
 
     Args:
         model: built for the images of this run; positions of another grid are resampled in 2-D to its own.
-        path: path or URI of a `.safetensors` file, of a `.pth` or `.pt` file (weights alone or under `model`, as the
-            authors publish them), or of the folder of a checkpoint.
+        path: path or URI of a `.safetensors` file, of a `.pth`, `.pt` or `.bin` file (weights alone, or under `model`
+            or `state_dict`, as training scripts save them), or of a folder with `model.safetensors`.
 
     Returns:
         Names of the parameters that keep their fresh values: the decoder's, where the file holds an encoder alone.
@@ -64,17 +66,54 @@ def load_weights(model: MaskedAutoencoder, path: str | Path) -> tuple[str, ...]:
         return _load(model, file)
 
 
+def save_weights(weights: Mapping[str, Tensor], path: Path, kind: names.Format) -> None:
+    """Write weights as others read them: `.pth` under `model`, as the authors publish theirs, or `.safetensors`.
+
+    Args:
+        weights: under our names.
+        path: its suffix says which.
+        kind: whose names to give them. The model must be one that they have.
+    """
+    theirs = {
+        part: piece.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in weights.items()
+        for part, piece in _apart(tensor, names.theirs(kind, name)).items()
+    }
+    if path.suffix == ".pth":
+        torch.save({"model": theirs}, path)
+    else:
+        save_file(theirs, path, metadata={"format": "pt"})  # transformers asks for it
+
+
+def _apart(tensor: Tensor, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    pieces = tensor.chunk(len(parts)) if len(parts) > 1 else (tensor,)
+    return dict(zip(parts, pieces, strict=True))
+
+
 def _load(model: MaskedAutoencoder, path: Path) -> tuple[str, ...]:
     found, wanted = _read(path), model.state_dict()
-    missing = tuple(name for name in wanted if name not in found)
-    decoder = tuple(name for name in wanted if name.startswith(_DECODER))
-    fresh = missing if missing == decoder else ()
-    _check_names(path, missing if not fresh else (), [name for name in found if name not in wanted])
-    weights = {name: _fit(name, found[name], model) for name in wanted if name not in fresh}
-    _check_shapes(path, weights, wanted)
+    kind = names.recognised(found)
+    log.info("%s has %s", path, names.WHOSE[kind])
+    found = {name: found[spelled] for spelled, name in names.as_published(kind, found).items()}
+    theirs = {name: names.theirs(kind, name) for name in wanted}
+    decoder = tuple(name for name in wanted if name.startswith(names.DECODER))
+    fresh = () if any(part in found for name in decoder for part in theirs[name]) else decoder
+    used = {name: parts for name, parts in theirs.items() if name not in fresh}
+    _check_names(path, kind, [part for parts in used.values() for part in parts], found)
+    expected = {part: piece for name, parts in used.items() for part, piece in _apart(wanted[name], parts).items()}
+    for name in _POSITIONS:
+        for part in used.get(name, ()):
+            found[part] = _fit(part, found[part], expected[part], model.grid_HW)
+    _check_shapes(path, found, expected)
+    weights = {
+        name: torch.cat([found[part] for part in parts]) if len(parts) > 1 else found[parts[0]]
+        for name, parts in used.items()
+    }
     model.load_state_dict(weights, strict=not fresh)
     if fresh:
         log.info("%s holds an encoder alone: the decoder (%d tensors) starts fresh", path, len(fresh))
+    if heads := sorted(found.keys() & names.HEADS[kind]):
+        log.info("%s: left out, being a classifier's: %s", path, ", ".join(heads))
     return fresh
 
 
@@ -143,10 +182,14 @@ def _read(path: Path) -> dict[str, Tensor]:
             found=f"{path} ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
             fix="save its weights alone, e.g. as .safetensors",
         ) from error
-    weights = loaded.get("model", loaded) if isinstance(loaded, Mapping) else loaded
+    tables = [loaded[key] for key in _TABLES if key in loaded] if isinstance(loaded, Mapping) else []
+    weights = tables[0] if tables else loaded
     if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise CheckpointError(
-            "the file holds no table of weights", key=KEY, found=path, allowed="tensors by name, or those under 'model'"
+            "the file holds no table of weights",
+            key=KEY,
+            found=path,
+            allowed=f"tensors by name, or those under {' or '.join(map(repr, _TABLES))}",
         )
     return dict(weights)
 
@@ -162,41 +205,46 @@ def _unreadable(path: str | Path, error: OSError | StorageError) -> CheckpointEr
     )
 
 
-def _fit(name: str, tensor: Tensor, model: MaskedAutoencoder) -> Tensor:
-    """The tensor, positions resampled where their grid has another number of cells."""
-    num_cells = model.grid_HW[0] * model.grid_HW[1]
-    if name not in _POSITIONS or tensor.ndim != 3 or tensor.shape[1] == 1 + num_cells:
+def _fit(name: str, tensor: Tensor, expected: Tensor, grid_HW: tuple[int, int]) -> Tensor:
+    """The positions, resampled where their grid has another number of cells."""
+    if tensor.ndim != 3 or tensor.shape[1] == expected.shape[1]:
         return tensor
-    side = math.isqrt(tensor.shape[1] - 1)
-    if side * side != tensor.shape[1] - 1:  # which grid it was cannot be told: the check of shapes reports it
+    num_prefix = expected.shape[1] - grid_HW[0] * grid_HW[1]
+    num_cells = tensor.shape[1] - num_prefix
+    side = math.isqrt(max(num_cells, 0))
+    if side == 0 or side * side != num_cells:  # which grid it was cannot be told: the check of shapes reports it
         return tensor
-    log.info("%s resampled from %d × %d to %d × %d cells", name, side, side, *model.grid_HW)
-    resampled: Tensor = resample_abs_pos_embed(tensor.float(), list(model.grid_HW), [side, side], num_prefix_tokens=1)
+    log.info("%s resampled from %d × %d to %d × %d cells", name, side, side, *grid_HW)
+    resampled: Tensor = resample_abs_pos_embed(
+        tensor.float(), list(grid_HW), [side, side], num_prefix_tokens=num_prefix
+    )
     return resampled
 
 
-def _check_names(path: Path, missing: tuple[str, ...], unexpected: list[str]) -> None:
+def _check_names(path: Path, kind: names.Kind, expected: list[str], found: Mapping[str, Tensor]) -> None:
+    missing = [name for name in expected if name not in found]
+    unexpected = sorted(found.keys() - set(expected) - names.HEADS[kind])
     if not missing and not unexpected:
         return
     parts = [
-        f"{title} {', '.join(names[:_SHOWN])}{f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''}"
-        for title, names in (("missing", missing), ("unexpected", unexpected))
-        if names
+        f"{title} {', '.join(some[:_SHOWN])}{f' and {len(some) - _SHOWN} more' if len(some) > _SHOWN else ''}"
+        for title, some in (("missing", missing), ("unexpected", unexpected))
+        if some
     ]
     raise CheckpointError(
         "the names of the weights are not the model's",
         key=KEY,
         found=f"{path}: {'; '.join(parts)}",
-        allowed="the MAE authors' names for this model's depth, with the whole decoder or with none of it",
+        allowed=f"{names.WHOSE[kind]} for this model's depth, with the whole decoder or with none of it",
         fix="set model.* to the sizes of the weights, or remove what is not a part of the model",
     )
 
 
-def _check_shapes(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _check_shapes(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     wrong = [
-        f"{name} {tuple(tensor.shape)} where the model has {tuple(wanted[name].shape)}"
-        for name, tensor in weights.items()
-        if tensor.shape != wanted[name].shape
+        f"{name} {tuple(found[name].shape)} where the model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if found[name].shape != tensor.shape
     ]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""

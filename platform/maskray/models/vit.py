@@ -39,9 +39,9 @@ class PatchEmbed(nn.Module):
     be applied to the visible cells alone, and no hidden pixel enters the arithmetic at all.
     """
 
-    def __init__(self, channels: int, patch_HW: tuple[int, int], width: int) -> None:
+    def __init__(self, channels: int, patch_HW: tuple[int, int], width: int, bias: bool) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch_HW, stride=patch_HW)
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_HW, stride=patch_HW, bias=bias)
 
     def forward(self, cells_BNP: Tensor) -> Tensor:
         """Tokens (B, N, D) of cells whose values stand in the (channel, row, column) order of the weight."""
@@ -68,7 +68,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         self.remembers_activations = True
         """False: blocks are computed again in the backward pass."""
 
-        self.patch_embed = PatchEmbed(channels, config.patch, width)
+        self.patch_embed = PatchEmbed(channels, config.patch, width, parts.patch_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if parts.class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, parts.registers, width)) if parts.registers else None
         self.num_prefix = int(parts.class_token) + parts.registers
@@ -223,6 +223,7 @@ class _Encoder:
     class_token: bool
     registers: int
     prefix_has_positions: bool
+    patch_bias: bool
 
 
 def _own(config: VitConfig) -> _Encoder:
@@ -234,6 +235,7 @@ def _own(config: VitConfig) -> _Encoder:
         class_token=config.class_token,
         registers=config.registers,
         prefix_has_positions=True,
+        patch_bias=True,
     )
 
 
@@ -266,6 +268,7 @@ def _from_timm(config: TimmVitConfig, image_size: tuple[int, int], channels: int
         class_token=vit.cls_token is not None,
         registers=vit.num_reg_tokens,
         prefix_has_positions=not vit.no_embed_class,
+        patch_bias=vit.patch_embed.proj.bias is not None,
     )
 
 

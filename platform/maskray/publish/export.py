@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskray.config.load import parse
-from maskray.config.models import AnyVit, Model, VitDecoder
+from maskray.config.models import AnyModel, AnyVit, Model, VitDecoder
 from maskray.config.schema import RunConfig
 from maskray.config.section import Section
 from maskray.errors import CheckpointError, ConfigError, DataError
 from maskray.models.base import MaskedAutoencoder
 from maskray.models.build import build_model
 from maskray.models.normalize import Normalize
+from maskray.models.parameter_names import DECODER
 
 SCHEMA_VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "encoder.json"
-DECODER_NAMES = ("decoder", "mask_token")
 _SMALLEST_DECODER = VitDecoder(width=4, depth=1, heads=1)
 
 
@@ -41,11 +41,14 @@ class Encoder(nn.Module):
         model: only its encoder is used.
         normalize: what the model was trained behind.
         image_size: height and width in pixels that the model takes; other images are resized to it.
+        config: of the model.
     """
 
-    def __init__(self, model: MaskedAutoencoder, normalize: Normalize, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self, model: MaskedAutoencoder, normalize: Normalize, image_size: tuple[int, int], config: AnyModel
+    ) -> None:
         super().__init__()
-        self.model, self.normalize, self.image_size = model, normalize, image_size
+        self.model, self.normalize, self.image_size, self.config = model, normalize, image_size, config
 
     @property
     def channels(self) -> int:
@@ -100,7 +103,7 @@ def save_encoder(
     weights = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
-        if not name.startswith(DECODER_NAMES)
+        if not name.startswith(DECODER)
     }
     save_file(weights, folder / WEIGHTS)
     card = {
@@ -139,7 +142,7 @@ def load_encoder(folder: str | Path) -> Encoder:
         config = parse(_Card, {"model": card["model"]}, origin=str(folder / CARD))
         model = _encoder_only(config.model, tuple(card["image_size"]), card["channels"])
         model.load_state_dict(load_file(folder / WEIGHTS))
-        encoder = Encoder(model, Normalize(card["mean"], card["std"]), tuple(card["image_size"]))
+        encoder = Encoder(model, Normalize(card["mean"], card["std"]), tuple(card["image_size"]), config.model)
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError("the encoder is damaged", found=f"{folder} ({error})", fix="export it again") from error
     return encoder.eval().requires_grad_(requires_grad=False)
@@ -151,11 +154,11 @@ class _Card(Section):
     model: Model
 
 
-def _encoder_only(config: Model, image_size: tuple[int, int], channels: int) -> MaskedAutoencoder:
+def _encoder_only(config: AnyModel, image_size: tuple[int, int], channels: int) -> MaskedAutoencoder:
     with torch.random.fork_rng(devices=[]):  # the initialisation is thrown away, and must not be noticed
         if isinstance(config, AnyVit):
             config = config.model_copy(update={"decoder": _SMALLEST_DECODER})
         model = build_model(config, image_size, channels)
-    for name in {name.split(".")[0] for name in model.state_dict() if name.startswith(DECODER_NAMES)}:
+    for name in {name.split(".")[0] for name in model.state_dict() if name.startswith(DECODER)}:
         delattr(model, name)
     return model

@@ -1,0 +1,269 @@
+"""A model as other people's programs open it, written whole or not at all.
+
+mae     one .pth file, the parameters under `model`, as the MAE authors publish theirs
+hf      a folder for transformers' `ViTMAEForPreTraining` (`ViTMAEModel` for an encoder alone) and its processor
+timm    a folder for `timm.create_model`: the encoder, whose pooled feature is the mean over the cells
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from maskray.config.load import load
+from maskray.config.models import AnyModel, TimmVitConfig, TransformerSize, VitConfig
+from maskray.config.schema import RunConfig
+from maskray.data.shards import Dataset
+from maskray.data.storage import TEMPORARY, Storage
+from maskray.errors import CheckpointError, ConfigError, StorageError
+from maskray.models.build import build_normalize, initial_model
+from maskray.models.foreign import WEIGHTS_FILE, load_weights, save_weights
+from maskray.models.normalize import Normalize
+from maskray.models.parameter_names import DECODER, Format
+from maskray.models.vit import LAYER_NORM_EPS
+from maskray.publish.export import CARD, load_encoder
+from maskray.training import checkpoint
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+_BICUBIC = 3
+"""Pillow's number for it, which transformers' processors are told."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported."""
+
+    model: AnyModel
+    weights: Mapping[str, Tensor]
+    """Under our names; with or without a decoder."""
+    image_size: tuple[int, int]
+    channels: int
+    mean: list[float]
+    std: list[float]
+    run: RunConfig | None
+    """None for an encoder alone."""
+
+
+def export(source: str | Path, destination: str | Path, kind: Format) -> str:
+    """Write a model under others' names.
+
+    Args:
+        source: path or URI of the folder of a checkpoint, or of an encoder that `save_encoder` wrote.
+        destination: local path that does not exist: of a `.pth` file for `mae`, of a folder for the others.
+        kind: whose names.
+
+    Returns:
+        How to open it, and what it takes.
+
+    Raises:
+        CheckpointError: the source is neither, or damaged.
+        ConfigError: others have no such model, or the destination is no place for it.
+        DataError: the run was normalised by the statistics of a dataset that is not there.
+        StorageError: the source cannot be read, or the destination cannot be written.
+    """
+    place = _checked(destination, kind)
+    with checkpoint.on_disk(Storage(source)) as folder:
+        found = _read(folder, shown=source)
+    _check_fits(found, kind)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=TEMPORARY) as temporary:
+            _write(found, Path(temporary) / place.name, kind)
+            (Path(temporary) / place.name).rename(place)
+    except OSError as error:
+        raise StorageError(
+            "the export cannot be written", found=f"{place} ({error.strerror or error})", fix="give another OUT"
+        ) from error
+    mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (found.mean, found.std))
+    return f"{_how_to_open(found, place, kind)}\nIt takes images / 255, minus mean {mean}, by std {std}."
+
+
+def _checked(destination: str | Path, kind: Format) -> Path:
+    allowed = "a new path of this machine, one that ends in .pth for mae and for no other"
+    wrong: dict[str, Any] = {"found": destination, "allowed": allowed, "fix": "give another OUT"}
+    if "://" in str(destination):
+        raise ConfigError("exports are written on this machine", **wrong)
+    place = Path(destination).expanduser().absolute()
+    if (place.suffix == ".pth") != (kind == "mae"):
+        what = "a file that torch.load reads" if kind == "mae" else "a folder"
+        raise ConfigError(f"an export as {kind} is {what}", **wrong)
+    if place.exists():
+        raise ConfigError("an export replaces nothing", **wrong)
+    return place
+
+
+def _read(folder: Path, shown: str | Path) -> Source:
+    if (folder / CARD).exists():
+        encoder = load_encoder(folder)
+        model, normalize, run, config = encoder.model, encoder.normalize, None, encoder.config
+        image_size = encoder.image_size
+    elif (folder / checkpoint.STATE).exists():
+        checkpoint.read_facts(folder)
+        run = load(folder / checkpoint.CONFIG)
+        model, normalize = initial_model(run.model_copy(update={"init_from": None})), _normalize(run)
+        load_weights(model, folder)
+        config, image_size = run.model, run.data.image_size
+    else:
+        raise CheckpointError(
+            "there is neither a checkpoint nor an encoder",
+            found=shown,
+            allowed=f"a folder with {checkpoint.STATE}, as runs keep them, or with {CARD}, as the registry does",
+            fix="check the path",
+        )
+    mean, std = (values.flatten().tolist() for values in (normalize.mean_C11, normalize.std_C11))
+    return Source(config, model.state_dict(), image_size, model.channels, mean, std, run)
+
+
+def _normalize(run: RunConfig) -> Normalize:
+    if run.data.normalize != "dataset":
+        return Normalize.from_kind(run.data.normalize, run.data.channels)
+    return build_normalize(run, Dataset.open(run.data.path, run.data.version).manifest)
+
+
+def _check_fits(source: Source, kind: Format) -> None:
+    """Others have no model but the authors' own; timm has its vision transformers too, with any tokens."""
+    model, (height, width) = source.model, source.image_size
+    rules: list[tuple[str, Any, list[Any]]] = [
+        ("model.kind", model.kind, ["vit", "timm_vit"] if kind == "timm" else ["vit"])
+    ]
+    if isinstance(model, VitConfig) and kind != "timm":
+        rules += [("model.class_token", model.class_token, [True]), ("model.registers", model.registers, [0])]
+        if source.run is not None:
+            rules += [("model.decoder.attention", model.decoder.attention, ["self"])]
+    if isinstance(model, VitConfig) and kind == "hf":
+        rules += [("data.image_size", [height, width], [[height, height], [width, width]])]
+        rules += [("model.patch", list(model.patch), [[side, side] for side in model.patch])]
+    for key, value, allowed in rules:
+        if value not in allowed:
+            raise ConfigError(
+                f"{kind} has no names for such a model",
+                key=key,
+                found=value,
+                allowed=" or ".join(dict.fromkeys(map(str, allowed))),
+                fix="export it as timm, which takes more, or use the folder as it is",
+            )
+
+
+def _write(source: Source, place: Path, kind: Format) -> None:
+    if kind == "mae":
+        save_weights(source.weights, place, kind)
+        return
+    place.mkdir()
+    encoder = {name: tensor for name, tensor in source.weights.items() if not name.startswith(DECODER)}
+    save_weights(encoder if kind == "timm" else source.weights, place / WEIGHTS_FILE, kind)
+    if kind == "timm":
+        files = {CONFIG: _timm_config(source)}
+    else:
+        files = {CONFIG: _hf_config(source), PROCESSOR: _hf_processor(source)}
+    for name, content in files.items():
+        (place / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _how_to_open(source: Source, place: Path, kind: Format) -> str:
+    match kind:
+        case "mae":
+            return f'torch.load("{place}", weights_only=True)["model"]'
+        case "hf":
+            return f'transformers.{_hf_class(source)}.from_pretrained("{place}")'
+        case "timm":
+            return f'timm.create_model("local-dir:{place}", pretrained=True)'
+
+
+# ---------------------------------------------------------------------------------------------------------------- timm
+
+
+def _timm_config(source: Source) -> dict[str, Any]:
+    model = source.model
+    assert isinstance(model, VitConfig | TimmVitConfig)
+    arguments = {
+        "img_size": source.image_size,
+        "patch_size": model.patch,
+        "in_chans": source.channels,
+        "global_pool": "avg",
+        "fc_norm": False,  # the norm stands before the mean, as in pretraining
+        "pool_include_prefix": False,
+    }
+    if isinstance(model, VitConfig):
+        arguments |= {
+            "embed_dim": model.width,
+            "depth": model.depth,
+            "num_heads": model.heads,
+            "mlp_ratio": model.mlp_ratio,
+            "class_token": model.class_token,
+            "reg_tokens": model.registers,
+        }
+    return {
+        # Any of its vision transformers' names does, where all sizes are given.
+        "architecture": "vit_base_patch16_224" if isinstance(model, VitConfig) else model.name,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [source.channels, *source.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "mean": source.mean,
+            "std": source.std,
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+def _hf_class(source: Source) -> str:
+    return "ViTMAEModel" if source.run is None else "ViTMAEForPreTraining"
+
+
+def _hf_config(source: Source) -> dict[str, Any]:
+    model = source.model
+    assert isinstance(model, VitConfig)
+    config = {
+        "architectures": [_hf_class(source)],
+        "model_type": "vit_mae",
+        "dtype": "float32",
+        **_hf_sizes(model),
+        **{f"decoder_{key}": value for key, value in _hf_sizes(model.decoder).items()},
+        "image_size": source.image_size[0],
+        "patch_size": model.patch[0],
+        "num_channels": source.channels,
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        # Its encoder hides cells whenever it is called: where no decoder follows, it should not.
+        "mask_ratio": 0.0 if source.run is None else source.run.mask.ratio[0],
+    }
+    return config if source.run is None else config | {"norm_pix_loss": source.run.objective.norm_pix}
+
+
+def _hf_sizes(size: TransformerSize) -> dict[str, int]:
+    return {
+        "hidden_size": size.width,
+        "num_hidden_layers": size.depth,
+        "num_attention_heads": size.heads,
+        "intermediate_size": int(size.width * size.mlp_ratio),
+    }
+
+
+def _hf_processor(source: Source) -> dict[str, Any]:
+    height, width = source.image_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": _BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": source.mean,
+        "image_std": source.std,
+    }
