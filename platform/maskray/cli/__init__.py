@@ -19,7 +19,7 @@ from types import FrameType
 from rich.console import Console
 from rich.logging import RichHandler
 
-from maskray.cli import data, estimate, pretrain
+from maskray.cli import data, estimate, masks, pretrain
 from maskray.config.load import json_schema
 from maskray.config.schema import RunConfig, TrackingConfig
 from maskray.errors import MaskrayError, TrainingError
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
     data.add(commands)
     estimate.add(commands)
+    masks.add(commands)
     pretrain.add(commands)
     schema = commands.add_parser("schema", help="JSON Schema of the YAML, for editors")
     schema.set_defaults(command=_schema)
