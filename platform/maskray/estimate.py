@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-import torch
-
 from maskray import masking
 from maskray.config.resolve import padding_waste, resolve
 from maskray.config.schema import IngestConfig, RunConfig
 from maskray.data.manifest import MANIFEST
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
-from maskray.models.build import build_model
+from maskray.models.build import weightless_model
 from maskray.models.cost import Cost, cost
 from maskray.models.memory import Memory, memory
 
@@ -74,14 +72,15 @@ def estimate(config: RunConfig) -> Estimate:
     workers, per_group = config.cluster.workers, length.group_rows * config.data.views_per_image
     groups = -(-config.optim.global_batch // per_group)  # without a dataset a batch need not be whole groups
     share = min(-(-groups // workers) * per_group, config.optim.global_batch)
-    micro_batch = config.training.micro_batch or share
-    with torch.device("meta"):
-        model = build_model(config.model, config.data.image_size, config.data.channels, config.cell)
+    model, training = weightless_model(config), config.training
+    micro_batch = training.micro_batch or share
     counts = [
         (num, masking.num_target(config.objective, config.grid, num))
         for num in masking.visible_counts(config.mask, config.grid)
     ]
-    needs = [memory(model, *count, micro_batch, config.training.precision, workers) for count in counts]
+    needs = [
+        memory(model, *count, micro_batch, training.precision, workers, sharded=training.shard) for count in counts
+    ]
     return Estimate(
         workers=workers,
         micro_batch=micro_batch,

@@ -4,7 +4,7 @@ Conventions: weights, gradients and AdamW's two moments are fp32. An activation 
 each layer keeps what it reads, attention keeps queries, keys and values (it is fused: no matrix of all pairs), the loss
 keeps its error. Under bf16 layers read bf16 copies, of the weights too, while norms, the sums of the residuals and the
 loss stay fp32. Not counted: what a kernel needs while it runs, the gradients of activations on their way, batches that
-wait, and what the allocator leaves unused: together some tenths of the whole.
+wait, a block that a sharded model has gathered, and what the allocator leaves unused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Memory:
     weights: int
     """Buffers and fixed positions included."""
     gradients: int
-    """Twice the size of the weights that learn where several workers exchange them: DDP has buckets of its own."""
+    """Twice as much where several workers exchange whole ones: DDP has buckets of its own."""
     optimizer: int
     activations: int
     """Of one micro-batch, with the bf16 copies of the weights."""
@@ -52,6 +52,8 @@ def memory(
     micro_batch: int,
     precision: Literal["fp32", "bf16"],
     workers: int = 1,
+    *,
+    sharded: bool = False,
 ) -> Memory:
     """What a worker needs; a model on the `meta` device will do.
 
@@ -62,13 +64,15 @@ def memory(
         micro_batch: images in one forward and backward pass.
         precision: of the layers.
         workers: how many train together.
+        sharded: the model is divided among them.
     """
+    parts = workers if sharded else 1
     learned = _FP32 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = (*model.parameters(), *model.buffers())
     return Memory(
-        weights=sum(each.numel() * each.element_size() for each in kept),
-        gradients=learned * (2 if workers > 1 else 1),
-        optimizer=_MOMENTS * learned,
+        weights=sum(each.numel() * each.element_size() for each in kept) // parts,
+        gradients=learned * (2 if workers > parts else 1) // parts,
+        optimizer=_MOMENTS * learned // parts,
         activations=activations(model, num_visible, num_target, micro_batch, precision),
     )
 

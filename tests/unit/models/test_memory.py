@@ -44,3 +44,6 @@ def test_weights_gradients_and_moments_are_those_of_the_parameters(build):
     state = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     assert alone.weights == many.weights == state
     assert alone.total == state + 12 * numbers + alone.activations
+    parts = memory(model, 1, 1, 1, "bf16", 4, sharded=True)
+    assert (parts.weights, parts.gradients, parts.optimizer) == (state // 4, numbers, 2 * numbers)
+    assert parts.activations == alone.activations
