@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ TILE = 160
 MIN_COLUMN = 136
 """Room for the longest name of a column, in pixels."""
 GAP, MARGIN, HEAD, COLUMN_HEAD, FOOT = 8, 12, 34, 24, 26
-SHEET_COLUMNS, SHEET_LINE, SHEET_LETTERS = 6, 14, 28
+SHEET_COLUMNS, MASK_COLUMNS, SHEET_LINE, SHEET_LETTERS = 6, 4, 14, 28
 HIDDEN_COLOR = (128, 134, 150)
 """Gray with a breath of blue: told apart from the gray of a gray image."""
 INK, SOFT_INK = "#1f2430", "#5b6375"
@@ -68,35 +68,62 @@ def reconstructions(
     return _grid(columns, title=title, note=note, row_names=[f"loss {loss:.3f}" for loss in losses])
 
 
-def contact_sheet(images_HWC: Sequence[Bytes], captions: Sequence[Sequence[str]], *, title: str) -> bytes:
+def masks(image_CHW: Bytes, visible: Mapping[str, Bools], *, title: str) -> bytes:
+    """PNG of one image as it is, and as it is seen through masks, each with its name and the share that is visible.
+
+    Args:
+        image_CHW: uint8.
+        visible: by the name of the mask, (H, W) in cells, True = seen.
+        title: stands above all.
+    """
+    image_HWC = _rgb(image_CHW[None])[0]
+    size_HW, hidden = image_HWC.shape[:2], np.array(HIDDEN_COLOR, dtype=np.uint8)
+    seen = [np.where(_to_pixels(each[None], size_HW)[0, :, :, None], image_HWC, hidden) for each in visible.values()]
+    counts = [f"{each.mean():.1%} of {each.shape[0]} × {each.shape[1]} cells seen" for each in visible.values()]
+    captions = [("the image", ""), *zip(visible, counts, strict=True)]
+    tile = max(size_HW) * max(1, round(TILE / max(size_HW)))
+    return contact_sheet([image_HWC, *seen], captions, title=title, tile=tile, columns=MASK_COLUMNS)
+
+
+def contact_sheet(
+    images_HWC: Sequence[Bytes],
+    captions: Sequence[Sequence[str]],
+    *,
+    title: str,
+    tile: int = TILE,
+    columns: int = SHEET_COLUMNS,
+) -> bytes:
     """PNG of pictures of any sizes in rows, with lines of text under each.
 
     Args:
-        images_HWC: uint8 RGB, at most `TILE` pixels wide and high; small ones are enlarged a whole number of times.
+        images_HWC: uint8 RGB, at most `tile` pixels wide and high; small ones are enlarged a whole number of times.
         captions: lines under each picture; long ones lose their beginning.
         title: stands above all.
+        tile: pixels down and across that a picture has room in.
+        columns: pictures in a row, at most.
     """
-    num_columns = min(SHEET_COLUMNS, len(images_HWC))
+    num_columns = min(columns, len(images_HWC))
     num_rows = -(-len(images_HWC) // num_columns)
+    letters = SHEET_LETTERS * tile // TILE
     foot = SHEET_LINE * max(map(len, captions))
-    width = 2 * MARGIN + num_columns * (TILE + GAP) - GAP
-    height = HEAD + num_rows * (TILE + foot + GAP) + MARGIN
+    width = 2 * MARGIN + num_columns * (tile + GAP) - GAP
+    height = HEAD + num_rows * (tile + foot + GAP) + MARGIN
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     figure.text(MARGIN / width, 1 - (HEAD / 2) / height, title, fontsize=11, color=INK, va="center", weight="bold")
     for number, (image, lines) in enumerate(zip(images_HWC, captions, strict=True)):
-        x = MARGIN + number % num_columns * (TILE + GAP)
-        y = HEAD + number // num_columns * (TILE + foot + GAP)
-        scale = max(1, TILE // max(image.shape[:2]))
+        x = MARGIN + number % num_columns * (tile + GAP)
+        y = HEAD + number // num_columns * (tile + foot + GAP)
+        scale = max(1, tile // max(image.shape[:2]))
         tile_h, tile_w = image.shape[0] * scale, image.shape[1] * scale
-        bottom = y + TILE  # pictures stand on their captions
-        place = ((x + (TILE - tile_w) // 2) / width, 1 - bottom / height, tile_w / width, tile_h / height)
+        bottom = y + tile  # pictures stand on their captions
+        place = ((x + (tile - tile_w) // 2) / width, 1 - bottom / height, tile_w / width, tile_h / height)
         axes = figure.add_axes(place)
         axes.imshow(image, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
         for line, words in enumerate(lines):
-            shown = words if len(words) <= SHEET_LETTERS else "…" + words[1 - SHEET_LETTERS :]
-            where = ((x + TILE / 2) / width, 1 - (bottom + SHEET_LINE * (line + 0.5)) / height)
+            shown = words if len(words) <= letters else "…" + words[1 - letters :]
+            where = ((x + tile / 2) / width, 1 - (bottom + SHEET_LINE * (line + 0.5)) / height)
             color = SOFT_INK if line else INK
             # A key is no formula, and may have letters that the font lacks.
             figure.text(*where, shown, fontsize=7, color=color, va="center", ha="center", parse_math=False)

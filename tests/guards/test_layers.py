@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [  # from the ground up; rooms on one line do not impor
     {"models", "objective"},
     {"training"},
     {"evaluation"},
-    {"pretrain", "publish"},
+    {"pretrain", "publish", "estimate"},
     {"launch"},
     {"on_ray", "bare", "in_use"},
     {"cli"},

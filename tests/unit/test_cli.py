@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maskray import cli
+from maskray.cli import pretrain
 
 
 @pytest.fixture
@@ -23,14 +23,14 @@ def program(tmp_path: Path) -> Path:
 def test_the_command_it_prints_is_one_that_the_shell_finds(program: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", [str(program), "pretrain"])
     monkeypatch.setenv("PATH", "/nowhere")
-    assert cli._program() == str(program)
+    assert pretrain.program() == str(program)
     monkeypatch.setenv("PATH", str(program.parent))
-    assert cli._program() == "maskray"
+    assert pretrain.program() == "maskray"
 
 
 def test_a_job_file_prints_a_command_too(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["jobs/pretrain.py"])
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
-    shown = subprocess.run([*shlex.split(cli._program()), "--help"], capture_output=True, text=True, check=True)
+    monkeypatch.setenv("PYTHONPATH", str(Path(pretrain.__file__).parents[2]))
+    shown = subprocess.run([*shlex.split(pretrain.program()), "--help"], capture_output=True, text=True, check=True)
     assert "ui" in shown.stdout

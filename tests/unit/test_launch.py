@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from maskray import cli, launch
+from maskray import launch
 from maskray.bare import BareLauncher
+from maskray.cli.pretrain import show
 from maskray.config.schema import RunConfig
 from maskray.data import lease
 from maskray.errors import ClusterError, ConfigError
@@ -63,7 +64,7 @@ def test_a_summary_that_cannot_be_read_is_of_a_finished_run_all_the_same(prepare
     assert summary is not None
     assert summary.already_finished
     assert not summary.is_known
-    cli._show(summary, prepared.config)
+    show(summary, prepared.config)
     said = capsys.readouterr().out
     assert prepared.plan.run_name in said
     assert "nothing to do" in said

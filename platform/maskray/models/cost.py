@@ -1,30 +1,24 @@
 """What a model costs, by arithmetic: the floating-point operations and parameters of a config.
 
-Conventions: a multiply-add is two operations; matrix products, convolutions and attention are counted, norms,
-activations, softmax and sums are not (under 1 % at any width worth training); a training step costs three times its
-forward pass, the backward pass being two products for each of the forward's, the first layer's input gradient included
-(it is not computed: under 1 % again). Recomputation, where it is on, is not counted: the numbers are those of the
-model, which is what MFU divides by. Convolutions are dense: hidden places are computed and set to zero.
-
-Layer sizes are read from the model itself; where each is applied, and to how much, is said here.
+Conventions: a multiply-add is two operations; matrix products, convolutions and the two products of attention are
+counted, norms, activations, softmax and sums are not (under 1 % at any width worth training). A backward pass has two
+products for each of the forward's, one for the input's gradient and one for the weight's; the first layer has but one,
+since no gradient of the images is wanted. Recomputation, where it is on or a fused attention does it, is not counted:
+the numbers are those of the model, which is what MFU divides by. Convolutions are dense: hidden places are computed and
+set to zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from timm.models.convnext import ConvNeXtBlock
-from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.vision_transformer import Attention
 from torch import nn
 
 from maskray.models.base import MaskedAutoencoder
-from maskray.models.conv import ConvAutoencoder
-from maskray.models.sparse_conv import SparseConvAutoencoder, UNet
-from maskray.models.vit import CrossBlock, MaskedAutoencoderViT
-
-DECODER_NAMES = ("decoder", "mask_token")
+from maskray.models.uses import Use, decoder_uses, encoder_uses
+from maskray.models.vit import CrossBlock, PatchEmbed
 
 
 @dataclass(frozen=True)
@@ -32,9 +26,11 @@ class Cost:
     """Operations are those of one image."""
 
     encoder_flops: int
-    """Forward pass over the class token and the visible cells."""
+    """Forward pass over the tokens of no cell and the visible cells."""
     decoder_flops: int
     """Forward pass of the decoder, with the projections into it and onto pixels."""
+    first_flops: int
+    """The part of the encoder's that is its first layer's, which reads the images."""
     encode_flops: int
     """Forward pass of the encoder over all cells: what a feature costs once the model is in use."""
     encoder_parameters: int
@@ -49,7 +45,7 @@ class Cost:
     @property
     def training_flops(self) -> int:
         """Forward and backward pass."""
-        return 3 * self.forward_flops
+        return 3 * self.forward_flops - self.first_flops
 
     @property
     def decoder_share(self) -> float:
@@ -66,107 +62,39 @@ def cost(model: MaskedAutoencoder, num_visible: int, num_target: int | None = No
         num_target: cells of an image that are painted; None: all hidden ones.
     """
     num_cells = model.grid_HW[0] * model.grid_HW[1]
-    size_HW = (model.grid_HW[0] * model.cell_HW[0], model.grid_HW[1] * model.cell_HW[1])
-    match model:
-        case MaskedAutoencoderViT():
-            encoder, encode = _vit_encoder(model, num_visible), _vit_encoder(model, num_cells)
-            decoder = _vit_decoder(model, num_visible, num_cells - num_visible if num_target is None else num_target)
-        case ConvAutoencoder():
-            encoder, coarse_hw = _row(model.encoder, size_HW)
-            middle, _ = _row(model.decoder_blocks, coarse_hw)
-            up, _ = _row(model.decoder, coarse_hw)
-            encode, decoder = encoder, middle + up
-        case SparseConvAutoencoder():
-            encoder, coarse_hw = _one(model.encoder, size_HW)
-            encode, decoder = encoder, _sparse_decoder(model, coarse_hw)
-        case _:
-            raise AssertionError(type(model))
-    return Cost(2 * encoder, 2 * decoder, 2 * encode, *_parameters(model))
+    num_target = num_cells - num_visible if num_target is None else num_target
+    encoder = [2 * _multiply_adds(use) for use in encoder_uses(model, num_visible)]
+    encoder_parameters, decoder_parameters = _parameters(model)
+    return Cost(
+        encoder_flops=sum(encoder),
+        decoder_flops=2 * _total(decoder_uses(model, num_visible, num_target)),
+        first_flops=next(flops for flops in encoder if flops),
+        encode_flops=2 * _total(encoder_uses(model, num_cells)),
+        encoder_parameters=encoder_parameters,
+        decoder_parameters=decoder_parameters,
+    )
+
+
+def _total(uses: Iterable[Use]) -> int:
+    return sum(map(_multiply_adds, uses))
+
+
+def _multiply_adds(use: Use) -> int:
+    match use.layer:
+        case nn.Linear() | nn.ConvTranspose2d():
+            return use.num_in * use.layer.weight.numel()
+        case nn.Conv2d():
+            return use.num_out * use.layer.weight.numel()
+        case PatchEmbed():
+            return use.num_in * use.layer.proj.weight.numel()
+        case Attention() | CrossBlock():
+            return 2 * use.num_in * use.num_out * use.channels
+    return 0
 
 
 def _parameters(model: MaskedAutoencoder) -> tuple[int, int]:
     """Of encoder and decoder."""
     counts = [0, 0]
     for name, parameter in model.named_parameters():
-        counts[name.startswith(DECODER_NAMES)] += parameter.numel() if parameter.requires_grad else 0
+        counts[name.startswith(DECODER)] += parameter.numel() if parameter.requires_grad else 0
     return counts[0], counts[1]
-
-
-# -------------------------------------------------------------------------------------------------------- transformers
-
-
-def _vit_encoder(model: MaskedAutoencoderViT, num_cells: int) -> int:
-    """Multiply-adds over so many cells."""
-    return num_cells * model.cell_pixels * model.width + _stack(model.blocks, num_cells + model.num_prefix, model.width)
-
-
-def _vit_decoder(model: MaskedAutoencoderViT, num_visible: int, num_target: int) -> int:
-    num_cells, seen = model.grid_HW[0] * model.grid_HW[1], num_visible + model.num_prefix
-    width = model.decoder_pred.in_features
-    into = seen * model.width * width
-    crossing = [block for block in model.decoder_blocks if isinstance(block, CrossBlock)]
-    if not crossing:
-        stack = _stack(model.decoder_blocks, num_cells + model.num_prefix, width)
-        return into + stack + num_cells * width * model.cell_pixels
-    across = sum(
-        seen * _weights([block.kv]) + num_target * (_weights([block]) - _weights([block.kv]) + 2 * seen * width)
-        for block in crossing
-    )
-    return into + across + num_target * width * model.cell_pixels
-
-
-def _stack(blocks: Iterable[nn.Module], tokens: int, width: int) -> int:
-    """Blocks in which all tokens attend to all."""
-    return sum(tokens * (_weights([block]) + 2 * tokens * width) for block in blocks)
-
-
-def _weights(modules: Iterable[nn.Module]) -> int:
-    """Multiply-adds of all linear layers for one token."""
-    return sum(m.in_features * m.out_features for each in modules for m in each.modules() if isinstance(m, nn.Linear))
-
-
-# -------------------------------------------------------------------------------------------------------- convolutions
-
-
-def _row(layers: Iterable[nn.Module], size_hw: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    """Multiply-adds of layers one behind another, and the size of the last map."""
-    total = 0
-    for layer in layers:
-        macs, size_hw = _one(layer, size_hw)
-        total += macs
-    return total, size_hw
-
-
-def _one(layer: nn.Module, size_hw: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    if isinstance(layer, nn.Linear):
-        return size_hw[0] * size_hw[1] * layer.in_features * layer.out_features, size_hw
-    if isinstance(layer, nn.ConvTranspose2d):
-        macs = size_hw[0] * size_hw[1] * layer.weight.numel()
-        return macs, (size_hw[0] * _int(layer.stride), size_hw[1] * _int(layer.stride))
-    if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
-        stride, kernel, padding = _int(layer.stride), _int(layer.kernel_size), _int(layer.padding)
-        out_hw = ((size_hw[0] + 2 * padding - kernel) // stride + 1, (size_hw[1] + 2 * padding - kernel) // stride + 1)
-        return (out_hw[0] * out_hw[1] * layer.weight.numel() if isinstance(layer, nn.Conv2d) else 0), out_hw
-    shortcut = _shortcut(layer)
-    inside, out_hw = _row([child for child in layer.children() if child is not shortcut], size_hw)
-    beside = 0 if shortcut is None else _one(shortcut, size_hw)[0]
-    return inside + beside, out_hw
-
-
-def _shortcut(layer: nn.Module) -> nn.Module | None:
-    """The layers beside a block, which read what it reads."""
-    name = {BasicBlock: "downsample", Bottleneck: "downsample", ConvNeXtBlock: "shortcut"}.get(type(layer))
-    return None if name is None else getattr(layer, name)
-
-
-def _sparse_decoder(model: SparseConvAutoencoder, coarse_hw: tuple[int, int]) -> int:
-    if not isinstance(model.decoder, UNet):
-        return _row([model.decoder.proj, model.decoder.blocks, model.decoder.pred], coarse_hw)[0]
-    scales = [(coarse_hw[0] * 2**i, coarse_hw[1] * 2**i) for i in range(6)]
-    joined = sum(_one(proj, scale)[0] for proj, scale in zip(model.decoder.projs, scales, strict=False))
-    ups = sum(_one(up, scale)[0] for up, scale in zip(model.decoder.ups, scales, strict=False))
-    return joined + ups + _one(model.decoder.pred, scales[-1])[0]
-
-
-def _int(value: Any) -> int:
-    return int(value[0] if isinstance(value, tuple) else value)

@@ -1,0 +1,126 @@
+"""The command line. Thin: it reads arguments, calls one function, and shows what comes back.
+
+Each module is a group of commands, and tells the parser of them by its `add`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from maskray.cli import data, estimate, export, masks, pretrain
+from maskray.config.load import json_schema
+from maskray.config.schema import RunConfig, TrackingConfig
+from maskray.errors import MaskrayError, TrainingError
+
+USER_MISTAKE, RUN_FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code: 2 for a mistake of the user's, 1 for a run that failed."""
+    parsed = _parser().parse_args(arguments)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+    )
+    logging.getLogger("maskray").setLevel(logging.INFO if parsed.verbose else logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(parsed.command(parsed))
+    except MaskrayError as error:
+        return _say(f"{_KINDS.get(type(error).__name__, 'Error')}: {error}", USER_MISTAKE)
+    except TrainingError as error:
+        return _say(f"The run failed: {error}", RUN_FAILED)
+    except KeyboardInterrupt:
+        return _say("Stopped. The same command goes on from the latest checkpoint.", INTERRUPTED)
+    except _Terminated:
+        return _say("Terminated. The same command goes on from the latest checkpoint.", TERMINATED)
+
+
+def pretrain_main(arguments: Sequence[str] | None = None) -> int:
+    """`jobs/pretrain.py`."""
+    return main(["pretrain", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def ingest_main(arguments: Sequence[str] | None = None) -> int:
+    """`jobs/ingest.py`."""
+    return main(["ingest", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+_ENVIRONMENT = {  # read by MLflow when it is imported
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # The tracker tries again by itself, and a run that is being stopped has no two minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+}
+_KINDS = {
+    "ConfigError": "Config",
+    "DataError": "Dataset",
+    "CheckpointError": "Checkpoint",
+    "ClusterError": "Cluster",
+    "TrackingError": "MLflow",
+    "StorageError": "Storage",
+    "UnreachableError": "Storage",
+    "RunConflictError": "Already running",
+}
+
+
+class _Terminated(BaseException):
+    """SIGTERM: closes what is open on its way out."""
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _say(message: str, code: int) -> int:
+    sys.stderr.write(textwrap.fill(message, width=100, break_long_words=False, break_on_hyphens=False) + "\n")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="maskray", description="Masked autoencoders on Ray.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    data.add(commands)
+    estimate.add(commands)
+    export.add(commands)
+    masks.add(commands)
+    pretrain.add(commands)
+    schema = commands.add_parser("schema", help="JSON Schema of the YAML, for editors")
+    schema.set_defaults(command=_schema)
+
+    interface = commands.add_parser("ui", help="MLflow's UI on the embedded store")
+    interface.add_argument("--storage", default="runs", help="the folder that `storage.path` names [runs]")
+    interface.add_argument("--port", default="5000")
+    interface.set_defaults(command=_ui)
+    return parser
+
+
+def _schema(_arguments: argparse.Namespace) -> int:
+    sys.stdout.write(json_schema(RunConfig))
+    return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    from maskray.tracking.mlflow_store import open_store
+
+    uri = open_store(TrackingConfig(), str(Path(arguments.storage).absolute())).uri
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
+    return subprocess.call([*command, "--port", arguments.port, "--workers", "1"])
