@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 
 from maskray.models.base import MaskedAutoencoder
+from maskray.models.parameter_names import DECODER
 from maskray.models.uses import Use, decoder_uses, encoder_uses
 from maskray.models.vit import CrossBlock, PatchEmbed
 
