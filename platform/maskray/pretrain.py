@@ -43,7 +43,9 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
 
-    model = initial_model(config, spec.views_per_group).to(context.device)
+    model = initial_model(config, spec.views_per_group).place(context.device)
+    if config.training.recompute_activations:
+        model.remembers_activations = False
     normalize = build_normalize(config, dataset.manifest).to(context.device)
     objective = Objective(config.objective, config.cell)
     optimizer = build_optimizer(model, config.optim)

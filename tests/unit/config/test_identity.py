@@ -37,6 +37,7 @@ OPERATIONAL: dict[str, set[str] | bool] = {
     "training": {
         "micro_batch",
         "compile",
+        "recompute_activations",
         "deterministic",
         "threads",
         "log_steps",
@@ -75,6 +76,7 @@ IDENTITY = {
     "model.decoder.mlp_ratio",
     "objective.loss",
     "objective.norm_pix",
+    "optim.name",
     "optim.global_batch",
     "optim.epochs",
     "optim.steps",
