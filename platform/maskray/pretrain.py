@@ -24,6 +24,7 @@ from maskray.objective import Objective
 from maskray.tracking.base import Tracker
 from maskray.training import checkpoint, loop
 from maskray.training.context import RunContext, Snapshot
+from maskray.training.memory import keep_freed_memory
 from maskray.training.optim import Schedule, build_optimizer
 from maskray.training.step import TrainStep
 from maskray.training.throughput import Meter, hardware, matmul_rate
@@ -39,13 +40,14 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         TrainingError: the run itself went wrong.
     """
     threads = settle(config)
+    if context.device.type == "cpu":
+        keep_freed_memory()
     dataset = Dataset.open(config.data.path, config.data.version, unreadable=config.data.unreadable)
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
 
     model = initial_model(config, spec.views_per_group).place(context.device)
-    if config.training.recompute_activations:
-        model.remembers_activations = False
+    model.remembers_activations = not config.training.recompute_activations
     normalize = build_normalize(config, dataset.manifest).to(context.device)
     objective = Objective(config.objective, config.cell)
     optimizer = build_optimizer(model, config.optim)
