@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DATA_BENCHMARKS := decode delivery memory latency
 
-.PHONY: demo test check chaos bench bench-data bench-ingest schema ui clean
+.PHONY: demo test check chaos bench bench-data bench-step bench-ingest schema ui clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,12 @@ bench: $(VENV)/.installed  ## see tests/benchmarks/RESULTS.md
 bench-data: $(VENV)/.installed  ## the data path against others: an hour on two quiet cores
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	for name in $(DATA_BENCHMARKS); do $(BIN)/python tests/benchmarks/$$name.py --json runs/bench/results.jsonl || exit 1; done
+
+bench-step: $(VENV)/.installed  ## the training step against others; STEP='--device cuda' on a GPU
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	# Alone: what else it asks for is at odds with moto, and its MAE modules need none of it.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lightly
+	$(BIN)/python tests/benchmarks/step.py --json runs/bench/results.jsonl $(STEP)
 
 bench-ingest: $(VENV)/.installed  ## IMAGENET: a tar of pictures; CIFAR: a tar.gz of small ones in class folders
 	$(BIN)/python tests/benchmarks/ingest.py $(if $(IMAGENET),--imagenet $(IMAGENET)) $(if $(CIFAR),--cifar $(CIFAR))

@@ -6,6 +6,7 @@ values of a cell.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -13,8 +14,9 @@ def patchify(images_BCHW: Tensor, cell_HW: tuple[int, int]) -> Tensor:
     """(B, L, P) values of each cell, in the authors' (row, column, channel) order."""
     B, C, H, W = images_BCHW.shape
     (p, q), grid = cell_HW, (H // cell_HW[0], W // cell_HW[1])
-    cells = images_BCHW.reshape(B, C, grid[0], p, grid[1], q).permute(0, 2, 4, 3, 5, 1)
-    return cells.reshape(B, grid[0] * grid[1], p * q * C)
+    channels = images_BCHW.reshape(B, C, grid[0], p, grid[1], q).permute(1, 0, 2, 4, 3, 5).unbind(0)
+    # One by one: copied all at once, runs are as short as the channels are few.
+    return torch.stack(channels, dim=5).reshape(B, grid[0] * grid[1], p * q * C)
 
 
 def unpatchify(cells_BLP: Tensor, cell_HW: tuple[int, int], grid_HW: tuple[int, int]) -> Tensor:

@@ -25,6 +25,7 @@ from maskray.objective import Objective
 from maskray.tracking.base import Tracker
 from maskray.training import checkpoint, loop
 from maskray.training.context import RunContext, Snapshot
+from maskray.training.memory import keep_freed_memory
 from maskray.training.optim import Schedule, build_optimizer
 from maskray.training.sharding import shard
 from maskray.training.step import TrainStep
@@ -41,11 +42,13 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         TrainingError: the run itself went wrong.
     """
     threads = settle(config)
+    if context.device.type == "cpu":
+        keep_freed_memory()
     dataset = Dataset.open(config.data.path, config.data.version, unreadable=config.data.unreadable)
     plan = resolve(config, dataset.facts(), weights_digest(config.init_from))
     spec = StreamSpec.of(config, plan, dataset)
 
-    model = placed(initial_model(config, spec.views_per_group).to(context.device), config.training)
+    model = placed(initial_model(config, spec.views_per_group), context.device, config.training)
     normalize = build_normalize(config, dataset.manifest).to(context.device)
     objective = Objective(config.objective, config.cell)
     optimizer = build_optimizer(model, config.optim)
@@ -97,8 +100,10 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
     return loop.run(parts, config.training, context, tracker, start_step)
 
 
-def placed(model: MaskedAutoencoder, config: TrainingConfig) -> MaskedAutoencoder:
-    """The model, on its device already, as it is trained; the parameters keep their names."""
+def placed(model: MaskedAutoencoder, device: torch.device, config: TrainingConfig) -> MaskedAutoencoder:
+    """The model on its device, as it is trained; the parameters keep their names."""
+    model.place(device)
+    model.remembers_activations = not config.recompute_activations
     if config.shard:
         shard(model)
     if config.compile:

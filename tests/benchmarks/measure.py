@@ -17,7 +17,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "torchvision", "torchcodec", "pillow", "pyarrow", "ray", "webdataset", "litdata", "datasets")
+PACKAGES = (
+    *("torch", "torchvision", "torchcodec", "pillow", "pyarrow", "ray", "webdataset", "litdata", "datasets"),
+    *("timm", "lightly", "transformers"),
+)
 
 
 def arguments(description: str | None, *, repeats: int) -> argparse.ArgumentParser:

@@ -342,6 +342,18 @@ def test_a_batch_that_does_not_count_leaves_nothing_behind():
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
+def test_where_a_model_is_placed_does_not_change_what_it_computes(case):
+    gradients = []
+    for place in (torch.nn.Module.to, type(build(case)).place):
+        model = place(build(case), torch.device("cpu"))
+        images, visible, num_visible = batch(model)
+        pred = model(images, visible, num_visible)
+        pred.square().mean().backward()
+        gradients.append([pred.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for plain, placed in zip(*gradients, strict=True):
+        torch.testing.assert_close(placed, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+
+
 def test_the_seed_makes_the_weights(case):
     first, same, other = build(case, 0).state_dict(), build(case, 0).state_dict(), build(case, 1).state_dict()
     assert all(torch.equal(first[name], same[name]) for name in first)

@@ -11,7 +11,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from maskray.config.models import ConvConfig, Mask, Model, ObjectiveConfig, PixelMask, RandomMask, VitConfig
+from maskray.config.models import (
+    ConvConfig,
+    Mask,
+    Model,
+    ObjectiveConfig,
+    PixelMask,
+    RandomMask,
+    TimmVitConfig,
+    VitConfig,
+)
 from maskray.config.section import Fraction, PositiveInt, Section, SizeHW, of_kind, operational
 from maskray.errors import ConfigError
 
@@ -125,8 +134,10 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW with the published recipe: linear warm-up and half a cosine, both per step."""
+    """The published recipe: linear warm-up and half a cosine, both per step."""
 
+    name: Literal["adamw", "lamb"] = "adamw"
+    """`adamw` as for vision transformers (He et al. 2022), `lamb` (You et al. 2020) as for SparK's convolutions."""
     global_batch: PositiveInt = 4096
     """Images (views) in one step, over all workers."""
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -174,6 +185,9 @@ class TrainingConfig(Section):
     shard: bool = operational(default=False)
     """Weights, gradients and the optimiser's state divided among the workers (FSDP2): for models that one accelerator
     cannot hold. Checkpoints are the same as without."""
+    recompute_activations: bool = operational(default=False)
+    """Keep of a transformer's blocks their inputs alone and compute them again in the backward pass: a third more work
+    in much less memory."""
     deterministic: bool = operational(default=False)
     """Bit-equal resume (fp32 on CPU at the same workers, threads and versions); see the README for what is promised."""
     threads: PositiveInt | None = operational(None)
@@ -317,6 +331,18 @@ class RunConfig(Section):
                 found="pixels",
                 allowed="random, block, inverse_block or grid; pixels with model.kind: conv",
                 fix="take mask.kind: random for scattered patches",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _transformers_alone_compute_again(self) -> Self:
+        if self.training.recompute_activations and not isinstance(self.model, VitConfig | TimmVitConfig):
+            raise ConfigError(
+                f"a model of kind {self.model.kind} remembers its activations",
+                key="training.recompute_activations",
+                found=True,
+                allowed="false; true with model.kind vit or timm_vit",
+                fix="set training.recompute_activations: false, and a smaller training.micro_batch to save memory",
             )
         return self
 

@@ -7,6 +7,7 @@ an image in raster order, N visible cells, T cells to be painted, D width of a f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ class MaskedAutoencoder(nn.Module, ABC):
         cell_HW: pixels down and across of a cell: what is hidden or shown as one.
         width: D of the features.
     """
+
+    remembers_activations = True
+    """False: blocks are computed again in the backward pass, where the model is one of such blocks."""
 
     def __init__(self, image_size: tuple[int, int], channels: int, cell_HW: tuple[int, int], width: int) -> None:
         super().__init__()
@@ -57,6 +61,10 @@ class MaskedAutoencoder(nn.Module, ABC):
     @abstractmethod
     def feature_maps(self, images_BCHW: Tensor) -> list[Tensor]:
         """Features (B, D, h, w) at each scale of the encoder, finest first, for dense tasks. Nothing is masked here."""
+
+    def place(self, device: torch.device) -> Self:
+        """Move to a device, in the form in which training is fastest there; the values are the same in any."""
+        return self.to(device)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Features (B, L, D) of all cells in raster order, at the coarsest scale. Nothing is ever masked here."""

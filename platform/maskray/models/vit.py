@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Self
 
 import timm
 import torch
@@ -65,8 +66,6 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         width, decoder = parts.width, config.decoder
         super().__init__(image_size, channels, config.patch, width)
         learnable = config.positions == "learnable"
-        self.remembers_activations = True
-        """False: blocks are computed again in the backward pass."""
 
         self.patch_embed = PatchEmbed(channels, config.patch, width, parts.patch_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if parts.class_token else None
@@ -117,6 +116,15 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
     def encode_visible(self, images_BCHW: Tensor, visible_BHW: Tensor, num_visible: int) -> Tensor:
         """Latents (B, T, D) that the decoder gets: tokens of no cell, then the visible cells in raster order."""
         return self._encode(images_BCHW, indices(visible_BHW, num_visible))
+
+    def place(self, device: torch.device) -> Self:
+        """As `MaskedAutoencoder.place`."""
+        modules: Iterable[Any] = self.modules()
+        for module in modules:
+            if hasattr(module, "fused_attn"):
+                # On a CPU the backward pass of fused attention takes longer than those of the products it is made of.
+                module.fused_attn = device.type != "cpu"
+        return super().place(device)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """As `MaskedAutoencoder.encode`."""
@@ -178,7 +186,7 @@ class CrossBlock(nn.Module):
 
     def __init__(self, size: TransformerSize) -> None:
         super().__init__()
-        self.heads = size.heads
+        self.heads, self.fused_attn = size.heads, True
         self.norm1, self.norm_seen, self.norm2 = (_LayerNorm(size.width) for _ in range(3))
         self.q, self.kv = nn.Linear(size.width, size.width), nn.Linear(size.width, 2 * size.width)
         self.proj = nn.Linear(size.width, size.width)
@@ -188,8 +196,11 @@ class CrossBlock(nn.Module):
         """(B, Q, D), each token from itself and from what was seen."""
         q = self.q(self.norm1(x_BQD)).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(self.norm_seen(seen_BTD)).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x_BQD + self.proj(attended)
+        if self.fused_attn:
+            attended = F.scaled_dot_product_attention(q, k, v)
+        else:
+            attended = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        x = x_BQD + self.proj(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 

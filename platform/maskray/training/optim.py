@@ -1,30 +1,73 @@
-"""AdamW with the MAE recipe (He et al. 2022, Table 8; the authors' `util/lr_sched.py`)."""
+"""Optimisers and the MAE recipe (He et al. 2022, Table 8; the authors' `util/lr_sched.py`)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from timm.optim import Lamb
+from torch import Tensor, nn
 
 from maskray.config.resolve import RunPlan
 from maskray.config.schema import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW in two groups: weight decay on tensors of two dimensions and more, none on biases and norms.
+class FusedAdamW(torch.optim.AdamW):
+    """Torch's own, whose fused kernel reads the flag `found_inf`."""
 
-    As in the authors' code (timm's rule), the class and mask tokens, three-dimensional, are decayed. Fused, because
-    its `found_inf` flag skips an update on the device, with no word to the host.
+    found_inf: Tensor
+    """On the device: where it is not 0, a step changes nothing, with no word to the host."""
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(groups, fused=True, **options)
+
+
+class SkippingLamb(Lamb):
+    """timm's, in which a step that `found_inf` forbids is undone on the device."""
+
+    found_inf: Tensor
+    """As `FusedAdamW.found_inf`."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update, or leave weights and moments as they are."""
+        before = {id(tensor): tensor.clone() for tensor in self._tensors()}
+        super().step(closure)
+        for tensor in self._tensors():  # moments that were not there begin at 0
+            was = before[id(tensor)] if id(tensor) in before else torch.zeros_like(tensor)
+            tensor.copy_(torch.where(self.found_inf.bool(), was, tensor))
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """Weights that get an update, and their moments."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    yield weight
+                    yield from self.state[weight].values()
+
+
+Optimizer = FusedAdamW | SkippingLamb
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimiser in two groups: weight decay on tensors of two dimensions and more, none on biases and norms.
+
+    As in the authors' code (timm's rule), the class and mask tokens, three-dimensional, are decayed.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim > 1], "decays": True},
         {"params": [p for p in trained if p.ndim <= 1], "decays": False, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    options = {"lr": 0.0, "betas": config.betas, "weight_decay": config.weight_decay}
+    match config.name:
+        case "adamw":
+            return FusedAdamW(groups, **options)
+        case "lamb":
+            return SkippingLamb(groups, max_grad_norm=None, **options)  # `clip_norm` clips
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,8 @@ from maskray.data.device import moved
 from maskray.data.stream import Batch
 from maskray.models.sparse_layers import drop_statistics, group_norms, settle_statistics
 from maskray.objective import Objective
-from maskray.training.optim import Schedule
+from maskray.training.optim import Optimizer, Schedule
 from maskray.training.sharding import whole
-
-INF = float("inf")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class TrainStep:
         model: nn.Module,
         normalize: nn.Module,
         objective: Objective,
-        optimizer: torch.optim.AdamW,
+        optimizer: Optimizer,
         schedule: Schedule,
         config: RunConfig,
         device: torch.device,
@@ -62,16 +60,16 @@ class TrainStep:
         self._optimizer, self._schedule = optimizer, schedule
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._global_batch = config.optim.global_batch
-        self._clip_norm = INF if config.optim.clip_norm is None else config.optim.clip_norm
+        self._clip_norm = config.optim.clip_norm
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16")
         self._device = device
         # On the device: sums of loss, gradient norm and weights since the last report, whether any step was not finite,
-        # and the first that was not. `found_inf` is the flag that the fused optimiser reads: once set, it stays.
+        # and the first that was not. `found_inf` is the flag that the optimiser reads: once set, it stays.
         self._sums = torch.zeros(3, device=device, dtype=torch.float64)
         self._found_inf = torch.zeros((), device=device)
         self._first_bad = torch.full((), -1, device=device, dtype=torch.int64)
         self._steps_summed = 0
-        optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
+        optimizer.found_inf = self._found_inf
 
     def warm_up(self, batch: Batch) -> None:
         """One backward on a batch that does not count, discarded, before the state is loaded.
@@ -98,7 +96,8 @@ class TrainStep:
         settle_statistics(self._norms)
         loss, weight = sums.unbind()
         norm = whole(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
-        nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
+        if self._clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self._first_bad = torch.where(bad & (self._first_bad < 0), number, self._first_bad)
         self._found_inf.logical_or_(bad)

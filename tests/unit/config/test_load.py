@@ -353,3 +353,11 @@ def test_a_dump_spells_every_field_out():
 def test_configs_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         built().optim.steps = 3
+
+
+def test_transformers_alone_compute_activations_again():
+    training = {"recompute_activations": True}
+    assert built(training=training).training.recompute_activations
+    for kind in ("conv", "sparse_conv"):
+        with pytest.raises(ConfigError, match=rf"^training\.recompute_activations: a model of kind {kind} remembers"):
+            built(model={"kind": kind}, training=training)

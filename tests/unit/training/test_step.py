@@ -102,8 +102,9 @@ def poison_gradient(r, batch):
 @pytest.mark.parametrize("poison", [poison_loss, poison_gradient])
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 @pytest.mark.parametrize("micro_batch", [64, 16])
-def test_from_the_first_step_that_is_not_finite_no_update_is_applied(rig, same, poison, clip_norm, micro_batch):
-    r = rig(optim={"clip_norm": clip_norm})
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_from_the_first_step_that_is_not_finite_no_update_is_applied(rig, same, poison, clip_norm, micro_batch, name):
+    r = rig(optim={"clip_norm": clip_norm, "name": name})
     for number in range(3):
         r.step(number, [r.batch(number)])
     assert r.step.report().first_bad_step is None
@@ -119,8 +120,9 @@ def test_from_the_first_step_that_is_not_finite_no_update_is_applied(rig, same, 
     assert r.step.report().first_bad_step == 3
 
 
-def test_a_bad_first_step_leaves_the_initial_weights(rig, same):
-    r = rig(optim={"warmup_steps": 0})
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_a_bad_first_step_leaves_the_initial_weights(rig, same, name):
+    r = rig(optim={"warmup_steps": 0, "name": name})
     weights = r.weights()
     r.step(0, [poison_loss(r, r.batch())])
     same(r.weights(), weights)

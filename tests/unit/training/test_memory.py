@@ -1,0 +1,31 @@
+"""Freed memory stays with the process, and no step pays for it again."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import resource, torch
+from maskray.training.memory import keep_freed_memory
+keep_freed_memory()
+def faults_of_a_block():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones({bytes}, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults_of_a_block()
+print(first, faults_of_a_block())
+"""
+BYTES = 2**27
+
+
+def test_a_freed_block_is_handed_out_again_without_the_system():
+    package = str(Path(__file__).parents[3] / "platform")
+    program = PROGRAM.format(bytes=BYTES)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={"PYTHONPATH": package}, capture_output=True, text=True, check=True
+    )
+    first, again = map(int, done.stdout.split())
+    pages = BYTES // resource.getpagesize()
+    assert first > pages / 2
+    assert again < pages / 100
