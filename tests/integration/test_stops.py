@@ -126,10 +126,10 @@ def test_a_password_in_the_tracking_uri_is_written_nowhere(
     tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(launch, "open_store", lambda config, _: launch.Store(config.uri, "1", "maskray"))
-    prepared = launch.prepare(tiny(tracking={"uri": "http://me:hidden@host:5000"}))
-    assert prepared.store.uri == "http://me:hidden@host:5000"
-    assert "hidden" not in dump(prepared.config)
-    assert "hidden" not in repr(launch._card(prepared))
+    prepared = launch.prepare(tiny(tracking={"uri": "http://me:pa55word@host:5000"}))
+    assert prepared.store.uri == "http://me:pa55word@host:5000"
+    assert "pa55word" not in dump(prepared.config)
+    assert "pa55word" not in repr(launch._card(prepared))
 
 
 def test_pretraining_helps(digits: Path, tmp_path: Path):
