@@ -23,6 +23,8 @@ class MaskedAutoencoder(nn.Module, ABC):
         width: D of the features.
     """
 
+    gpu_format = torch.preserve_format
+    """Of the weights on a GPU."""
     remembers_activations = True
     """False: blocks are computed again in the backward pass, where the model is one of such blocks."""
 
@@ -64,7 +66,8 @@ class MaskedAutoencoder(nn.Module, ABC):
 
     def place(self, device: torch.device) -> Self:
         """Move to a device, in the form in which training is fastest there; the values are the same in any."""
-        return self.to(device)
+        weights = self.gpu_format if device.type == "cuda" else torch.preserve_format
+        return self.to(device, memory_format=weights)  # type: ignore[call-overload, no-any-return]
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Features (B, L, D) of all cells in raster order, at the coarsest scale. Nothing is ever masked here."""

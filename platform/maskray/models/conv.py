@@ -33,6 +33,8 @@ class ConvAutoencoder(MaskedAutoencoder):
         cell_HW: pixels down and across of what is hidden or shown as one: the stride, or 1 for scattered pixels.
     """
 
+    gpu_format = torch.channels_last  # the form of tensor cores; a CPU is as fast in either
+
     def __init__(
         self, config: ConvConfig, image_size: tuple[int, int], channels: int, cell_HW: tuple[int, int]
     ) -> None:

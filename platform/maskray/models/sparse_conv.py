@@ -40,6 +40,8 @@ class SparseConvAutoencoder(MaskedAutoencoder):
         ConfigError: timm has no plain ResNet or ConvNeXt of that name.
     """
 
+    gpu_format = torch.channels_last  # the form of tensor cores; a CPU is as fast in either
+
     def __init__(self, config: SparseConvConfig, image_size: tuple[int, int], channels: int, group_images: int) -> None:
         encoder = _encoder(config.name, channels)
         widths = [info["num_chs"] for info in encoder.feature_info][-4:]
