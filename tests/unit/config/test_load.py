@@ -311,8 +311,8 @@ def test_all_mistakes_are_told_at_once():
         "run.yaml: 5 mistakes: (1) name: this key is required. "
         "(2) seed: it does not take this value (found 'x'). Allowed: an integer. What to do: give it such a value. "
         "(3) data.path: this key is required. "
-        "(4) optim.lr: no such key. Valid here: name, global_batch, epochs, steps, warmup_epochs, warmup_steps, base_lr, "
-        "min_lr, weight_decay, weight_decay_end, betas, clip_norm. "
+        "(4) optim.lr: no such key. Valid here: name, global_batch, epochs, steps, warmup_epochs, warmup_steps, "
+        "base_lr, min_lr, weight_decay, weight_decay_end, betas, clip_norm. "
         "(5) nam: no such key. Did you mean name?"
     )
 
