@@ -1,10 +1,10 @@
 """What training a model takes of a worker's memory, by arithmetic.
 
 Conventions: weights, gradients and the optimiser's two moments are fp32. An activation counts if the backward pass
-needs it: each layer keeps what it reads, attention keeps queries, keys and values (it is fused: no matrix of all pairs), the loss
-keeps its error. Under bf16 layers read bf16 copies, of the weights too, while norms, the sums of the residuals and the
-loss stay fp32. Not counted: what a kernel needs while it runs, the gradients of activations on their way, batches that
-wait, a block that a sharded model has gathered, and what the allocator leaves unused.
+needs it: each layer keeps what it reads, attention keeps queries, keys and values (it is fused: no matrix of all
+pairs), the loss keeps its error. Under bf16 layers read bf16 copies, of the weights too, while norms, the sums of the
+residuals and the loss stay fp32. Not counted: what a kernel needs while it runs, the gradients of activations on
+their way, batches that wait, a block that a sharded model has gathered, and what the allocator leaves unused.
 """
 
 from __future__ import annotations
