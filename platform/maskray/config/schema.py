@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from maskray.config.models import (
+    AnyVit,
     ConvConfig,
     Mask,
     Model,
@@ -312,13 +313,13 @@ class RunConfig(Section):
             if size % cell:
                 below = size // cell * cell
                 near = [n for n in (below, below + cell) if n]
-                what = "patch" if hasattr(self.model, "patch") else "stride"
+                has_patch = isinstance(self.model, AnyVit)
                 raise ConfigError(
-                    f"the {what}'s {side} must divide the image's {side}",
+                    f"the {'patch' if has_patch else 'stride'}'s {side} must divide the image's {side}",
                     key="data.image_size",
-                    found=f"image {side} {size}, model.{what} {side} {cell}",
+                    found=f"image {side} {size}, {f'model.patch {side}' if has_patch else 'a stride of'} {cell}",
                     allowed=" or ".join(map(str, near)),
-                    fix=f"change data.image_size or model.{'patch' if what == 'patch' else 'kind'}",
+                    fix=f"change data.image_size{' or model.patch' if has_patch else ''}",
                 )
         return self
 

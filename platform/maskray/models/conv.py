@@ -19,11 +19,10 @@ from torch.nn import functional as F
 
 from maskray.cells import patchify
 from maskray.config.models import ConvConfig
-from maskray.models.base import MaskedAutoencoder
-from maskray.models.sparse_layers import Seen
+from maskray.models.sparse_layers import ConvolutionalAutoencoder, Seen
 
 
-class ConvAutoencoder(MaskedAutoencoder):
+class ConvAutoencoder(ConvolutionalAutoencoder):
     """Encoder of 3 × 3 convolutions of stride 2, decoder of as many transposed ones.
 
     Args:
@@ -72,14 +71,6 @@ class ConvAutoencoder(MaskedAutoencoder):
         """(B, D, h, w): the hidden map ⊙ visibility."""
         del num_visible
         return self.visible_maps(images_BCHW, visible_BHW)[-1]
-
-    def visible_maps(self, images_BCHW: Tensor, visible_BHW: Tensor) -> list[Tensor]:
-        """The encoder's maps (B, D, h, w), finest first; zero where nothing is visible."""
-        return self._maps(images_BCHW, Seen(visible_BHW))
-
-    def feature_maps(self, images_BCHW: Tensor) -> list[Tensor]:
-        """As `MaskedAutoencoder.feature_maps`: one for each convolution."""
-        return self._maps(images_BCHW, Seen(None))
 
     def _maps(self, images_BCHW: Tensor, seen: Seen) -> list[Tensor]:
         x = seen.shown(images_BCHW)

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from maskray.cells import patchify
 from maskray.config.models import SparseConvConfig, UNetDecoder
 from maskray.errors import ConfigError
-from maskray.models.base import MaskedAutoencoder
-from maskray.models.sparse_layers import GroupBatchNorm2d, Seen, through, with_group_norms
+from maskray.models.sparse_layers import ConvolutionalAutoencoder, GroupBatchNorm2d, Seen, through, with_group_norms
 
 INIT_STD = 0.02
 
 
-class SparseConvAutoencoder(MaskedAutoencoder):
+class SparseConvAutoencoder(ConvolutionalAutoencoder):
     """Encoder over the visible cells, decoder over all of them.
 
     Args:
@@ -75,14 +74,6 @@ class SparseConvAutoencoder(MaskedAutoencoder):
         """(B, all channels of all scales, flat): zero where nothing is visible."""
         del num_visible
         return torch.cat([each.flatten(1) for each in self._maps(images_BCHW, Seen(visible_BHW))], dim=1)
-
-    def visible_maps(self, images_BCHW: Tensor, visible_BHW: Tensor) -> list[Tensor]:
-        """The encoder's maps (B, D, h, w), finest first; zero where nothing is visible."""
-        return self._maps(images_BCHW, Seen(visible_BHW))
-
-    def feature_maps(self, images_BCHW: Tensor) -> list[Tensor]:
-        """As `MaskedAutoencoder.feature_maps`: strides 4, 8, 16 and 32."""
-        return self._maps(images_BCHW, Seen(None))
 
     def _maps(self, images_BCHW: Tensor, seen: Seen) -> list[Tensor]:
         x = seen.shown(images_BCHW)

@@ -11,6 +11,7 @@ Shape letters: B images in n groups of G, D channels, h and w places down and ac
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from maskray.models.base import MaskedAutoencoder
 
 
 class Seen(NamedTuple):
@@ -44,6 +47,22 @@ class Seen(NamedTuple):
         """The map with zeros where nothing is visible."""
         visible = self.at((x_BDhw.shape[2], x_BDhw.shape[3]))
         return x_BDhw if visible is None else x_BDhw * visible
+
+
+class ConvolutionalAutoencoder(MaskedAutoencoder):
+    """A model whose encoder gives a map at each of several scales."""
+
+    @abstractmethod
+    def _maps(self, images_BCHW: Tensor, seen: Seen) -> list[Tensor]:
+        """The encoder's maps (B, D, h, w), finest first; zero where nothing is visible."""
+
+    def visible_maps(self, images_BCHW: Tensor, visible_BHW: Tensor) -> list[Tensor]:
+        """The encoder's maps (B, D, h, w), finest first; zero where nothing is visible."""
+        return self._maps(images_BCHW, Seen(visible_BHW))
+
+    def feature_maps(self, images_BCHW: Tensor) -> list[Tensor]:
+        """As `MaskedAutoencoder.feature_maps`: one for each scale."""
+        return self._maps(images_BCHW, Seen(None))
 
 
 class GroupBatchNorm2d(nn.BatchNorm2d):

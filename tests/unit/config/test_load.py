@@ -361,3 +361,13 @@ def test_transformers_alone_compute_activations_again():
     for kind in ("conv", "sparse_conv"):
         with pytest.raises(ConfigError, match=rf"^training\.recompute_activations: a model of kind {kind} remembers"):
             built(model={"kind": kind}, training=training)
+
+
+def test_a_stride_that_does_not_divide_the_image_is_named():
+    raw = merge(BASE, {"data": {"image_size": 225}})
+    with pytest.raises(ConfigError) as caught:
+        parse(RunConfig, {**raw, "model": {"kind": "conv"}, "mask": {}})
+    assert str(caught.value) == (
+        "data.image_size: the stride's height must divide the image's height. Found: image height 225, a stride of 8. "
+        "Allowed: 224 or 232. What to do: change data.image_size."
+    )
