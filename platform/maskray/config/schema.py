@@ -185,7 +185,7 @@ class TrainingConfig(Section):
     """torch.compile, in place."""
     shard: bool = operational(default=False)
     """Weights, gradients and the optimiser's state divided among the workers (FSDP2): for models that one accelerator
-    cannot hold. Checkpoints are the same as without."""
+    cannot hold. For transformers under AdamW. Checkpoints are the same as without."""
     recompute_activations: bool = operational(default=False)
     """Keep of a transformer's blocks their inputs alone and compute them again in the backward pass: a third more work
     in much less memory."""
@@ -344,6 +344,24 @@ class RunConfig(Section):
                 found=True,
                 allowed="false; true with model.kind vit or timm_vit",
                 fix="set training.recompute_activations: false, and a smaller training.micro_batch to save memory",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_what_was_seen_to_work_is_sharded(self) -> Self:
+        others = {
+            "model.kind": None if isinstance(self.model, AnyVit) else self.model.kind,
+            "optim.name": None if self.optim.name == "adamw" else self.optim.name,
+            "training.compile": self.training.compile or None,
+        }
+        found = [f"{key} {value}" for key, value in others.items() if value is not None]
+        if self.training.shard and found:
+            raise ConfigError(
+                "not known to work with a sharded model",
+                key="training.shard",
+                found=f"true, with {', '.join(found)}",
+                allowed="false; true with model.kind vit or timm_vit, optim.name adamw and training.compile false",
+                fix="set training.shard: false",
             )
         return self
 

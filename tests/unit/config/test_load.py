@@ -371,3 +371,19 @@ def test_a_stride_that_does_not_divide_the_image_is_named():
         "data.image_size: the stride's height must divide the image's height. Found: image height 225, a stride of 8. "
         "Allowed: 224 or 232. What to do: change data.image_size."
     )
+
+
+@pytest.mark.parametrize(
+    ("sections", "found"),
+    [
+        ({"model": {"kind": "conv"}}, "model.kind conv"),
+        ({"model": {"kind": "sparse_conv"}, "optim": {"name": "lamb"}}, "model.kind sparse_conv, optim.name lamb"),
+        ({"training": {"compile": True}}, "training.compile True"),
+    ],
+)
+def test_what_was_not_seen_to_work_is_not_sharded(sections, found):
+    with pytest.raises(
+        ConfigError, match=rf"^training\.shard: not known to work .* Found: true, with {found}\. Allowed"
+    ):
+        built(**merge(sections, {"training": {"shard": True}}))
+    assert built(training={"shard": True}).training.shard
