@@ -449,8 +449,9 @@ def test_recomputed_activations_give_the_same_gradients(case):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_only_targets_are_painted_across():
-    model = build("cross-attention")
+@pytest.mark.parametrize("case", [c for c in CASES if isinstance(CASES[c][0], VitConfig | TimmVitConfig)])
+def test_transformers_paint_targets_alone(case):
+    model = build(case)
     images, visible, num_visible = batch(model)
     key = {"seed": 1, "pass_": 0, "rows": torch.arange(6), "view": 0, "xp": torch}
     target = masking.draw_target(visible, 4, **key)

@@ -96,9 +96,12 @@ def _vit_decoder(model: MaskedAutoencoderViT, num_visible: int, num_target: int)
         for block in model.decoder_blocks:
             yield from _cross_block(block, num_seen, num_target, width)
     else:
-        yield from _row(model.decoder_blocks, _At(num_cells + model.num_prefix, 1, width))
-    painted = _At(num_target if crossing else num_cells, 1, width)
-    yield from _row([model.decoder_norm, model.decoder_pred], painted)
+        *blocks, last = model.decoder_blocks
+        tokens = _At(num_cells + model.num_prefix, 1, width)
+        yield from _row([*blocks, last.norm1, last.attn], tokens)  # type: ignore[list-item]
+        after = tokens if num_target == num_cells else _At(num_target, 1, width)
+        yield from _row([last.norm2, last.mlp], after)  # type: ignore[list-item]
+    yield from _row([model.decoder_norm, model.decoder_pred], _At(num_target, 1, width))
 
 
 def _cross_block(block: Any, num_seen: int, num_target: int, width: int) -> Iterator[Use]:

@@ -11,7 +11,7 @@ width of a token, P pixel values of a cell.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -107,11 +107,13 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         del weights_B  # no statistics are kept
         index_BN = indices(visible_BHW, num_visible)
         latents_BTD = self._encode(images_BCHW, index_BN)
-        if not self._crosses:
-            return self._decode(latents_BTD, index_BN)
-        if target_BHW is None:
-            target_BHW, num_target = ~visible_BHW, visible_BHW[0].numel() - num_visible
-        return self._decode_across(latents_BTD, indices(target_BHW, num_target))
+        if self._crosses:
+            if target_BHW is None:
+                target_BHW, num_target = ~visible_BHW, visible_BHW[0].numel() - num_visible
+            return self._decode_across(latents_BTD, indices(target_BHW, num_target))
+        if target_BHW is None or num_target == visible_BHW[0].numel():
+            return self._decode(latents_BTD, index_BN, None)
+        return self._decode(latents_BTD, index_BN, indices(target_BHW, num_target))
 
     def encode_visible(self, images_BCHW: Tensor, visible_BHW: Tensor, num_visible: int) -> Tensor:
         """Latents (B, T, D) that the decoder gets: tokens of no cell, then the visible cells in raster order."""
@@ -151,20 +153,26 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
             prefix_1TD = prefix_1TD + self.pos_embed[:, : self._placed_prefix]
         return [prefix_1TD.expand(num, -1, -1)]
 
-    def _decode(self, latents_BTD: Tensor, index_BN: Tensor) -> Tensor:
+    def _decode(self, latents_BTD: Tensor, index_BN: Tensor, index_BQ: Tensor | None) -> Tensor:
         # The mask token's type, not that of `decoder_embed` under autocast: the sum of the residuals stays fp32.
         x = self.decoder_embed(latents_BTD).to(self.mask_token.dtype)
         hidden_BLD = self.mask_token.expand(len(x), self.grid_HW[0] * self.grid_HW[1], -1)
         cells_BLD = put(x[:, self.num_prefix :], index_BN, hidden_BLD)
         x = torch.cat((x[:, : self.num_prefix], cells_BLD), dim=1) + self.decoder_pos_embed
-        x = self._through(self.decoder_blocks, x)
-        return self.decoder_pred(self.decoder_norm(x)[:, self.num_prefix :])  # type: ignore[no-any-return]
+        *blocks, last = self.decoder_blocks
+        x = self._through(blocks, x)
+        if index_BQ is None:
+            x = self._through([last], x)
+            return self.decoder_pred(self.decoder_norm(x)[:, self.num_prefix :])  # type: ignore[no-any-return]
+        return self._painted(self._through([last], x, index_BQ + self.num_prefix), index_BQ)
 
     def _decode_across(self, latents_BTD: Tensor, index_BQ: Tensor) -> Tensor:
         x = self.mask_token + self.decoder_pos_embed[0, index_BQ]
-        x = self._through(self.decoder_blocks, x, self.decoder_embed(latents_BTD))
-        pred_BQP = self.decoder_pred(self.decoder_norm(x))
-        nothing_BLP = pred_BQP.new_zeros(len(x), self.grid_HW[0] * self.grid_HW[1], self.cell_pixels)
+        return self._painted(self._through(self.decoder_blocks, x, self.decoder_embed(latents_BTD)), index_BQ)
+
+    def _painted(self, tokens_BQD: Tensor, index_BQ: Tensor) -> Tensor:
+        pred_BQP = self.decoder_pred(self.decoder_norm(tokens_BQD))
+        nothing_BLP = pred_BQP.new_zeros(len(pred_BQP), self.grid_HW[0] * self.grid_HW[1], self.cell_pixels)
         return put(pred_BQP, index_BQ, nothing_BLP)
 
     def _through(self, blocks: Iterable[nn.Module], x: Tensor, *others: Tensor) -> Tensor:
@@ -179,6 +187,17 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         assert images_BCHW.shape[1:] == shape, f"images {tuple(images_BCHW.shape)}, the model is built for {shape}"
         cells = images_BCHW.reshape(-1, self.channels, grid_h, patch_h, grid_w, patch_w).permute(0, 2, 4, 1, 3, 5)
         return cells.reshape(-1, grid_h * grid_w, self.cell_pixels)
+
+
+class DecoderBlock(Block):
+    """timm's block that can go on with some of its tokens alone: the last one is needed for cells to be painted."""
+
+    def forward(self, x_BTD: Tensor, index_BQ: Tensor | None = None) -> Tensor:
+        """(B, T, D), or (B, Q, D) of the tokens of those numbers."""
+        x = x_BTD + self.attn(self.norm1(x_BTD))
+        if index_BQ is not None:
+            x = taken(x, index_BQ)
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 
 class CrossBlock(nn.Module):
@@ -283,13 +302,15 @@ def _from_timm(config: TimmVitConfig, image_size: tuple[int, int], channels: int
     )
 
 
-def _blocks(size: TransformerSize) -> nn.ModuleList:
-    block = partial(Block, size.width, size.heads, mlp_ratio=size.mlp_ratio, qkv_bias=True, norm_layer=_LayerNorm)
+def _blocks(size: TransformerSize, kind: Callable[..., nn.Module] = Block) -> nn.ModuleList:
+    block = partial(kind, size.width, size.heads, mlp_ratio=size.mlp_ratio, qkv_bias=True, norm_layer=_LayerNorm)
     return nn.ModuleList(block() for _ in range(size.depth))
 
 
 def _decoder_blocks(size: VitDecoder) -> nn.ModuleList:
-    return nn.ModuleList(CrossBlock(size) for _ in range(size.depth)) if size.attention == "cross" else _blocks(size)
+    if size.attention == "cross":
+        return nn.ModuleList(CrossBlock(size) for _ in range(size.depth))
+    return _blocks(size, DecoderBlock)
 
 
 def _init(module: nn.Module) -> None:
