@@ -7,11 +7,12 @@ A mask is drawn in units of one or more cells. Most are an order: each unit of a
 smallest keys are hidden, or shown. So the count is exact whatever the shape, and equal keys go by place: numpy and
 torch draw the same bits.
 
-Shape letters: B images, H and W cells down and across, L = H·W; h and w units down and across, l = h·w; K rectangles.
+Shape letters: B images, H and W cells down and across, L = H·W; h and w units down and across, l = h·w.
 """
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from maskray.errors import ConfigError
 
 _SPARE_RECTANGLES = 8
 _SHOWN = 8
+_RATIO_DECIMALS = 9
 
 
 class Drawing(NamedTuple):
@@ -139,7 +141,7 @@ def num_target(objective: ObjectiveConfig, grid_HW: tuple[int, int], num_visible
     num_cells = grid_HW[0] * grid_HW[1]
     if objective.cells == "all":
         return num_cells
-    return max(1, int((num_cells - num_visible) * Fraction(repr(objective.predict_fraction))))
+    return max(1, int((num_cells - num_visible) * _as_written(objective.predict_fraction)))
 
 
 def draw_target(visible_BHW: Any, num: int, *, seed: int, pass_: Any, rows: Any, view: Any, xp: ModuleType = np) -> Any:
@@ -169,18 +171,18 @@ def _draw_units(mask: Mask, units_hw: tuple[int, int], num_visible: int, drawing
 def _block_keys(mask: BlockMask, units_hw: tuple[int, int], drawing: Drawing) -> Any:
     """(B, l): units of the first rectangle first, line by line, and those of none last, at random."""
     low, high = ([min(side, limit) for limit in units_hw] for side in mask.sides)
-    area = (low[0] + high[0]) * (low[1] + high[1]) / 4
-    num = _SPARE_RECTANGLES + int(4 * units_hw[0] * units_hw[1] / area)  # hides 98 of 100 units on average
-    words = drawing.words(4 * num + units_hw[0] * units_hw[1])
+    num_units, area = units_hw[0] * units_hw[1], (low[0] + high[0]) * (low[1] + high[1]) / 4
+    num = _SPARE_RECTANGLES + int(4 * num_units / area)  # hides 98 of 100 units on average
+    words = drawing.words(4 * num + num_units)
     sides = [low[i] + words[:, i * num : (i + 1) * num] % (high[i] - low[i] + 1) for i in (0, 1)]
     starts = [words[:, i * num : (i + 1) * num] for i in (2, 3)]
-    keys_BKl = _rectangle_keys(sides, starts, units_hw, drawing, roll=mask.roll)
-    num_units = units_hw[0] * units_hw[1]
-    order_K1 = drawing.arange(num)[:, None] * num_units
-    none = num * num_units
-    keys_BKl = drawing.xp.where(keys_BKl < num_units, keys_BKl + order_K1, none)
-    first_Bl = keys_BKl.min(axis=1) if drawing.xp is np else keys_BKl.amin(dim=1)
-    return drawing.xp.where(first_Bl < none, first_Bl, none + words[:, 4 * num :])
+    keys_Bl = num * num_units + words[:, 4 * num :]
+    for k in reversed(range(num)):  # an earlier rectangle lies on top of a later one
+        of_k_Bl = _rectangle_keys(
+            [s[:, k] for s in sides], [s[:, k] for s in starts], units_hw, drawing, roll=mask.roll
+        )
+        keys_Bl = drawing.xp.where(of_k_Bl < num_units, of_k_Bl + k * num_units, keys_Bl)
+    return keys_Bl
 
 
 def _inverse_block_keys(mask: InverseBlockMask, units_hw: tuple[int, int], num_visible: int, drawing: Drawing) -> Any:
@@ -189,33 +191,33 @@ def _inverse_block_keys(mask: InverseBlockMask, units_hw: tuple[int, int], num_v
     words = drawing.words(3)
     table = drawing.xp.asarray(shapes) if drawing.xp is np else drawing.xp.tensor(shapes, device=words.device)
     sides_B2 = table[words[:, 0] % len(shapes)]
-    sides, starts = [sides_B2[:, i, None] for i in (0, 1)], [words[:, i, None] for i in (1, 2)]
-    return _rectangle_keys(sides, starts, units_hw, drawing, roll=mask.roll)[:, 0]
+    sides, starts = [sides_B2[:, 0], sides_B2[:, 1]], [words[:, 1], words[:, 2]]
+    return _rectangle_keys(sides, starts, units_hw, drawing, roll=mask.roll)
 
 
 def _rectangle_keys(
     sides: list[Any], starts: list[Any], units_hw: tuple[int, int], drawing: Drawing, *, roll: bool
 ) -> Any:
-    """(B, K, l): place of a unit in each rectangle, line by line, below l; l for a unit outside it.
+    """(B, l): place of a unit in an image's rectangle, line by line, below l; l for a unit outside it.
 
     Args:
-        sides: (B, K) each, units down and across.
-        starts: (B, K) each, words that say where the rectangle begins.
+        sides: (B,) each, units down and across.
+        starts: (B,) each, words that say where the rectangle begins.
         units_hw: of the image.
         drawing: where draws come from.
-        roll: whether rectangles go on at the other side of the image.
+        roll: whether the rectangle goes on at the other side of the image.
     """
     places, inside = [], []
-    for side_BK, start_BK, length in zip(sides, starts, units_hw, strict=True):
-        first_BK = start_BK % length if roll else start_BK % (length - side_BK + 1)
-        at_BKx = drawing.arange(length) - first_BK[:, :, None]
-        at_BKx = at_BKx % length if roll else at_BKx
-        places.append(at_BKx)
-        inside.append((at_BKx >= 0) & (at_BKx < side_BK[:, :, None]))
-    keys_BKhw = places[0][:, :, :, None] * units_hw[1] + places[1][:, :, None, :]
-    is_in_BKhw = inside[0][:, :, :, None] & inside[1][:, :, None, :]
+    for side_B, start_B, length in zip(sides, starts, units_hw, strict=True):
+        first_B = start_B % length if roll else start_B % (length - side_B + 1)
+        at_Bx = drawing.arange(length) - first_B[:, None]
+        at_Bx = at_Bx % length if roll else at_Bx
+        places.append(at_Bx)
+        inside.append((at_Bx >= 0) & (at_Bx < side_B[:, None]))
+    keys_Bhw = places[0][:, :, None] * units_hw[1] + places[1][:, None, :]
+    is_in_Bhw = inside[0][:, :, None] & inside[1][:, None, :]
     num_units = units_hw[0] * units_hw[1]
-    return drawing.xp.where(is_in_BKhw, keys_BKhw, num_units).reshape(*sides[0].shape, num_units)
+    return drawing.xp.where(is_in_Bhw, keys_Bhw, num_units).reshape(-1, num_units)
 
 
 def _grid_units(units_hw: tuple[int, int], num_visible: int, drawing: Drawing) -> Any:
@@ -232,18 +234,30 @@ def _grid_units(units_hw: tuple[int, int], num_visible: int, drawing: Drawing) -
 
 def _visible_units(mask: Mask, ratio: float, units_hw: tuple[int, int]) -> int:
     num_units = units_hw[0] * units_hw[1]
-    exact = num_units * (1 - Fraction(repr(ratio)))
-    visible = int(exact)
-    if not 0 < visible < num_units:
+    if num_units == 1:
         raise ConfigError(
-            f"hides {num_units - visible} of {num_units} cells" + ("" if mask.unit == (1, 1) else " (in units)"),
+            "an image of one cell has nothing left once it is hidden",
+            key="mask.ratio",
+            found=f"{ratio}, on a grid of 1 × 1" + ("" if mask.unit == (1, 1) else " units"),
+            allowed="grids of two cells and more",
+            fix="take larger images (data.image_size), or smaller cells (model.patch, mask.unit)",
+        )
+    exact = num_units * (1 - _as_written(ratio))
+    if isinstance(mask, GridMask):
+        return _visible_units_of_a_grid(ratio, exact, units_hw)
+    if exact < 1:
+        raise ConfigError(
+            f"hides all of {num_units} cells" + ("" if mask.unit == (1, 1) else " (in units)"),
             key="mask.ratio",
             found=ratio,
-            allowed=f"{1 / num_units:.3g} to {1 - 1 / num_units:.3g} on a grid of {units_hw[0]} × {units_hw[1]} cells",
+            allowed=f"above 0, and at most {_rounded_down(1 - Fraction(1, num_units))} on a grid of "
+            f"{units_hw[0]} × {units_hw[1]} cells",
         )
-    if not isinstance(mask, GridMask):
-        return visible
-    counts = _periods(units_hw)
+    return int(exact)
+
+
+def _visible_units_of_a_grid(ratio: float, exact: Fraction, units_hw: tuple[int, int]) -> int:
+    num_units, counts = units_hw[0] * units_hw[1], _periods(units_hw)
     nearest = min(counts, key=lambda count: abs(count - exact), default=None)
     if nearest is None or abs(nearest - exact) >= 1:
         ratios = sorted((1 - count / num_units for count in counts), key=lambda r: abs(r - ratio))[:_SHOWN]
@@ -254,6 +268,15 @@ def _visible_units(mask: Mask, ratio: float, units_hw: tuple[int, int]) -> int:
             allowed=", ".join(f"{r:.4g}" for r in sorted(ratios)) or "none on this grid",
         )
     return nearest
+
+
+def _as_written(ratio: float) -> Fraction:
+    """The decimal that was meant: 0.1 × 3 is 0.3, though not to the last bit."""
+    return Fraction(repr(round(ratio, _RATIO_DECIMALS)))
+
+
+def _rounded_down(ratio: Fraction) -> float:
+    return math.floor(ratio * 10**4) / 10**4
 
 
 def _periods(units_hw: tuple[int, int]) -> dict[int, tuple[tuple[int, int], bool]]:

@@ -21,6 +21,7 @@ from maskray.models.base import MaskedAutoencoder
 from maskray.models.build import build_normalize, initial_model
 from maskray.models.cost import cost
 from maskray.models.foreign import weights_digest
+from maskray.models.vit import MaskedAutoencoderViT
 from maskray.objective import Objective
 from maskray.tracking.base import Tracker
 from maskray.training import checkpoint, loop
@@ -31,6 +32,7 @@ from maskray.training.sharding import shard
 from maskray.training.step import TrainStep
 from maskray.training.throughput import Meter, hardware, matmul_rate
 
+_MOST_GRAPHS = 32
 PACKAGES = ("maskray", "torch", "torchvision", "torchcodec", "timm", "numpy")  # what the bits of a run depend on
 
 
@@ -62,8 +64,8 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         known = (plan.fingerprint, context.world_size, threads, packages, tracker.pending(), dict(rates))
         return checkpoint.Facts(done, *known)
 
-    def snapshot(done: int) -> Snapshot:
-        return checkpoint.HostCopy(model, optimizer, facts(done), dump(config)).write
+    def snapshot(done: int) -> Snapshot | None:
+        return checkpoint.taken(context.rank, model, optimizer, facts(done), dump(config))
 
     def probe(done: int) -> None:
         if context.rank == 0 or config.training.shard:  # a sharded model runs on all workers or on none
@@ -74,7 +76,7 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
     start_step, rates = 0, dict[str, float]()
     with context.latest_checkpoint() as folder:
         if folder is not None:
-            then = checkpoint.restore(folder, model, optimizer, fingerprint=plan.fingerprint, device=context.device)
+            then = checkpoint.restore(folder, model, optimizer, fingerprint=plan.fingerprint)
             checkpoint.warn_of_differences(then, facts(then.step))
             tracker.restore(then.pending_metrics)
             start_step, rates = then.step, dict(then.matmul_rates)
@@ -100,14 +102,19 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
     return loop.run(parts, config.training, context, tracker, start_step)
 
 
-def placed(model: MaskedAutoencoder, device: torch.device, config: TrainingConfig) -> MaskedAutoencoder:
-    """The model on its device, as it is trained; the parameters keep their names."""
-    model.place(device)
+def placed(
+    model: MaskedAutoencoder, device: torch.device, config: TrainingConfig, backend: str = "inductor"
+) -> MaskedAutoencoder:
+    """The model on its device, as it is trained; the parameters keep their names. `backend`: what compiles it."""
     model.remembers_activations = not config.recompute_activations
     if config.shard:
+        assert isinstance(model, MaskedAutoencoderViT), "the config shards transformers alone"
         shard(model)
+    model.place(device)
     if config.compile:
-        model.compile()
+        # A graph for each ratio of the mask and for each size of a micro-batch: static shapes are the faster ones.
+        torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+        model.compile(dynamic=False, backend=backend)
     return model
 
 

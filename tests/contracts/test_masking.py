@@ -1,5 +1,6 @@
 """What every mask keeps: exact counts, equal bits in numpy and torch, drawn by key and by nothing else."""
 
+import re
 from typing import get_args
 
 import numpy as np
@@ -68,14 +69,37 @@ def test_the_number_of_visible_cells_is_exact_at_float_edges(kind, grid_HW, rati
 
 
 @pytest.mark.parametrize("kind", EXACT)
-@pytest.mark.parametrize(("grid_HW", "ratio"), [((2, 2), 0.1), ((4, 4), 0.99), ((1, 1), 0.5)])
-def test_a_ratio_that_hides_nothing_or_everything_is_refused(kind, grid_HW, ratio):
-    mask = kind(ratio=ratio)
-    if grid_HW == (2, 2):  # 4 × 0.9 keeps 3: one cell is hidden after all
-        assert masking.visible_counts(mask, grid_HW) == (3,)
-        return
-    with pytest.raises(ConfigError, match=r"mask\.ratio"):
-        masking.visible_counts(mask, grid_HW)
+@pytest.mark.parametrize(("grid_HW", "ratio"), [((4, 4), 0.99), ((14, 14), 0.995), ((7, 7), 0.98), ((1, 2), 0.6)])
+def test_a_ratio_that_hides_everything_is_refused_and_the_highest_that_does_not_is_named(kind, grid_HW, ratio):
+    with pytest.raises(ConfigError, match=r"mask\.ratio") as raised:
+        masking.visible_counts(kind(ratio=ratio), grid_HW)
+    highest = float(re.search(r"at most ([\d.]+)", str(raised.value))[1])
+    assert masking.visible_counts(kind(ratio=highest), grid_HW) == (1,)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_the_smallest_ratio_hides_a_cell(kind):
+    assert masking.visible_counts(kind(ratio=1e-6), (14, 14)) == (195,)
+
+
+@pytest.mark.parametrize("kind", [*EXACT, GridMask])
+def test_an_image_of_one_cell_is_refused(kind):
+    with pytest.raises(ConfigError, match=r"mask\.ratio.*one cell.*larger images"):
+        masking.visible_counts(kind(ratio=0.5), (1, 1))
+
+
+def test_a_ratio_that_was_calculated_is_the_decimal_that_was_meant():
+    assert masking.visible_counts(RandomMask(ratio=0.1 * 3), (1, 10)) == (7,)
+    assert masking.num_target(ObjectiveConfig(predict_fraction=0.1 * 3), (1, 20), 10) == 3
+
+
+def test_the_ratios_that_a_grid_is_said_to_have_are_accepted():
+    with pytest.raises(ConfigError) as raised:
+        masking.visible_counts(GridMask(ratio=0.6), (7, 7))
+    named = [float(ratio) for ratio in re.findall(r"0\.\d+", str(raised.value).partition("Allowed")[2])]
+    assert len(named) > 2
+    for ratio in named:
+        assert masking.visible_counts(GridMask(ratio=ratio), (7, 7))
 
 
 @pytest.mark.parametrize("grid_HW", GRIDS)

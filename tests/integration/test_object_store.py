@@ -105,9 +105,7 @@ def test_a_checkpoint_in_a_bucket_is_read_as_a_folder(
         assert checkpoint.is_whole(folder)
         assert checkpoint.read_facts(folder) == facts
         other = torch.nn.Linear(3, 3)
-        checkpoint.restore(
-            folder, other, torch.optim.AdamW(other.parameters()), fingerprint="0" * 16, device=torch.device("cpu")
-        )
+        checkpoint.restore(folder, other, torch.optim.AdamW(other.parameters()), fingerprint="0" * 16)
         assert torch.equal(other.weight, model.weight)
     assert not folder.exists()
 

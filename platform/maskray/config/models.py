@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PositiveFloat, model_validator
 
@@ -17,9 +18,13 @@ _Several = Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=_MOST_RAT
 
 def _ratios(value: object) -> object:
     """`0.75` means `[0.75]`."""
-    if isinstance(value, list | tuple) and not 0 < len(value) <= _MOST_RATIOS:
-        raise ValueError(f"ratio takes one number or a list of up to {_MOST_RATIOS} (found {len(value)})")
-    return (value,) if isinstance(value, int | float) else value
+    if isinstance(value, list | tuple):
+        if not 0 < len(value) <= _MOST_RATIOS:
+            raise ValueError(f"ratio takes one number or a list of up to {_MOST_RATIOS} (found {len(value)})")
+        return value
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"ratio is a share above 0 and below 1, or a list of such")
+    return (value,)
 
 
 Ratios = Annotated[
@@ -124,6 +129,8 @@ class TransformerSize(Section):
             near = [h for h in range(1, self.width + 1) if self.width % h == 0]
             near = sorted(sorted(near, key=lambda h: abs(h - self.heads))[:3])
             raise ValueError(f"heads {self.heads} must divide width {self.width}; the nearest that do are {near}")
+        if self.width * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves the MLP no width: at least {1 / self.width:.2g}")
         if self.width % 4:
             near = [n for n in (self.width // 4 * 4, self.width // 4 * 4 + 4) if n]
             raise ValueError(
@@ -176,7 +183,20 @@ class TimmVitConfig(AnyVit):
 
     kind: Literal["timm_vit"] = "timm_vit"
     name: str
-    """As timm knows it, such as `vit_small_patch16_dinov3` or `vit_base_patch14_reg4_dinov2`; without weights."""
+    """As timm knows it, such as `vit_small_patch16_224` or `vit_base_patch14_reg4_dinov2`; without weights."""
+    # Without a default of its own it would not be that of the name.
+    patch: SizeHW
+    """[height, width] of a patch in pixels; if it is not given, the one in the name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patch_of_the_name(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("patch") is not None or not isinstance(given.get("name"), str):
+            return given
+        named = re.search(r"patch(\d+)", given["name"])
+        if named is None:
+            raise ValueError(f"patch must be given: the name {given['name']!r} does not say it")
+        return given | {"patch": int(named[1])}
 
 
 class ConvDecoder(Section):
@@ -205,8 +225,8 @@ class UNetDecoder(Section):
     """Transposed convolutions up, with the encoder's maps of each scale added (SparK, Tian et al. 2023)."""
 
     kind: Literal["unet"] = "unet"
-    width: PositiveInt = 768
-    """Channels at the coarsest scale, halved at each finer one."""
+    width: Annotated[int, Field(ge=32)] = 768
+    """Channels at the coarsest scale, halved at each of the five finer ones."""
 
 
 class BlockDecoder(Section):

@@ -55,11 +55,15 @@ def _batches(images_NCHW: Images, batch: int) -> Iterator[Images]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode again outside."""
+    """Evaluation mode inside; each module's own mode again outside.
+
+    A compiled model runs as it was written: its graphs are for the shapes of training.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, training in modes:
             module.training = training

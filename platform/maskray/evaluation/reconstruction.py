@@ -65,7 +65,8 @@ def reconstruct(
     visible = torch.from_numpy(visible_NHW).to(device)
     with evaluating(model), torch.no_grad():
         images = normalize(torch.from_numpy(np.ascontiguousarray(images_NCHW)).to(device))
-        pred = model(images, visible, num_visible)
+        everything = torch.ones_like(visible)
+        pred = model(images, visible, num_visible, everything, everything[0].numel())
         loss_N = objective(images, pred, ~visible)
         painted = objective.paint(images, pred)
     return Reconstruction(

@@ -53,7 +53,7 @@ class MaskedAutoencoder(nn.Module, ABC):
             num_visible: how many cells of each image are visible; given, since counting on the device is a sync.
             target_BHW: bool; True = the prediction is wanted. Others may be anything. None: all hidden cells.
             num_target: how many cells of each image `target_BHW` has.
-            weights_B: 0 for images that do not count in statistics that the model keeps; None: all count.
+            weights_B: 0 for images that do not count in statistics over a batch; None: all count.
         """
 
     @abstractmethod

@@ -19,19 +19,22 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from maskray.config.load import load
 from maskray.data.shards import sha256_of
 from maskray.data.storage import Storage
-from maskray.errors import CheckpointError, StorageError
+from maskray.errors import CheckpointError, ConfigError, StorageError
 from maskray.models import parameter_names as names
 from maskray.models.base import MaskedAutoencoder
+from maskray.models.vit import position_table
 
 KEY = "init_from"
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.yaml"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 ALLOWED = f"a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or a folder with {WEIGHTS_FILE}, as a checkpoint's"
 _TABLES = ("model", "state_dict")
 """Under which the authors' and timm's training scripts save the weights, beside other things."""
 _POSITIONS = ("pos_embed", "decoder_pos_embed")
+_SAME_POSITIONS = 1e-4
 _SHOWN = 6
 # What torch's restricted unpickler and safetensors raise for bytes that are not theirs.
 _NOT_WEIGHTS = (
@@ -103,8 +106,9 @@ def _load(model: MaskedAutoencoder, path: Path) -> tuple[str, ...]:
     expected = {part: piece for name, parts in used.items() for part, piece in _apart(wanted[name], parts).items()}
     for name in _POSITIONS:
         for part in used.get(name, ()):
-            found[part] = _fit(part, found[part], expected[part], model.grid_HW)
+            found[part] = _fit(part, found[part], expected[part], model.grid_HW, _grid_in_config(path))
     _check_shapes(path, found, expected)
+    _check_finite(path, {name: found[name] for name in expected})
     weights = {
         name: torch.cat([found[part] for part in parts]) if len(parts) > 1 else found[parts[0]]
         for name, parts in used.items()
@@ -155,6 +159,8 @@ def _on_disk(path: str | Path) -> Iterator[Path]:
                 shutil.copyfileobj(source, target)
         except (FileNotFoundError, StorageError) as error:
             raise _unreadable(storage.join(name), error) from error
+        if storage.exists(CONFIG_FILE):
+            copy.with_name(CONFIG_FILE).write_bytes(storage.read_bytes(CONFIG_FILE))
         yield copy
 
 
@@ -184,7 +190,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
     tables = [loaded[key] for key in _TABLES if key in loaded] if isinstance(loaded, Mapping) else []
     weights = tables[0] if tables else loaded
-    if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
+    tensors_by_name = isinstance(weights, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    )
+    if not tensors_by_name:
         raise CheckpointError(
             "the file holds no table of weights",
             key=KEY,
@@ -205,20 +214,49 @@ def _unreadable(path: str | Path, error: OSError | StorageError) -> CheckpointEr
     )
 
 
-def _fit(name: str, tensor: Tensor, expected: Tensor, grid_HW: tuple[int, int]) -> Tensor:
-    """The positions, resampled where their grid has another number of cells."""
-    if tensor.ndim != 3 or tensor.shape[1] == expected.shape[1]:
-        return tensor
+def _fit(
+    name: str, tensor: Tensor, expected: Tensor, grid_HW: tuple[int, int], grid_of_file: tuple[int, int] | None
+) -> Tensor:
+    """The positions, resampled where they are those of another grid."""
     num_prefix = expected.shape[1] - grid_HW[0] * grid_HW[1]
-    num_cells = tensor.shape[1] - num_prefix
-    side = math.isqrt(max(num_cells, 0))
-    if side == 0 or side * side != num_cells:  # which grid it was cannot be told: the check of shapes reports it
+    if tensor.ndim != 3 or tensor.shape[1] <= num_prefix or tensor.shape[2] != expected.shape[2]:
+        return tensor  # the check of shapes reports it
+    source_HW = _grid_of(tensor[:, num_prefix:], grid_HW, grid_of_file)
+    if source_HW is None or source_HW == grid_HW:
         return tensor
-    log.info("%s resampled from %d × %d to %d × %d cells", name, side, side, *grid_HW)
+    log.info("%s resampled from %d × %d to %d × %d cells", name, *source_HW, *grid_HW)
     resampled: Tensor = resample_abs_pos_embed(
-        tensor.float(), list(grid_HW), [side, side], num_prefix_tokens=num_prefix
+        tensor.float(), list(grid_HW), list(source_HW), num_prefix_tokens=num_prefix
     )
     return resampled
+
+
+def _grid_of(
+    cells_1LD: Tensor, grid_HW: tuple[int, int], grid_of_file: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Cells down and across of positions: as the file's config says, or as fixed ones show, else a square."""
+    num_cells, width = cells_1LD.shape[1:]
+    if grid_of_file is not None and grid_of_file[0] * grid_of_file[1] == num_cells:
+        return grid_of_file
+    for rows in (rows for rows in range(1, num_cells + 1) if num_cells % rows == 0):
+        grid = (rows, num_cells // rows)
+        if torch.allclose(cells_1LD.float(), position_table(width, grid, 0), atol=_SAME_POSITIONS):
+            return grid
+    side = math.isqrt(num_cells)
+    if side * side == num_cells:
+        return side, side
+    if num_cells == grid_HW[0] * grid_HW[1]:
+        log.warning("the file does not say which grid its positions are of: taken to be %d × %d cells", *grid_HW)
+        return grid_HW
+    return None
+
+
+def _grid_in_config(weights: Path) -> tuple[int, int] | None:
+    """The grid of the run whose checkpoint the weights are in."""
+    try:
+        return load(weights.with_name(CONFIG_FILE)).grid
+    except ConfigError:  # there is none, or it is of another version of maskray
+        return None
 
 
 def _check_names(path: Path, kind: names.Kind, expected: list[str], found: Mapping[str, Tensor]) -> None:
@@ -253,4 +291,15 @@ def _check_shapes(path: Path, found: Mapping[str, Tensor], expected: Mapping[str
             key=KEY,
             found=f"{path}: {'; '.join(wrong[:_SHOWN])}{more}",
             fix="set model.*, data.channels and model.patch to those of the weights",
+        )
+
+
+def _check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
+    wrong = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            "the weights hold values that are no finite numbers",
+            key=KEY,
+            found=f"{path}: {', '.join(wrong[:_SHOWN])}{f' and {len(wrong) - _SHOWN} more' if wrong[_SHOWN:] else ''}",
+            fix="use an earlier checkpoint of the run that wrote them",
         )

@@ -19,7 +19,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 WHOSE: dict[Kind, str] = {
     "mae": "the MAE authors' names",
     "hf": "Hugging Face ViTMAE's names",
-    "timm": "timm's names (the MAE authors' too) of an encoder",
+    "timm": "timm's names of an encoder (for transformers they are the MAE authors' too)",
     "own": "maskray's own names",
 }
 DECODER = ("decoder", "mask_token")
@@ -27,10 +27,15 @@ DECODER = ("decoder", "mask_token")
 HEADS: dict[Kind, frozenset[str]] = {
     "mae": frozenset(),
     "hf": frozenset(),
-    "timm": frozenset({"head.weight", "head.bias"}),
+    "timm": frozenset(
+        f"{layer}.{leaf}" for layer in ("head", "fc", "head.fc", "head.norm", "norm_pre") for leaf in ("weight", "bias")
+    ),
     "own": frozenset(),
 }
 """Theirs for a classifier on top of the encoder, which pretraining has no use for."""
+_TIMM_STAGES = ("layer1.", "stages.")
+"""What timm's ResNets and ConvNeXts are made of; ours have them below `encoder.`, beside the decoder."""
+_ENCODER = "encoder."
 
 _HF_BASE = "vit."
 _HF = {
@@ -71,6 +76,8 @@ def recognised(names: Collection[str]) -> Kind:
     """Whose names these are."""
     if any(name.startswith((_HF_BASE, "embeddings.", "encoder.layer.")) for name in names):
         return "hf"
+    if any(name.startswith(_TIMM_STAGES) for name in names):
+        return "timm"
     if "patch_embed.proj.weight" not in names:
         return "own"
     return "mae" if any(name.startswith(DECODER) for name in names) else "timm"
@@ -92,6 +99,8 @@ def as_published(kind: Kind, names: Collection[str]) -> dict[str, str]:
 
 def theirs(kind: Kind, name: str) -> tuple[str, ...]:
     """Their tensors that, one below the other, are ours of a name; ours where they have no such parameter."""
+    if kind == "timm":
+        return (name.removeprefix(_ENCODER),)
     if kind != "hf":
         return (name,)
     if name in _HF:

@@ -90,10 +90,14 @@ def _encoder(name: str, channels: int) -> Any:
         raise ConfigError("timm knows no such model", **wrong)
     if timm.models.get_arch_name(name) not in timm.list_models(module="resnet") + timm.list_models(module="convnext"):
         raise ConfigError("the model is neither a ResNet nor a ConvNeXt", **wrong)
-    net = timm.create_model(name, pretrained=False, in_chans=channels, num_classes=0, global_pool="")
+    try:
+        net = timm.create_model(name, pretrained=False, in_chans=channels, num_classes=0, global_pool="")
+    except RuntimeError as error:  # a tag that the name has not
+        raise ConfigError(f"timm knows no such model ({error})", **wrong) from error
     blocks = [block for block in net.modules() if isinstance(block, BasicBlock | Bottleneck | ConvNeXtBlock)]
     if isinstance(net, ResNet):
         is_plain = all(block.se is None and isinstance(block.aa, nn.Identity) for block in blocks)
+        is_plain &= not any(isinstance(module, nn.GroupNorm) for module in net.modules())
     else:
         is_plain = all(block.conv_dw.stride == (1, 1) for block in blocks)
         net.norm_pre, net.head = nn.Identity(), nn.Identity()  # behind the maps: it would never get a gradient

@@ -29,7 +29,7 @@ class Seen(NamedTuple):
     visible_BHW: Tensor | None
     """bool, in cells, True = visible; None: all is."""
     weights_B: Tensor | None = None
-    """0 for images that do not count in running statistics; None: all count."""
+    """0 for images that do not count in statistics; None: all count."""
 
     def at(self, size_hw: tuple[int, int]) -> Tensor | None:
         """(B, 1, h, w) bool: the places of a map with a visible cell in them, or in a visible cell."""
@@ -85,13 +85,15 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("pending", torch.zeros(2 * num_features + 1, dtype=torch.float64), persistent=False)
 
     def forward(self, x_BDhw: Tensor, seen: Seen) -> Tensor:  # type: ignore[override]
-        """The normalised map, zero where nothing is visible."""
+        """The normalised map, zero where nothing is visible; in training, also where an image does not count."""
         if not self.training:
             return seen.shown(super().forward(x_BDhw))
         B, h, w = len(x_BDhw), *x_BDhw.shape[2:]
         assert B % self.group_images == 0, f"{B} images are no whole groups of {self.group_images}"
         visible = seen.at((h, w))
         mask_B1hw = torch.ones_like(x_BDhw[:, :1]) if visible is None else visible
+        if seen.weights_B is not None:
+            mask_B1hw = mask_B1hw * self._counted(seen.weights_B)[:, None, None, None]
         x_nGDhw = x_BDhw.float().unflatten(0, (-1, self.group_images))
         mask_nG1hw = mask_B1hw.float().unflatten(0, (-1, self.group_images))
         over = (1, 3, 4)
@@ -103,6 +105,11 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         weight_D11, bias_D11 = self.weight[:, None, None], self.bias[:, None, None]
         out: Tensor = centred * (torch.rsqrt(variance + self.eps) * weight_D11) + bias_D11 * mask_nG1hw
         return out.flatten(0, 1).to(x_BDhw.dtype)
+
+    def _counted(self, weights_B: Tensor) -> Tensor:
+        """(B,) bool: images whose values count; in a group that does not count at all, all of them."""
+        counted_nG: Tensor = weights_B.unflatten(0, (-1, self.group_images)) > 0
+        return torch.logical_or(counted_nG, ~counted_nG.any(dim=1, keepdim=True)).flatten()
 
     @torch.no_grad()
     def _note(self, mean: Tensor, variance: Tensor, weights_B: Tensor | None) -> None:
@@ -167,20 +174,8 @@ def through(modules: Iterable[nn.Module], x: Tensor, seen: Seen) -> Tensor:
             x = through(module, x, seen)
         elif isinstance(module, GroupBatchNorm2d):
             x = module(x, seen)
-        elif isinstance(module, nn.AvgPool2d):
-            x = _average(module, x, seen)
         elif isinstance(module, nn.ReLU | nn.Identity | nn.ReLU6):
             x = module(x)  # zero stays zero
-        else:
+        else:  # of pooling, too: its windows end where cells end, so none has both hidden and visible places
             x = seen.shown(module(x))
     return x
-
-
-def _average(pool: nn.AvgPool2d, x_BDhw: Tensor, seen: Seen) -> Tensor:
-    """The mean over the visible places of each window."""
-    visible = seen.at((x_BDhw.shape[2], x_BDhw.shape[3]))
-    if visible is None:
-        return pool(x_BDhw)  # type: ignore[no-any-return]
-    # Both are means over the same window: their quotient is the mean over its visible places.
-    share = pool(visible.to(x_BDhw.dtype))
-    return seen.shown(pool(x_BDhw) / share.clamp(min=torch.finfo(share.dtype).tiny))

@@ -19,7 +19,7 @@ from typing import Any, Self
 import timm
 import torch
 from timm.layers import Mlp
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -288,7 +288,9 @@ def _from_timm(config: TimmVitConfig, image_size: tuple[int, int], channels: int
             raise TypeError("it has other tokens or positions")
         if not isinstance(vit.patch_embed.norm, nn.Identity):
             raise TypeError("it normalises patches")
-    except (AssertionError, TypeError, ValueError) as error:  # timm's own refusals of an option, too
+        if not all(any(type(part) is Attention for part in block.modules()) for block in vit.blocks):
+            raise TypeError("its blocks attend in another way, whose cost is not known")
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # timm's own refusals, too
         raise ConfigError(f"the model is no plain vision transformer ({error})", **wrong) from error
     return _Encoder(
         width=vit.embed_dim,

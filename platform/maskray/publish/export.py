@@ -1,6 +1,6 @@
 """A pretrained encoder as a folder that anybody can read: weights, and what must be known to use them.
 
-    model.safetensors    the encoder's parameters, under the MAE authors' names; the decoder is thrown away
+    model.safetensors    the encoder's parameters, under our names; the decoder is thrown away
     encoder.json         schema version, sizes of the model, image size, channels, mean and std; written last
 
 Nothing is pickled. The registry keeps this folder, and `load_encoder` makes a module of it.
@@ -31,6 +31,12 @@ from maskray.models.parameter_names import DECODER
 
 SCHEMA_VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "encoder.json"
+_NAMES = {
+    "vit": "facebookresearch/mae",
+    "timm_vit": "facebookresearch/mae",
+    "sparse_conv": "timm, below `encoder.`",
+    "conv": "maskray",
+}
 _SMALLEST_DECODER = VitDecoder(width=4, depth=1, heads=1)
 
 
@@ -113,8 +119,8 @@ def save_encoder(
         "channels": config.data.channels,
         "mean": normalize.mean_C11.flatten().tolist(),
         "std": normalize.std_C11.flatten().tolist(),
-        "parameter_names": "facebookresearch/mae",
-        "feature": "mean over the cells after the final norm, without the class token",
+        "parameter_names": _NAMES[config.model.kind],
+        "feature": "mean over the cells of the encoder's last layer, tokens of no cell left out",
     }
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
 

@@ -2,7 +2,8 @@
 
 mae     one .pth file, the parameters under `model`, as the MAE authors publish theirs
 hf      a folder for transformers' `ViTMAEForPreTraining` (`ViTMAEModel` for an encoder alone) and its processor
-timm    a folder for `timm.create_model`: the encoder, whose pooled feature is the mean over the cells
+timm    a folder for `timm.create_model`: the encoder, of any kind but `conv`, whose pooled feature is the mean over the
+        cells (a ConvNeXt's without the norm of timm's head, which is fresh)
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from maskray.config.load import load
-from maskray.config.models import AnyModel, TimmVitConfig, TransformerSize, VitConfig
+from maskray.config.models import AnyModel, SparseConvConfig, TimmVitConfig, TransformerSize, VitConfig
 from maskray.config.schema import RunConfig
 from maskray.data.shards import Dataset
 from maskray.data.storage import TEMPORARY, Storage
@@ -33,6 +35,7 @@ from maskray.training import checkpoint
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 _BICUBIC = 3
 """Pillow's number for it, which transformers' processors are told."""
+_CONVNEXT_MAP = "encoder.stages.3.blocks.0.conv_dw.weight"
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,10 @@ def _normalize(run: RunConfig) -> Normalize:
 
 
 def _check_fits(source: Source, kind: Format) -> None:
-    """Others have no model but the authors' own; timm has its vision transformers too, with any tokens."""
+    """Others have no model but the authors' own; timm has its encoders too, transformers with any tokens."""
     model, (height, width) = source.model, source.image_size
     rules: list[tuple[str, Any, list[Any]]] = [
-        ("model.kind", model.kind, ["vit", "timm_vit"] if kind == "timm" else ["vit"])
+        ("model.kind", model.kind, ["vit", "timm_vit", "sparse_conv"] if kind == "timm" else ["vit"])
     ]
     if isinstance(model, VitConfig) and kind != "timm":
         rules += [("model.class_token", model.class_token, [True]), ("model.registers", model.registers, [0])]
@@ -146,7 +149,7 @@ def _check_fits(source: Source, kind: Format) -> None:
                 key=key,
                 found=value,
                 allowed=" or ".join(dict.fromkeys(map(str, allowed))),
-                fix="export it as timm, which takes more, or use the folder as it is",
+                fix=("" if kind == "timm" else "export it as timm, which takes more, or ") + "use the folder as it is",
             )
 
 
@@ -156,6 +159,8 @@ def _write(source: Source, place: Path, kind: Format) -> None:
         return
     place.mkdir()
     encoder = {name: tensor for name, tensor in source.weights.items() if not name.startswith(DECODER)}
+    if kind == "timm":
+        encoder |= _head_norm(source)
     save_weights(encoder if kind == "timm" else source.weights, place / WEIGHTS_FILE, kind)
     if kind == "timm":
         files = {CONFIG: _timm_config(source)}
@@ -180,6 +185,8 @@ def _how_to_open(source: Source, place: Path, kind: Format) -> str:
 
 def _timm_config(source: Source) -> dict[str, Any]:
     model = source.model
+    if isinstance(model, SparseConvConfig):
+        return _timm_conv_config(source, model)
     assert isinstance(model, VitConfig | TimmVitConfig)
     arguments = {
         "img_size": source.image_size,
@@ -203,18 +210,45 @@ def _timm_config(source: Source) -> dict[str, Any]:
         "architecture": "vit_base_patch16_224" if isinstance(model, VitConfig) else model.name,
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [source.channels, *source.image_size],
+            **_timm_preprocessing(source),
             "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
-            "mean": source.mean,
-            "std": source.std,
-            "num_classes": 0,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
     }
+
+
+def _timm_preprocessing(source: Source) -> dict[str, Any]:
+    return {
+        "input_size": [source.channels, *source.image_size],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "mean": source.mean,
+        "std": source.std,
+        "num_classes": 0,
+    }
+
+
+def _timm_conv_config(source: Source, model: SparseConvConfig) -> dict[str, Any]:
+    layers = {"first_conv": "stem.0", "classifier": "head.fc"} if _is_convnext(source) else {"classifier": "fc"}
+    return {
+        "architecture": model.name.partition(".")[0],  # a tag would ask for its weights
+        "model_args": {"in_chans": source.channels},
+        "pretrained_cfg": _timm_preprocessing(source) | layers,
+    }
+
+
+def _is_convnext(source: Source) -> bool:
+    return _CONVNEXT_MAP in source.weights
+
+
+def _head_norm(source: Source) -> dict[str, Tensor]:
+    """What timm's ConvNeXt has behind the mean over places: as fresh as the classifier that it belongs to."""
+    if not _is_convnext(source):
+        return {}
+    width = source.weights[_CONVNEXT_MAP].shape[0]
+    return {"encoder.head.norm.weight": torch.ones(width), "encoder.head.norm.bias": torch.zeros(width)}
 
 
 # -------------------------------------------------------------------------------------------------------- Hugging Face

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +55,7 @@ class Facts:
 
 
 class HostCopy:
-    """Weights and optimiser state copied to the host between two steps; of a sharded model, by all workers."""
+    """Weights and optimiser state copied to the host between two steps."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Facts, config_yaml: str) -> None:
         self._weights = {k: _to_host(v).contiguous() for k, v in model.state_dict().items()}
@@ -70,6 +70,21 @@ class HostCopy:
         files = {name: _digest(folder / name) for name in FILES}
         state = {"schema_version": SCHEMA_VERSION, **self._facts.__dict__, "files": files}
         (folder / STATE).write_text(json.dumps(state, indent=1))
+
+
+def taken(
+    rank: int, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Facts, config_yaml: str
+) -> Callable[[Path], None] | None:
+    """A checkpoint to be written by the first worker. The others give it their parts of a sharded model: None."""
+    if rank == 0:
+        return HostCopy(model, optimizer, facts, config_yaml).write
+
+    def gather_and_drop(tensor: torch.Tensor) -> None:
+        whole(tensor.detach())
+
+    _each(model.state_dict(), gather_and_drop)
+    _each(optimizer.state_dict(), gather_and_drop)
+    return None
 
 
 def read_facts(folder: Path) -> Facts:
@@ -115,9 +130,7 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def restore(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, fingerprint: str, device: torch.device
-) -> Facts:
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, fingerprint: str) -> Facts:
     """Load weights and optimiser state in place.
 
     Raises:
@@ -132,8 +145,9 @@ def restore(
             allowed=fingerprint,
             fix="start a new run from it with init_from, or undo the change of the config",
         )
-    load_model(model, load_file(folder / WEIGHTS, device=str(device)))
-    load_optimizer(optimizer, torch.load(folder / OPTIMIZER, weights_only=True, map_location=device))
+    # By way of the host: a device may have no room for the whole of them.
+    load_model(model, load_file(folder / WEIGHTS))
+    load_optimizer(optimizer, torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu"))
     return facts
 
 
@@ -164,14 +178,19 @@ def on_disk(storage: Storage) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _to_host(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return whole(value.detach()).to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {k: _to_host(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_host(v) for v in value)
-    return value
+def _to_host(state: Any) -> Any:
+    return _each(state, lambda tensor: whole(tensor.detach()).to("cpu", copy=True))
+
+
+def _each(state: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """The function of every tensor, in the order of the state."""
+    if isinstance(state, torch.Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        return {k: _each(v, function) for k, v in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_each(v, function) for v in state)
+    return state
 
 
 def _digest(path: Path) -> dict[str, Any]:

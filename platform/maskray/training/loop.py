@@ -28,8 +28,8 @@ class Parts:
     step: TrainStep
     schedule: Schedule
     meter: Meter
-    snapshot: Callable[[int], Snapshot]
-    """A checkpoint's content after so many steps."""
+    snapshot: Callable[[int], Snapshot | None]
+    """A checkpoint's content after so many steps; None on all workers but the first. Each of them must ask."""
     probe: Callable[[int], None]
     """Draws the reconstruction figure after so many steps."""
     ledger: Path | None
@@ -56,10 +56,7 @@ def run(parts: Parts, config: TrainingConfig, context: RunContext, tracker: Trac
                 _stop_if_not_finite(report, parts.spec, done, tracker)
                 tracker.log(_metrics(report, parts, step.number), done)
             if done % config.checkpoint_steps == 0 or done == total:
-                # All workers take part in that of a sharded model.
-                taken = parts.snapshot(done) if context.rank == 0 or config.shard else None
-                snapshot = taken if context.rank == 0 else None
-                parts.meter.checkpoint_wait_seconds += context.report(done, snapshot)
+                parts.meter.checkpoint_wait_seconds += context.report(done, parts.snapshot(done))
             if _is_probe_step(done, total, config):
                 parts.probe(done)
     return total

@@ -1,6 +1,8 @@
 """Models divided among the workers (FSDP2): each holds a part of every parameter, and gathers a block while it runs.
 
-A checkpoint is that of the whole model all the same: a run may go on sharded or not, on any number of workers.
+A checkpoint is that of the whole model all the same: a run may go on sharded or not, on any number of workers, and
+whoever reads one needs no workers at all. So the first worker's host holds weights and moments whole while one is
+written, 12 bytes a parameter, and each host while one is read.
 """
 
 from __future__ import annotations
@@ -9,19 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from maskray.models.vit import MaskedAutoencoderViT
 
-def shard(model: nn.Module) -> None:
-    """Divide a model's parameters among all workers, in place; the names of its state stay.
 
-    Blocks are gathered one at a time. Before the optimiser is made: it must know the parts.
+def shard(model: MaskedAutoencoderViT) -> None:
+    """Divide a transformer's parameters among all workers, in place; the names of its state stay.
+
+    Blocks are gathered one at a time. Before the model is placed: a part of a block goes to the device, never the whole
+    model. And before the optimiser is made, which must know the parts.
     """
-    for stack in (child for child in model.modules() if isinstance(child, nn.ModuleList)):
-        for block in stack:
-            if any(True for _ in block.parameters()) and not isinstance(block, FSDPModule):
-                fully_shard(block)
+    for block in (*model.blocks, *model.decoder_blocks):
+        fully_shard(block)
     fully_shard(model)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 

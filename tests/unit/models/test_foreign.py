@@ -1,11 +1,13 @@
 import argparse
 import hashlib
+import json
 import logging
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 
 from maskray.config.models import TimmVitConfig, VitConfig, VitDecoder
 from maskray.data.storage import Storage
@@ -18,9 +20,9 @@ from maskray.models.vit import position_table
 CONFIG = VitConfig(patch=4, width=32, depth=2, heads=4, decoder=VitDecoder(width=16, depth=1, heads=2))
 
 
-def build(seed=0, size=(16, 16), channels=3):
+def build(seed=0, size=(16, 16), channels=3, positions="fixed"):
     torch.manual_seed(seed)
-    return build_model(CONFIG, size, channels)
+    return build_model(CONFIG.model_copy(update={"positions": positions}), size, channels)
 
 
 def encoder_only(weights):
@@ -75,13 +77,33 @@ def test_positions_of_another_grid_are_resampled_in_two_dimensions(size, source,
         load_weights(model, tmp_path / "weights.safetensors")
     rows, columns = model.grid_HW
     got = model.pos_embed[0, 1:].reshape(rows, columns, -1)
-    if rows * columns == 16:
-        assert "resampled" not in caplog.text
-        return
     assert "pos_embed resampled from 4 × 4" in caplog.text
     torch.testing.assert_close(got[0, :, :16], got[-1, :, :16], atol=1e-5, rtol=0)  # the half that says the column
     torch.testing.assert_close(got[:, 0, 16:], got[:, -1, 16:], atol=1e-5, rtol=0)  # the half that says the row
     assert (got[0, 0] != got[-1, -1]).any()
+
+
+@pytest.mark.parametrize("positions", ["fixed", "learnable"])
+@pytest.mark.parametrize(("source_px", "target_px"), [((8, 32), (16, 16)), ((8, 32), (32, 8)), ((8, 32), (32, 32))])
+def test_an_oblong_grid_is_known_by_its_table_or_by_the_config_beside_it(
+    positions, source_px, target_px, tmp_path, caplog
+):
+    """As many cells in another shape, too: each position comes from its own place of the picture."""
+    save_file(build(seed=1, size=source_px, positions=positions).state_dict(), tmp_path / "model.safetensors")
+    if positions == "learnable":
+        run = {
+            "name": "x",
+            "data": {"path": "x", "image_size": list(source_px)},
+            "model": {"patch": 4},
+            "optim": {"steps": 1},
+        }
+        (tmp_path / "config.yaml").write_text(json.dumps(run))
+    model = build(seed=2, size=target_px, positions=positions)
+    with caplog.at_level(logging.INFO):
+        load_weights(model, tmp_path / "model.safetensors")
+    assert "pos_embed resampled from 2 × 8" in caplog.text
+    expected = resample_abs_pos_embed(position_table(32, (2, 8)), list(model.grid_HW), [2, 8], num_prefix_tokens=1)
+    torch.testing.assert_close(model.pos_embed, expected, atol=1e-5, rtol=0)
 
 
 def test_positions_of_the_same_oblong_grid_are_left_alone(tmp_path):
@@ -151,6 +173,7 @@ def test_another_size_is_named_with_both_shapes(source, tmp_path):
 
 def test_an_oblong_grid_that_cannot_be_told_is_refused(tmp_path):
     source = build(seed=1, size=(8, 24)).state_dict()
+    source["pos_embed"] = torch.randn(1, 13, 32)  # learned ones are no table that could be recognised
     refused(source, tmp_path, r"pos_embed \(1, 13, 32\) where the model has \(1, 17, 32\)")
     source["pos_embed"] = torch.zeros(1, 1, 32)
     refused(source, tmp_path, r"pos_embed \(1, 1, 32\) where the model has \(1, 17, 32\)")

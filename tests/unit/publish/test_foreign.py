@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from maskray import cli
 from maskray.config.load import dump, merge, parse
@@ -92,6 +92,58 @@ def test_timm_opens_the_encoder_strictly_and_computes_our_features(sections: dic
         features = theirs.forward_features(images)[:, theirs.num_prefix_tokens :]
         torch.testing.assert_close(features, model.encode(images), atol=1e-5, rtol=0)
         torch.testing.assert_close(theirs(images), model.pooled(images), atol=1e-5, rtol=0)
+
+
+CONVOLUTIONAL = {
+    "ResNet": ("resnet18", {"kind": "unet", "width": 64}),
+    "ResNet-D": ("resnet26d", {"kind": "unet", "width": 64}),
+    "ConvNeXt V2": ("convnextv2_atto", {"kind": "block", "width": 32}),
+    "ConvNeXt": ("convnext_atto", {"kind": "block", "width": 32}),
+}
+
+
+@pytest.mark.parametrize("made", [checkpoint_of, encoder_of])
+@pytest.mark.parametrize(("name", "decoder"), CONVOLUTIONAL.values(), ids=CONVOLUTIONAL)
+def test_timm_opens_a_convolutional_encoder_and_its_weights_come_back(
+    name: str, decoder: dict, made: Maker, tmp_path: Path
+):
+    config = config_of(
+        data={"image_size": [64, 96]},
+        model={"kind": "sparse_conv", "name": name, "decoder": decoder},
+        mask={"ratio": 0.5},
+    )
+    model = trained(config)
+    export(made(model, config, tmp_path / "source"), tmp_path / "out", "timm")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0).eval()
+    theirs.load_state_dict(load_file(tmp_path / "out" / WEIGHTS_FILE), strict=True)
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs.forward_features(images), model.feature_maps(images)[-1], atol=1e-5, rtol=1e-5
+        )
+
+    fresh = initial_model(config.model_copy(update={"seed": 5}))
+    assert all(name.startswith("decoder") for name in load_weights(fresh, tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(fresh.eval().pooled(images), model.pooled(images))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnextv2_atto"])
+def test_weights_of_timms_own_convolutional_models_are_read_without_their_head(name: str, tmp_path: Path):
+    torch.manual_seed(3)
+    theirs = timm.create_model(name, num_classes=5).eval()
+    save_file(theirs.state_dict(), tmp_path / "theirs.safetensors")
+    decoder = {"kind": "block", "width": 32}
+    config = config_of(
+        data={"image_size": 64}, model={"kind": "sparse_conv", "name": name, "decoder": decoder}, mask={"ratio": 0.5}
+    )
+    model = initial_model(config).eval()
+    load_weights(model, tmp_path / "theirs.safetensors")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.feature_maps(images)[-1], theirs.forward_features(images), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_timm_is_told_how_images_are_normalised_and_may_put_a_head_on(tmp_path: Path):

@@ -48,7 +48,7 @@ def folder(trained, tmp_path):
 
 
 def restore(folder, r, fingerprint=FACTS.fingerprint):
-    return checkpoint.restore(folder, r.model, r.optimizer, fingerprint=fingerprint, device=CPU)
+    return checkpoint.restore(folder, r.model, r.optimizer, fingerprint=fingerprint)
 
 
 def change_state(folder, **changes):
