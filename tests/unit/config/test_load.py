@@ -241,7 +241,8 @@ def takes(key, found, allowed):
             {"data": {"crop": {"scale": [0.9, 0.1]}}},
             "data.crop: scale must be [low, high] with 0 < low <= high (found [0.9, 0.1]).",
         ),
-        ({"mask": {"ratio": 1}}, takes("mask.ratio.0", "1", "less than 1")),
+        ({"mask": {"ratio": 75}}, "mask.ratio: ratio is a share above 0 and below 1, or a list of such (found 75)."),
+        ({"mask": {"ratio": [0.5, 1]}}, takes("mask.ratio.1", "1", "less than 1")),
         (
             {"optim": {"base_lr": "fast"}},
             takes("optim.base_lr", "'fast'", "a number"),
