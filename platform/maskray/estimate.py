@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from maskray import masking
-from maskray.config.resolve import padding_waste, resolve
+from maskray.config.resolve import check_shares, padding_waste, resolve
 from maskray.config.schema import IngestConfig, RunConfig
 from maskray.data.manifest import MANIFEST
 from maskray.data.shards import Dataset
@@ -21,7 +21,7 @@ class Length:
     """How much a run trains."""
 
     group_rows: int
-    """Images in a row group; of a dataset that is not there, what ingest would take by default."""
+    """Images in a row group; of a dataset that is not there, as ingest could be told to make them."""
     passes: float | None
     """Over the data; None: neither the config says it nor a dataset is there."""
     views: int | None
@@ -71,15 +71,25 @@ def estimate(config: RunConfig) -> Estimate:
     length = _length(config)
     workers, per_group = config.cluster.workers, length.group_rows * config.data.views_per_image
     groups = -(-config.optim.global_batch // per_group)  # without a dataset a batch need not be whole groups
+    check_shares(config, per_group, groups)
     share = min(-(-groups // workers) * per_group, config.optim.global_batch)
     model, training = weightless_model(config), config.training
-    micro_batch = training.micro_batch or share
+    micro_batch = min(training.micro_batch or share, share)
     counts = [
         (num, masking.num_target(config.objective, config.grid, num))
         for num in masking.visible_counts(config.mask, config.grid)
     ]
     needs = [
-        memory(model, *count, micro_batch, training.precision, workers, sharded=training.shard) for count in counts
+        memory(
+            model,
+            *count,
+            micro_batch,
+            training.precision,
+            workers,
+            sharded=training.shard,
+            recomputed=training.recompute_activations,
+        )
+        for count in counts
     ]
     return Estimate(
         workers=workers,
@@ -97,5 +107,7 @@ def _length(config: RunConfig) -> Length:
         plan = resolve(config, Dataset.open(config.data.path, config.data.version).facts())
         passes = plan.total_steps / plan.steps_per_pass
         return Length(plan.group_rows, passes, plan.total_steps * plan.global_batch)
-    group_rows = IngestConfig.model_fields["group_rows"].default
+    # What ingest would take, or fewer, so that each worker has a row group.
+    most = optim.global_batch // (config.cluster.workers * config.data.views_per_image)
+    group_rows = max(1, min(IngestConfig.model_fields["group_rows"].default, most))
     return Length(group_rows, optim.epochs, None if optim.steps is None else optim.steps * optim.global_batch)

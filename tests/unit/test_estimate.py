@@ -4,6 +4,7 @@ import pytest
 
 from maskray import cli
 from maskray.config.load import dump
+from maskray.errors import ConfigError
 from maskray.estimate import estimate
 
 GROUP = 16  # rows of the digits' row groups
@@ -54,7 +55,23 @@ def test_the_command_says_it(tiny, tmp_path, capsys, sections, words):
     assert [word for word in words if word not in said] == []
 
 
-@pytest.mark.parametrize(("option", "value"), [("--rate", "0"), ("--rate", "nan"), ("--gpus", "0")])
+@pytest.mark.parametrize("data", [{}, {"path": "nowhere"}])
+def test_a_worker_has_no_more_than_its_share_and_none_has_nothing(tiny, data):
+    found = estimate(tiny(data=data, cluster={"workers": 4}, training={"micro_batch": 64}))
+    assert found.micro_batch == 64 // 4
+    with pytest.raises(ConfigError, match=r"cluster\.workers: more workers"):
+        estimate(tiny(data=data, cluster={"workers": 65}))
+
+
+def test_recomputed_activations_take_less(tiny):
+    whole, part = (estimate(tiny(training={"recompute_activations": again})).memory for again in (False, True))
+    assert part.activations < whole.activations
+    assert part.weights == whole.weights
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--rate", "0"), ("--rate", "nan"), ("--rate", "1000"), ("--gpus", "0"), ("--gpus", "1000")]
+)
 def test_a_number_that_makes_no_sense_is_refused(tiny, tmp_path, capsys, option, value):
     path = tmp_path / "run.yaml"
     path.write_text(dump(tiny()))

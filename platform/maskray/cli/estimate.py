@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a wrong command line must not wait for torch
     from maskray.estimate import Estimate
 
 MILLION = 1_000_000
+SLOWEST = 1e6
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -36,8 +37,13 @@ def add(commands: Any) -> None:
 def _estimate(arguments: argparse.Namespace) -> int:
     gpus = [] if arguments.gpus is None else [f"cluster.workers={arguments.gpus}"]
     config = load(arguments.config, [*arguments.set, *gpus])
-    if arguments.rate is not None and not 0 < arguments.rate < float("inf"):
-        raise ConfigError("a rate is above 0", key="--rate", found=arguments.rate, allowed="operations a second")
+    if arguments.rate is not None and not SLOWEST <= arguments.rate < float("inf"):
+        raise ConfigError(
+            "a rate is in operations a second, not in images",
+            key="--rate",
+            found=arguments.rate,
+            allowed=f"at least {SLOWEST:.0e}, such as 4e14 of a GPU",
+        )
     from maskray.estimate import estimate
 
     facts = Table.grid(padding=(0, 3))

@@ -86,6 +86,37 @@ def resolve(config: RunConfig, data: DatasetFacts, init_digest: str | None = Non
             fix="take one of these, or ingest again with another group_rows",
         )
     k = batch // group
+    check_shares(config, group, k)
+    total, warmup = _steps(config.optim, data.num_row_groups / k)
+    plain: dict[str, Any] = identity(config)
+    for key in ("epochs", "steps", "warmup_epochs", "warmup_steps"):
+        plain["optim"].pop(key)
+    plain["optim"] |= {  # equal meaning, equal run: epochs or steps, defaults by name or by value
+        "total_steps": total,
+        "warmup_steps": warmup,
+        "weight_decay_end": config.optim.final_weight_decay,
+    }
+    plain |= {"dataset": data.fingerprint, "init_digest": init_digest}
+    run = fingerprint(plain)
+    return RunPlan(
+        run_name=f"{config.name}-{run[:8]}",
+        fingerprint=run,
+        identity=plain,
+        num_row_groups=data.num_row_groups,
+        group_rows=data.group_rows,
+        views_per_image=config.data.views_per_image,
+        groups_per_step=k,
+        total_steps=total,
+        warmup_steps=warmup,
+    )
+
+
+def check_shares(config: RunConfig, group: int, k: int) -> None:
+    """Whether `k` row groups of `group` views a step can be dealt to the workers, and cut into micro-batches.
+
+    Raises:
+        ConfigError: they cannot.
+    """
     if config.cluster.workers > k:
         raise ConfigError(
             f"more workers than a step has row groups ({k})",
@@ -110,28 +141,6 @@ def resolve(config: RunConfig, data: DatasetFacts, init_digest: str | None = Non
             allowed=f"multiples of {group}",
             fix="take one, or ingest again with a smaller group_rows",
         )
-    total, warmup = _steps(config.optim, data.num_row_groups / k)
-    plain: dict[str, Any] = identity(config)
-    for key in ("epochs", "steps", "warmup_epochs", "warmup_steps"):
-        plain["optim"].pop(key)
-    plain["optim"] |= {  # equal meaning, equal run: epochs or steps, defaults by name or by value
-        "total_steps": total,
-        "warmup_steps": warmup,
-        "weight_decay_end": config.optim.final_weight_decay,
-    }
-    plain |= {"dataset": data.fingerprint, "init_digest": init_digest}
-    run = fingerprint(plain)
-    return RunPlan(
-        run_name=f"{config.name}-{run[:8]}",
-        fingerprint=run,
-        identity=plain,
-        num_row_groups=data.num_row_groups,
-        group_rows=data.group_rows,
-        views_per_image=config.data.views_per_image,
-        groups_per_step=k,
-        total_steps=total,
-        warmup_steps=warmup,
-    )
 
 
 def _steps(optim: OptimConfig, steps_per_pass: float) -> tuple[int, int]:

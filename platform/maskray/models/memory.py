@@ -9,6 +9,7 @@ their way, batches that wait, a block that a sharded model has gathered, and wha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ from torch import nn
 from maskray.models.base import MaskedAutoencoder
 from maskray.models.sparse_layers import GroupBatchNorm2d
 from maskray.models.uses import Use, decoder_uses, encoder_uses
-from maskray.models.vit import CrossBlock, PatchEmbed
+from maskray.models.vit import CrossBlock, MaskedAutoencoderViT, PatchEmbed
 
 _FP32, _BF16 = 4, 2
 _MOMENTS = 2
@@ -54,6 +55,7 @@ def memory(
     workers: int = 1,
     *,
     sharded: bool = False,
+    recomputed: bool = False,
 ) -> Memory:
     """What a worker needs; a model on the `meta` device will do.
 
@@ -65,6 +67,7 @@ def memory(
         precision: of the layers.
         workers: how many train together.
         sharded: the model is divided among them.
+        recomputed: a transformer's blocks keep their inputs alone.
     """
     parts = workers if sharded else 1
     learned = _FP32 * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -73,19 +76,46 @@ def memory(
         weights=sum(each.numel() * each.element_size() for each in kept) // parts,
         gradients=learned * (2 if workers > parts else 1) // parts,
         optimizer=_MOMENTS * learned // parts,
-        activations=activations(model, num_visible, num_target, micro_batch, precision),
+        activations=activations(model, num_visible, num_target, micro_batch, precision, recomputed=recomputed),
     )
 
 
 def activations(
-    model: MaskedAutoencoder, num_visible: int, num_target: int, micro_batch: int, precision: Literal["fp32", "bf16"]
+    model: MaskedAutoencoder,
+    num_visible: int,
+    num_target: int,
+    micro_batch: int,
+    precision: Literal["fp32", "bf16"],
+    *,
+    recomputed: bool = False,
 ) -> int:
-    """Bytes that are kept from the forward to the backward pass. Arguments as those of `memory`."""
+    """Bytes that are kept from the forward to the backward pass. Arguments as those of `memory`.
+
+    Recomputed ones are the inputs of all blocks, and what one block keeps while its backward pass runs.
+    """
     narrow = _BF16 if precision == "bf16" else _FP32
     uses = [*encoder_uses(model, num_visible), *decoder_uses(model, num_visible, num_target)]
     error = model.grid_HW[0] * model.grid_HW[1] * model.cell_pixels * _FP32
-    copies = sum(_weight(layer) for layer in {use.layer for use in uses}) * (_BF16 if precision == "bf16" else 0)
-    return micro_batch * (sum(_kept(use, narrow) for use in uses) + error) + copies
+    inputs, blocks = 0, list[list[Use]]()
+    if recomputed and isinstance(model, MaskedAutoencoderViT):
+        uses, blocks = _by_block(model, uses)
+        inputs = sum(block[0].num_in * block[0].channels * _FP32 for block in blocks)  # sums of residuals stay fp32
+
+    def kept(some: Iterable[Use]) -> int:
+        copies = sum(_weight(layer) for layer in {use.layer for use in some}) * (_BF16 if precision == "bf16" else 0)
+        return micro_batch * sum(_kept(use, narrow) for use in some) + copies
+
+    return micro_batch * (error + inputs) + kept(uses) + max(map(kept, blocks), default=0)
+
+
+def _by_block(model: MaskedAutoencoderViT, uses: list[Use]) -> tuple[list[Use], list[list[Use]]]:
+    """Uses outside all blocks, and those of each block."""
+    block_of = {part: block for block in (*model.blocks, *model.decoder_blocks) for part in block.modules()}
+    outside, inside = list[Use](), dict[nn.Module, list[Use]]()
+    for use in uses:
+        block = block_of.get(use.layer)
+        (outside if block is None else inside.setdefault(block, [])).append(use)
+    return outside, list(inside.values())
 
 
 def _kept(use: Use, narrow: int) -> int:
