@@ -23,7 +23,7 @@ def _ratios(value: object) -> object:
             raise ValueError(f"ratio takes one number or a list of up to {_MOST_RATIOS} (found {len(value)})")
         return value
     if not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError(f"ratio is a share above 0 and below 1, or a list of such")
+        raise ValueError("ratio is a share above 0 and below 1, or a list of such")
     return (value,)
 
 
