@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -103,7 +105,10 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
 
 
 def placed(
-    model: MaskedAutoencoder, device: torch.device, config: TrainingConfig, backend: str = "inductor"
+    model: MaskedAutoencoder,
+    device: torch.device,
+    config: TrainingConfig,
+    backend: str | Callable[..., Any] = "inductor",
 ) -> MaskedAutoencoder:
     """The model on its device, as it is trained; the parameters keep their names. `backend`: what compiles it."""
     model.remembers_activations = not config.recompute_activations

@@ -79,7 +79,12 @@ OBJECTIVES = {
 def build(case, seed=0, mask="random"):
     config, size, channels = CASES[case]
     torch.manual_seed(seed)
-    return build_model(config, size, channels, (1, 1) if mask == "pixels" else None, GROUP)
+    model = build_model(config, size, channels, (1, 1) if mask == "pixels" else None, GROUP)
+    with torch.no_grad():  # what timm starts at zero would hide what stands before it
+        for name, parameter in model.named_parameters():
+            if name.startswith("encoder") and name.endswith("weight") and not parameter.any():
+                parameter.fill_(0.5)
+    return model
 
 
 def batch(model, num_images=6, seed=1, mask="random"):
@@ -214,18 +219,18 @@ def test_the_position_check_catches_lost_positions():
     assert not predictions_differ_by_position(LostPositionsViT(*CASES["square RGB"]))
 
 
-def hidden_places_are_zero_at_every_scale(model):
-    images, visible, _ = batch(model)
+def hidden_places_are_zero_at_every_scale(model, mask="random"):
+    images, visible, _ = batch(model, mask=mask)
     with torch.no_grad():
         maps = model.visible_maps(images, visible)
     shown = [Seen(visible).at(each.shape[2:]) for each in maps]
     return all(bool((each * ~at == 0).all()) and bool(each.any()) for each, at in zip(maps, shown, strict=True))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "onv" in c or "ResNet" in c])
+@pytest.mark.parametrize(("case", "mask"), [p for p in PAIRS if "onv" in p.id or "ResNet" in p.id])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_hidden_places_stay_zero_at_every_scale(case, training):
-    assert hidden_places_are_zero_at_every_scale(build(case).train(training))
+def test_hidden_places_stay_zero_at_every_scale(case, mask, training):
+    assert hidden_places_are_zero_at_every_scale(build(case, mask=mask).train(training), mask)
 
 
 def test_the_check_of_preservation_catches_masks_at_the_input_alone():
@@ -268,9 +273,6 @@ def test_encode_never_masks(case):
 def test_every_learned_parameter_gets_a_gradient(case, name):
     objective = Objective(OBJECTIVES[name], build(case).cell_HW)
     model = build(case)
-    with torch.no_grad():  # timm's residual branches begin with a last scale of zero: nothing would reach what is below
-        for norm in group_norms(model):
-            norm.weight.clamp_(min=0.5)
     images, visible, num_visible = batch(model)
     num_target = masking.num_target(objective.config, model.grid_HW, num_visible)
     target = ~visible if objective.config.cells == "hidden" else torch.ones_like(visible)
@@ -343,18 +345,23 @@ def test_a_batch_that_does_not_count_leaves_nothing_behind():
 
 
 def test_where_a_model_is_placed_does_not_change_what_it_computes(case):
-    gradients = []
+    computed = []
     plain, placed, as_on_a_gpu = (build(case) for _ in range(3))
     placed.place(torch.device("cpu"))
     as_on_a_gpu.to(memory_format=as_on_a_gpu.gpu_format)
     for model in (plain, placed, as_on_a_gpu):
         images, visible, num_visible = batch(model)
-        pred = model(images, visible, num_visible)
+        with torch.no_grad():
+            in_training = model(images, visible, num_visible)
+        # In float64: rounding, which differs, is blown up on its way through many layers.
+        pred = model.eval().double()(images.double(), visible, num_visible)
         pred.square().mean().backward()
-        gradients.append([pred.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    for expected, *others in zip(*gradients, strict=True):
+        computed.append([in_training, pred.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for expected, *others in zip(*computed, strict=True):
+        wide = expected.dtype == torch.float64
         for other in others:
-            torch.testing.assert_close(other, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()) + 1e-9)
+            limit = (1e-9 if wide else 1e-4) * float(expected.abs().max()) + 1e-12
+            torch.testing.assert_close(other, expected, rtol=1e-6 if wide else 1e-3, atol=limit)
 
 
 def test_the_seed_makes_the_weights(case):
@@ -393,7 +400,7 @@ def test_the_loss_at_step_0_is_the_one_that_the_initialisation_promises(patch, c
     assert torch.stack(losses).mean().item() == pytest.approx((P - 1) / P + 2 * width / (width + P), rel=0.1)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "block" in c])
+@pytest.mark.parametrize("case", [c for c, (config, *_) in CASES.items() if isinstance(config, SparseConvConfig)])
 def test_the_loss_at_step_0_of_a_head_that_starts_near_zero_is_1(case):
     model = build(case)
     images, visible, num_visible = batch(model)

@@ -235,6 +235,8 @@ class BlockDecoder(Section):
     kind: Literal["block"] = "block"
     width: PositiveInt = 512
     depth: Annotated[int, Field(ge=1, le=32)] = 1
+    """Each block looks 3 cells around: hidden cells that are further than all blocks together look from any visible one
+    are painted alike."""
 
 
 class SparseConvConfig(Section):
