@@ -104,19 +104,20 @@ def contact_sheet(
     """
     num_columns = min(columns, len(images_HWC))
     num_rows = -(-len(images_HWC) // num_columns)
+    scales = [max(1, tile // max(image.shape[:2])) for image in images_HWC]
+    tile_height = max(image.shape[0] * scale for image, scale in zip(images_HWC, scales, strict=True))
     letters = SHEET_LETTERS * tile // TILE
     foot = SHEET_LINE * max(map(len, captions))
     width = 2 * MARGIN + num_columns * (tile + GAP) - GAP
-    height = HEAD + num_rows * (tile + foot + GAP) + MARGIN
+    height = HEAD + num_rows * (tile_height + foot + GAP) + MARGIN
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     figure.text(MARGIN / width, 1 - (HEAD / 2) / height, title, fontsize=11, color=INK, va="center", weight="bold")
-    for number, (image, lines) in enumerate(zip(images_HWC, captions, strict=True)):
+    for number, (image, scale, lines) in enumerate(zip(images_HWC, scales, captions, strict=True)):
         x = MARGIN + number % num_columns * (tile + GAP)
-        y = HEAD + number // num_columns * (tile + foot + GAP)
-        scale = max(1, tile // max(image.shape[:2]))
+        y = HEAD + number // num_columns * (tile_height + foot + GAP)
         tile_h, tile_w = image.shape[0] * scale, image.shape[1] * scale
-        bottom = y + tile  # pictures stand on their captions
+        bottom = y + tile_height  # pictures stand on their captions
         place = ((x + (tile - tile_w) // 2) / width, 1 - bottom / height, tile_w / width, tile_h / height)
         axes = figure.add_axes(place)
         axes.imshow(image, interpolation="nearest", aspect="auto")

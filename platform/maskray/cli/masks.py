@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from maskray.config.load import load
+from maskray.errors import StorageError
 
 
 def add(commands: Any) -> None:
@@ -26,7 +27,12 @@ def _masks(arguments: argparse.Namespace) -> int:
     from maskray.evaluation.masks import image_of, mask_figure
 
     png, left_out = mask_figure(config, image_of(config, arguments.image))
-    arguments.out.write_bytes(png)
+    try:
+        arguments.out.write_bytes(png)
+    except OSError as error:
+        raise StorageError(
+            "the picture cannot be written", key="--out", found=f"{arguments.out} ({error.strerror})", fix="give a file"
+        ) from error
     console = Console(highlight=False)
     for name, why in left_out.items():
         console.print(f"left out: {name} ({why})", soft_wrap=True, markup=False)

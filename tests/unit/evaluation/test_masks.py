@@ -57,6 +57,8 @@ def test_no_picture_is_said_with_its_path(tiny, tmp_path):
 def test_the_command_takes_the_dataset_s_first_image(tiny, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(dump(tiny()))
+    for nowhere in (tmp_path, tmp_path / "no folder" / "masks.png"):
+        assert cli.main(["masks", "--config", str(path), "--out", str(nowhere)]) == cli.USER_MISTAKE
     out = tmp_path / "masks.png"
     assert cli.main(["masks", "--config", str(path), "--out", str(out)]) == 0
     assert pixels(out.read_bytes()).shape[1] < 1100

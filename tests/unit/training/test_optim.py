@@ -111,6 +111,27 @@ def test_lamb_is_timms_and_leaves_clipping_to_clip_norm():
     assert torch.equal(weight, plain)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lamb_is_that_of_its_paper(decay):
+    """You et al. 2020, Algorithm 2: Adam's direction plus decay, as long as the weight, times the learning rate."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(3, 4, generator=generator))
+    expected, first, second = weight.detach().double(), 0.0, 0.0
+    config = OptimConfig(name="lamb", steps=1, weight_decay=decay)
+    optimizer = build_optimizer(torch.nn.ParameterList([weight]), config)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.param_groups[0]["lr"] = 0.1
+    for step in range(1, 6):
+        weight.grad = torch.randn(3, 4, generator=generator)
+        optimizer.step()
+        gradient = weight.grad.double()
+        first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient.square()
+        direction = first / (1 - 0.9**step) / ((second / (1 - 0.95**step)).sqrt() + optimizer.param_groups[0]["eps"])
+        direction = direction + decay * expected
+        expected = expected - 0.1 * expected.norm() / direction.norm() * direction
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def one_weight(name, device="cpu"):
     """A weight with a gradient, and its optimiser."""
     weight = torch.nn.Parameter(torch.ones(3, device=device))
