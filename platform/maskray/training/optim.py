@@ -67,9 +67,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         case "adamw":
             return FusedAdamW(groups, **options)
         case "lamb":
-            for (
-                group
-            ) in groups:  # matrices have their trust ratio at a decay of 0 too, which timm takes for a sign of none
+            # timm leaves the trust ratio out where the decay is 0, of matrices too.
+            for group in groups:
                 group["always_adapt"] = group["decays"]
             return SkippingLamb(groups, max_grad_norm=None, **options)  # `clip_norm` clips
 
