@@ -37,6 +37,8 @@ OWNERS: dict[str, set[str]] = {
     "tifffile": {"data"},
     "timm": {"models", "training/optim"},
     "sklearn": {"data/sources", "evaluation"},
+    "skimage": {"evaluation"},
+    "scipy": {"evaluation"},
     "matplotlib": {"figures"},
     "rich": {"cli", "tracking/console"},
     "safetensors": {"training/checkpoint", "models/foreign", "publish/export"},

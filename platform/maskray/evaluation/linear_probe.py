@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from maskray.errors import DataError
 from maskray.evaluation.features import Features
 
 Labels = np.ndarray[Any, np.dtype[np.integer[Any]]]
+Correct = np.ndarray[Any, np.dtype[np.bool_]]
 
 PENALTY_C = 1.0
 MAX_ITERATIONS = 2000
@@ -46,7 +48,31 @@ def few_label_accuracy(
     num_draws: int,
     seed: int,
 ) -> Accuracy:
-    """Accuracy with `labels_per_class` labels of each class, over stratified draws.
+    """Accuracy with `labels_per_class` labels of each class, over stratified draws. As `few_label_correct`."""
+    correct = few_label_correct(
+        train_features,
+        train_labels,
+        test_features,
+        test_labels,
+        labels_per_class=labels_per_class,
+        num_draws=num_draws,
+        seed=seed,
+    )
+    scores = [float(each.mean()) for each in correct]
+    return Accuracy(float(np.mean(scores)), float(np.std(scores, ddof=1)) if num_draws > 1 else 0.0)
+
+
+def few_label_correct(
+    train_features: Features,
+    train_labels: Labels,
+    test_features: Features,
+    test_labels: Labels,
+    *,
+    labels_per_class: int,
+    num_draws: int,
+    seed: int,
+) -> list[Correct]:
+    """Whether each test row (M,) was named rightly, with `labels_per_class` labels of each class, draw by draw.
 
     Args:
         train_features: (N, D); all of them set the scale, those drawn are fitted.
@@ -60,13 +86,13 @@ def few_label_accuracy(
     Raises:
         DataError: no rows, one class only, or a class with fewer rows than labels to draw.
     """
-    _check(train_labels, test_labels)
-    rows = {int(c): np.flatnonzero(train_labels == c) for c in np.unique(train_labels)}
-    few = {c: len(r) for c, r in rows.items() if len(r) < labels_per_class}
+    check_labels(train_labels, test_labels)
+    sizes = dict(zip(*(each.tolist() for each in np.unique(train_labels, return_counts=True)), strict=True))
+    few = {c: n for c, n in sizes.items() if n < labels_per_class}
     if few:
         shown = ", ".join(f"class {c} has {n}" for c, n in list(few.items())[:6])
         raise DataError(
-            f"{len(few)} of {len(rows)} classes have too few training rows to draw {labels_per_class} labels from",
+            f"{len(few)} of {len(sizes)} classes have too few training rows to draw {labels_per_class} labels from",
             key="probe.labels_per_class",
             found=shown,
             allowed=f"at most {min(few.values())}",
@@ -74,12 +100,18 @@ def few_label_accuracy(
         )
     scaler = StandardScaler().fit(train_features)
     train, test = scaler.transform(train_features), scaler.transform(test_features)
-    scores = []
+    out = []
     for draw in range(num_draws):
-        rng = np.random.default_rng(draws.word(seed, draws.Stream.PROBE, draw))
-        drawn = np.concatenate([rng.permutation(r)[:labels_per_class] for r in rows.values()])
-        scores.append(_fit_and_score(train[drawn], train_labels[drawn], test, test_labels))
-    return Accuracy(float(np.mean(scores)), float(np.std(scores, ddof=1)) if num_draws > 1 else 0.0)
+        drawn = drawn_rows(train_labels, lambda _: labels_per_class, seed, draw)
+        out.append(_fit_and_judge(train[drawn], train_labels[drawn], test, test_labels))
+    return out
+
+
+def drawn_rows(labels: Labels, num_of: Callable[[int], int], seed: int, draw: int) -> Labels:
+    """Rows of a stratified draw, class by class: `num_of(rows of the class)` of each."""
+    rng = np.random.default_rng(draws.word(seed, draws.Stream.PROBE, draw))
+    of_class = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+    return np.concatenate([rows[: num_of(len(rows))] for rows in of_class])
 
 
 def full_accuracy(
@@ -90,22 +122,34 @@ def full_accuracy(
     Raises:
         DataError: no rows, or one class only.
     """
-    _check(train_labels, test_labels)
+    return float(full_correct(train_features, train_labels, test_features, test_labels).mean())
+
+
+def full_correct(
+    train_features: Features, train_labels: Labels, test_features: Features, test_labels: Labels
+) -> Correct:
+    """Whether each test row (M,) was named rightly, with every training label. Raises as `full_accuracy` does."""
+    check_labels(train_labels, test_labels)
     scaler = StandardScaler().fit(train_features)
-    return _fit_and_score(scaler.transform(train_features), train_labels, scaler.transform(test_features), test_labels)
+    return _fit_and_judge(scaler.transform(train_features), train_labels, scaler.transform(test_features), test_labels)
 
 
-def _fit_and_score(train: Any, train_labels: Labels, test: Any, test_labels: Labels) -> float:
+def _fit_and_judge(train: Any, train_labels: Labels, test: Any, test_labels: Labels) -> Correct:
     regression = LogisticRegression(C=PENALTY_C, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         regression.fit(train, train_labels)
     if caught:  # still a lower bound of what the features hold
         log.info("a probe stopped at %d iterations, before it converged", MAX_ITERATIONS)
-    return float(regression.score(test, test_labels))
+    return np.asarray(regression.predict(test) == test_labels)
 
 
-def _check(train_labels: Labels, test_labels: Labels) -> None:
+def check_labels(train_labels: Labels, test_labels: Labels) -> None:
+    """Whether there is anything to learn and to judge.
+
+    Raises:
+        DataError: no rows, or one class only.
+    """
     if len(train_labels) == 0 or len(test_labels) == 0:
         raise DataError(
             "the probe needs labelled rows in both splits",

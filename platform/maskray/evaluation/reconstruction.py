@@ -1,5 +1,7 @@
 """What a model paints: fixed images under fixed masks, so that two pictures of a run differ by the model alone.
 
+Neither loss nor likeness says what a representation is worth, and the loss of one ratio compares with that of no other.
+
 Shape letters: N images, C channels, H and W down and across (pixels of an image, cells of a visibility).
 """
 

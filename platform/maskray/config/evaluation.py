@@ -1,0 +1,102 @@
+"""What `maskray evaluate` is asked for: which model, on which data, by which evaluations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from maskray.config.models import Ratio
+from maskray.config.schema import ClusterConfig, StorageConfig, TrackingConfig
+from maskray.config.section import PositiveInt, Section
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class KnnEvaluation(Section):
+    """Weighted k nearest neighbours by cosine, with every training label (Wu et al. 2018)."""
+
+    kind: Literal["knn"] = "knn"
+    k: tuple[PositiveInt, ...] = (20,)
+    """Neighbours; each number is reported."""
+    temperature: PositiveFloat = 0.07
+
+
+class LogisticEvaluation(Section):
+    """Logistic regression on standardised features, scikit-learn's, L2 with C = 1."""
+
+    kind: Literal["logistic"] = "logistic"
+    labels_per_class: PositiveInt | None = None
+    """None: every training label."""
+    draws: PositiveInt = 10
+    """Draws of `labels_per_class` labels whose accuracies are averaged."""
+
+
+class LinearEvaluation(Section):
+    """Linear heads on standardised features, by SGD; the learning rate is chosen on a fifth of the training rows."""
+
+    kind: Literal["linear"] = "linear"
+    label_shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.01, 0.1, 1.0)
+    """Shares of the labels of each class, one at least, that are trained with; each is reported."""
+    draws: PositiveInt = 3
+    """Draws of a share below 1 whose accuracies are averaged."""
+    learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    """For a batch of 256 rows; the grid is trained in one pass."""
+    epochs: PositiveInt = 90
+    batch: PositiveInt = 1024
+
+
+class ReconstructionEvaluation(Section):
+    """What the decoder paints of fixed images under fixed masks: loss, PSNR and SSIM by ratio, and a figure."""
+
+    kind: Literal["reconstruction"] = "reconstruction"
+    ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    images: PositiveInt = 64
+    """The first of the held-out split."""
+    figure_images: Annotated[int, Field(ge=1, le=16)] = 4
+
+
+Evaluation = Annotated[
+    KnnEvaluation | LogisticEvaluation | LinearEvaluation | ReconstructionEvaluation, Field(discriminator="kind")
+]
+
+
+class EvaluationData(Section):
+    """Labelled images: learned from in the training split, judged on in the held-out one."""
+
+    path: str
+    """Folder or URI of an ingested dataset."""
+    version: str | None = None
+    """Fingerprint of a dataset's version; None takes the newest."""
+    max_rows: PositiveInt | None = None
+    """Rows at most of each split: the first ones. None takes all."""
+
+
+class EvaluateConfig(Section):
+    """One model through a list of evaluations."""
+
+    name: str
+    """Of the table, and of the metrics: `evaluation/NAME/…`."""
+    model: str
+    """Folder or URI of a checkpoint, or of an encoder with `encoder.json`; or `models:/name@alias`,
+    `models:/name/version` of the registry. Reconstruction wants a checkpoint: an encoder alone paints nothing."""
+    data: EvaluationData
+    evaluations: Annotated[tuple[Evaluation, ...], Field(min_length=1)]
+    untrained: bool = True
+    """Judge the same encoder before any training too: what of a score is pretraining's."""
+    raw_pixels: bool = True
+    """Judge the pixels themselves as features too, where an image has at most 4,096 values."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    cluster: ClusterConfig = ClusterConfig()
+    """Workers that compute features, and the CPUs and GPUs of each."""
+    storage: StorageConfig = StorageConfig()
+    """Where the runs are, beside which MLflow's embedded store lies."""
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _each_once(self) -> EvaluateConfig:
+        kinds = [each.kind for each in self.evaluations if each.kind != "logistic"]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if twice:
+            raise ValueError(f"evaluations: {', '.join(twice)} stands there twice; list its values in one")
+        return self
