@@ -5,7 +5,7 @@ Where a portion begins and ends hangs on the images alone, so what is computed o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +23,10 @@ NO_LABEL = -1
 class Portion(NamedTuple):
     """Images that are read at once. Small: it travels to whoever reads them."""
 
+    split: SplitName | None
+    """None where there are no splits."""
     first: int
-    """Row of the first image."""
+    """Row of the first image in the split."""
     rows: int
     where: Any
     """For `Images.read`."""
@@ -52,37 +54,51 @@ class Images:
     """Images in an order."""
 
     num_rows: int
+    """In all splits."""
     portions: Callable[[], Iterator[Portion]]
-    """In the order of rows: all rows, each once."""
+    """All rows, each once, in the order of splits and of rows in them."""
     read: Callable[[Portion], Encoded]
     """Picklable and small. Raises as the dataset or the source does whose images they are, where all is lost."""
+    around: Callable[[SplitName | None, int], Portion]
+    """The least that can be read with the image at a row in it."""
 
 
 def of_split(dataset: Dataset, split: SplitName, portion_rows: int, max_rows: int | None = None) -> Images:
     """The first `max_rows` rows of a split, or all, in portions of whole row groups of about `portion_rows`."""
+    return of_dataset(dataset, (split,), portion_rows, max_rows)
+
+
+def of_dataset(dataset: Dataset, splits: Sequence[SplitName], portion_rows: int, max_rows: int | None = None) -> Images:
+    """As `of_split`, of several splits one after the other."""
     group_rows = dataset.manifest.group_rows
-    groups = max(1, portion_rows // group_rows)
-    num_rows = dataset.num_rows(split) if max_rows is None else min(max_rows, dataset.num_rows(split))
+    step = max(1, portion_rows // group_rows) * group_rows
+    num_rows = {s: min(dataset.num_rows(s), dataset.num_rows(s) if max_rows is None else max_rows) for s in splits}
 
     def portions() -> Iterator[Portion]:
-        for first in range(0, num_rows, groups * group_rows):
-            yield Portion(first, min(groups * group_rows, num_rows - first), first // group_rows)
+        for split, rows in num_rows.items():
+            for first in range(0, rows, step):
+                yield Portion(split, first, min(step, rows - first), first // group_rows)
 
-    return Images(num_rows, portions, _OfSplit(dataset, split))
+    def around(split: SplitName | None, row: int) -> Portion:
+        assert split is not None
+        first = row // group_rows * group_rows
+        return Portion(split, first, min(group_rows, num_rows[split] - first), row // group_rows)
+
+    return Images(sum(num_rows.values()), portions, _OfDataset(dataset), around)
 
 
 @dataclass(frozen=True)
-class _OfSplit:
+class _OfDataset:
     dataset: Dataset
-    split: SplitName
 
     def __call__(self, portion: Portion) -> Encoded:
         keys: list[str] = []
         images: list[bytes | Exception] = []
         labels = []
         group_rows = self.dataset.manifest.group_rows
+        assert portion.split is not None
         for number in range(portion.where, portion.where - (-portion.rows // group_rows)):
-            group = self.dataset.read_group(number, self.split)
+            group = self.dataset.read_group(number, portion.split)
             keys += group.keys
             images += group.images
             labels += [group.labels] if group.labels is not None else []
@@ -104,9 +120,13 @@ def of_source(source: Source, portion_rows: int, max_pixels: int, threads: int) 
     def portions() -> Iterator[Portion]:
         for first in range(0, len(source.entries), portion_rows):
             entries = source.entries[first : first + portion_rows]
-            yield Portion(first, len(entries), entries)
+            yield Portion(None, first, len(entries), entries)
 
-    return Images(len(source.entries), portions, _OfSource(source.read, bool(source.class_names), max_pixels, threads))
+    def around(_split: SplitName | None, row: int) -> Portion:
+        return Portion(None, row, 1, source.entries[row : row + 1])
+
+    read = _OfSource(source.read, bool(source.class_names), max_pixels, threads)
+    return Images(len(source.entries), portions, read, around)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from maskray.data.shards import Dataset
 from maskray.errors import ClusterError, MaskrayError
 from maskray.publish import features
 from maskray.publish.export import Encoder, load_encoder
-from maskray.publish.features import BATCH
+from maskray.publish.features import BATCH, Precision
 from maskray.publish.features import FeatureBlock as FeatureBlock
 
 log = logging.getLogger(__name__)
@@ -66,18 +67,19 @@ def feature_blocks(
 
 
 def blocks_on_ray(
-    images: Images, encoder: Encoder, cluster: ClusterConfig, batch: int = BATCH
+    images: Images, encoder: Encoder, cluster: ClusterConfig, batch: int = BATCH, precision: Precision = "fp32"
 ) -> Iterator[FeatureBlock]:
     """A block for each portion of images, in their order. Raises as `feature_blocks` and `images.read` do."""
-    held = ray.put((copy.deepcopy(encoder).cpu(), images.read))
     threads = max(1, int(cluster.cpus_per_worker))
+    compute = partial(features.compute, batch=batch, threads=threads, precision=precision)
+    held = ray.put((copy.deepcopy(encoder).cpu(), partial(compute, read=images.read)))
     on_gpu = cluster.gpus_per_worker > 0
     actor = ray.remote(_Worker).options(
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker,
         max_concurrency=_PER_WORKER if on_gpu else 1,  # one portion is decoded while the other is on the GPU
     )
-    pool = _Pool(lambda: actor.remote(held, batch, threads, on_gpu), cluster)
+    pool = _Pool(lambda: actor.remote(held, threads, on_gpu), cluster)
     try:
         yield from pool.run(images.portions())
     finally:
@@ -87,17 +89,16 @@ def blocks_on_ray(
 class _Worker:
     """An actor: the encoder, loaded once."""
 
-    def __init__(self, held: tuple[Encoder, Any], batch: int, threads: int, on_gpu: bool) -> None:
-        encoder, self._read = held
-        self._encoder = encoder.to("cuda") if on_gpu else encoder
-        self._batch, self._threads = batch, threads
+    def __init__(self, held: tuple[Encoder, Callable[..., FeatureBlock]], threads: int, on_gpu: bool) -> None:
+        encoder, self._compute = held
+        self._encoder, self._threads = encoder.to("cuda" if on_gpu else "cpu"), threads
 
     def ready(self) -> None:
         """Answers once the encoder is there."""
 
     def compute(self, portion: Portion) -> FeatureBlock:
         torch.set_num_threads(self._threads)  # here: each of the actor's threads has a number of its own
-        return features.compute(self._encoder, self._read, portion, self._batch, self._threads)
+        return self._compute(self._encoder, portion=portion)
 
 
 @dataclass

@@ -7,33 +7,27 @@ Shape letters: N images of a block, C channels, H and W pixels down and across, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from maskray.data import decode
-from maskray.data.manifest import Ints
+from maskray.data.embeddings import Undecodable
+from maskray.data.manifest import Ints, SplitName
 from maskray.data.mapper import thread_mapper
 from maskray.data.portions import Encoded, Images, Portion
 from maskray.publish.export import Encoder, resize
 
 Features = np.ndarray[Any, np.dtype[np.float32]]
+Precision = Literal["fp32", "bf16"]
 
 BATCH = 256
 """Images that the encoder gets at once."""
-
-
-class Undecodable(NamedTuple):
-    """An image without a feature."""
-
-    row: int
-    key: str
-    reason: str
 
 
 class FeatureBlock(NamedTuple):
@@ -46,16 +40,28 @@ class FeatureBlock(NamedTuple):
     """(N,) int64, or None where there are none."""
     features: Features
     """(N, D)."""
+    split: SplitName | None = None
+    """That the rows are of; None where there are none."""
     undecodable: tuple[Undecodable, ...] = ()
     """The other images of the portion."""
 
 
-def blocks_here(images: Images, encoder: Encoder, threads: int) -> Iterator[FeatureBlock]:
+def blocks_here(
+    images: Images, encoder: Encoder, threads: int, batch: int = BATCH, precision: Precision = "fp32"
+) -> Iterator[FeatureBlock]:
     """A block for each portion, in order, computed by threads of this process, one core each."""
-    yield from thread_mapper(threads)(partial(compute, encoder, images.read), images.portions())
+    work = partial(compute, encoder, images.read, batch=batch, precision=precision)
+    yield from thread_mapper(threads)(work, images.portions())
 
 
-def compute(encoder: Encoder, read: Any, portion: Portion, batch: int = BATCH, threads: int = 1) -> FeatureBlock:
+def compute(
+    encoder: Encoder,
+    read: Callable[[Portion], Encoded],
+    portion: Portion,
+    batch: int = BATCH,
+    threads: int = 1,
+    precision: Precision = "fp32",
+) -> FeatureBlock:
     """The block of a portion.
 
     Args:
@@ -64,12 +70,13 @@ def compute(encoder: Encoder, read: Any, portion: Portion, batch: int = BATCH, t
         portion: of them.
         batch: images that the encoder gets at once.
         threads: that decode.
+        precision: bf16 is autocast.
 
     Raises:
         DataError: a shard is missing or damaged.
         StorageError: the storage refuses to be read.
     """
-    found: Encoded = read(portion)
+    found = read(portion)
     pictures = _decoded(found.images, encoder, threads)
     good = [i for i, picture in enumerate(pictures) if isinstance(picture, Tensor)]
     undecodable = [
@@ -81,16 +88,18 @@ def compute(encoder: Encoder, read: Any, portion: Portion, batch: int = BATCH, t
         rows=found.rows[good],
         keys=[found.keys[i] for i in good],
         labels=None if found.labels is None else found.labels[good],
-        features=encode([p for p in pictures if isinstance(p, Tensor)], encoder, batch),
+        features=encode([p for p in pictures if isinstance(p, Tensor)], encoder, batch, precision),
+        split=portion.split,
         undecodable=tuple(undecodable),
     )
 
 
-def encode(pictures: list[Tensor], encoder: Encoder, batch: int = BATCH) -> Features:
+def encode(pictures: list[Tensor], encoder: Encoder, batch: int = BATCH, precision: Precision = "fp32") -> Features:
     """Features (N, D) of uint8 images (C, H, W) that have the encoder's size."""
     device = next(encoder.parameters()).device
     parts = [np.empty((0, encoder.width), np.float32)]
-    with torch.inference_mode():
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with torch.inference_mode(), autocast:
         for first in range(0, len(pictures), batch):
             bytes_NCHW = torch.stack(pictures[first : first + batch])
             parts.append(encoder(bytes_NCHW.to(device)).cpu().numpy())
