@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--config", required=True, type=Path, help="YAML that says which encoder, images and place")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. batch=64")
     parser.add_argument("--launcher", choices=("ray", "torch"), default="ray", help="torch: threads of this process")
+    parser.add_argument("--figures", type=int, default=0, metavar="N", help="images like N of them, and a map, as PNG")
     parser.set_defaults(command=_embed)
 
 
@@ -45,4 +46,9 @@ def _embed(arguments: argparse.Namespace) -> int:
         f"{len(manifest['parts'])} files{bad}, by {manifest['encoder_name']}",
         soft_wrap=True,
     )
+    if arguments.figures > 0:
+        from maskray.publish import sights
+
+        for place in sights.draw(prepared, arguments.figures):
+            console.print(f"look at it: {place}", soft_wrap=True)
     return 0

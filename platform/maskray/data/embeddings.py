@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maskray.data.lease import LEASE
-from maskray.data.manifest import Ints
+from maskray.data.manifest import Ints, SplitName
 from maskray.data.storage import TEMPORARY, Storage
 from maskray.errors import DataError
 
@@ -88,7 +88,7 @@ class Undecodable(NamedTuple):
 class Part(NamedTuple):
     """A file of the table: what its rows are, whether or not it is there yet."""
 
-    split: str | None
+    split: SplitName | None
     first: int
     rows: int
     """With those that have no embedding."""
@@ -229,7 +229,7 @@ def manifest_of(storage: Storage) -> dict[str, Any]:
     return manifest
 
 
-def read_parts(storage: Storage) -> Iterator[tuple[str | None, Rows]]:
+def read_parts(storage: Storage) -> Iterator[tuple[SplitName | None, Rows]]:
     """Split and rows of each part of finished embeddings, in order. Raises as `manifest_of` does."""
     for entry in manifest_of(storage)["parts"]:
         with _opened(storage, entry["name"]) as file:
