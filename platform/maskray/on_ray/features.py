@@ -28,8 +28,8 @@ from maskray.data.shards import Dataset
 from maskray.errors import ClusterError, MaskrayError
 from maskray.publish import features
 from maskray.publish.export import Encoder, load_encoder
-from maskray.publish.features import BATCH, Precision
 from maskray.publish.features import FeatureBlock as FeatureBlock
+from maskray.publish.pictures import BATCH, Precision
 
 log = logging.getLogger(__name__)
 

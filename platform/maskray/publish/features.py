@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +20,8 @@ from maskray.data.embeddings import Undecodable
 from maskray.data.manifest import Ints, SplitName
 from maskray.data.mapper import thread_mapper
 from maskray.data.portions import Encoded, Images, Portion
-from maskray.publish.export import Encoder, resize
-
-Features = np.ndarray[Any, np.dtype[np.float32]]
-Precision = Literal["fp32", "bf16"]
-
-BATCH = 256
-"""Images that the encoder gets at once."""
+from maskray.publish.export import Encoder
+from maskray.publish.pictures import BATCH, Features, Precision, encode, picture_of
 
 
 class FeatureBlock(NamedTuple):
@@ -92,27 +86,6 @@ def compute(
         split=portion.split,
         undecodable=tuple(undecodable),
     )
-
-
-def encode(pictures: list[Tensor], encoder: Encoder, batch: int = BATCH, precision: Precision = "fp32") -> Features:
-    """Features (N, D) of uint8 images (C, H, W) that have the encoder's size."""
-    device = next(encoder.parameters()).device
-    parts = [np.empty((0, encoder.width), np.float32)]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with torch.inference_mode(), autocast:
-        for first in range(0, len(pictures), batch):
-            bytes_NCHW = torch.stack(pictures[first : first + batch])
-            parts.append(encoder(bytes_NCHW.to(device)).cpu().numpy())
-    return np.concatenate(parts)
-
-
-def picture_of(data: bytes, channels: int, size_HW: tuple[int, int]) -> Tensor:
-    """An encoded image as the encoder takes it: uint8 (C, H, W), whole, resized as in training.
-
-    Raises:
-        UndecodableError: not an image, cut short, damaged, or of another number of bands.
-    """
-    return resize(decode.decode(data, channels)[None], size_HW)[0]
 
 
 def _decoded(images: list[bytes | Exception], encoder: Encoder, threads: int) -> list[Tensor | Exception]:

@@ -37,7 +37,7 @@ def test_both_pictures_lie_beside_the_embeddings_and_show_the_right_images(
     assert [len(row) for row in rows] == [1 + sights.NUM_NEIGHBOURS] * 4
     encoder, by_key = load_encoder(digits_encoder), {}
     from maskray.data.sources import open_source
-    from maskray.publish.features import encode, picture_of
+    from maskray.publish.pictures import encode, picture_of
 
     source = open_source("digits")
     for entry in source.entries:
