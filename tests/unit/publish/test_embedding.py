@@ -198,3 +198,20 @@ def test_labels_that_are_missing_are_null(config, pictures, tmp_path):
     asked = config(images=str(pictures), max_bad_fraction=0.1)
     embed_here(prepare(asked), no_report)
     assert "label" not in pq.read_table(asked.destination).column_names
+
+
+def test_from_a_bucket_to_a_bucket(config, pictures, bucket, tmp_path):
+    source, target = Storage(f"{bucket}/pictures"), Storage(f"{bucket}/out")
+    for path in pictures.rglob("*.png"):
+        source.write_bytes(path.relative_to(pictures).as_posix(), path.read_bytes())
+    options = {"max_bad_fraction": 0.1, "part_rows": 10, "batch": 10}
+    embed_here(prepare(config(images=source.uri, destination=target.uri, **options)), no_report)
+    here = config(images=str(pictures), **options)
+    embed_here(prepare(here), no_report)
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.parquet"))
+    assert [n for n in target.list_names() if n.endswith(".parquet")] == names
+    assert all(target.read_bytes(n) == (tmp_path / "out" / n).read_bytes() for n in names)
+    target.delete("_manifest.json")
+    target.delete(names[-1])
+    embed_here(prepare(config(images=source.uri, destination=target.uri, **options)), no_report)
+    assert target.read_bytes(names[-1]) == (tmp_path / "out" / names[-1]).read_bytes()
