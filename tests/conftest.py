@@ -74,6 +74,21 @@ def tiny(digits: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 @pytest.fixture(scope="session")
+def digits_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an exported encoder for the digits, untrained."""
+    from maskray.models.build import build_model
+    from maskray.models.normalize import Normalize
+    from maskray.publish.export import save_encoder
+
+    folder = tmp_path_factory.mktemp("encoder")
+    config = parse(RunConfig, TINY)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_encoder(folder, build_model(config.model, (8, 8), 1), Normalize([0.3], [0.37]), config)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def object_store() -> Iterator[str]:
     """The URL of a real S3 API over HTTP."""
     with moto_server() as url:

@@ -10,13 +10,15 @@ import io
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 DPI = 100
@@ -28,7 +30,11 @@ GAP, MARGIN, HEAD, COLUMN_HEAD, FOOT = 8, 12, 34, 24, 26
 SHEET_COLUMNS, MASK_COLUMNS, SHEET_LINE, SHEET_LETTERS = 6, 4, 14, 28
 HIDDEN_COLOR = (128, 134, 150)
 """Gray with a breath of blue: told apart from the gray of a gray image."""
-INK, SOFT_INK = "#1f2430", "#5b6375"
+INK, SOFT_INK, OTHER_INK = "#1f2430", "#5b6375", "#c0392b"
+NEIGHBOUR_TILE = 112
+_COLORS = matplotlib.color_sequences["tab20"][::2] + matplotlib.color_sequences["tab20"][1::2]
+_MARKS = "osD^vP*X"
+_LEGEND_ROWS = 34
 
 
 def reconstructions(
@@ -102,19 +108,115 @@ def contact_sheet(
         tile: pixels down and across that a picture has room in.
         columns: pictures in a row, at most.
     """
+    colors = [[INK] + [SOFT_INK] * (len(lines) - 1) for lines in captions]
+    return _sheet(images_HWC, captions, colors, title=title, tile=tile, columns=columns)
+
+
+class Neighbour(NamedTuple):
+    """A picture in a row of those that are alike."""
+
+    image_HWC: Bytes
+    """uint8 RGB, at most `tile` pixels wide and high."""
+    key: str
+    label: str
+    """Name of its class; empty where there is none."""
+    similarity: float
+    """With the first of its row."""
+
+
+def neighbours(rows: Sequence[Sequence[Neighbour]], *, title: str, tile: int = NEIGHBOUR_TILE) -> bytes:
+    """PNG of rows of pictures: the first, and those that are most like it, with similarity, class and key under each.
+
+    A class that is not the first one's is red.
+
+    Args:
+        rows: of equal length.
+        title: stands above all.
+        tile: pixels down and across that a picture has room in.
+    """
+    pictures = [(one, row[0], place) for row in rows for place, one in enumerate(row)]
+    captions, colors = [], []
+    for one, first, place in pictures:
+        said = "query" if place == 0 else f"{one.similarity:.3f}"
+        captions.append([f"{said} · {one.label}" if one.label else said, one.key])
+        colors.append([OTHER_INK if one.label != first.label else INK, SOFT_INK])
+    images = [one.image_HWC for one, _, _ in pictures]
+    return _sheet(images, captions, colors, title=title, tile=tile, columns=len(rows[0]), first_apart=True)
+
+
+def scatter(
+    points_N2: Floats,
+    classes: Sequence[tuple[str, Bools]],
+    *,
+    title: str,
+    axis_names: tuple[str, str],
+    note: str = "",
+) -> bytes:
+    """PNG of points in the plane, each class in its own colour with its name in a legend.
+
+    Args:
+        points_N2: where they lie.
+        classes: name, and which points are of it, (N,) bool; empty where there are none. Beyond the number of colours
+            those are used again, with other marks.
+        title: stands above all.
+        axis_names: across and up.
+        note: below all.
+    """
+    shown = classes or [("", np.ones(len(points_N2), dtype=np.bool_))]
+    figure = Figure(figsize=(9.6, 7.2), dpi=DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    columns = -(-len(classes) // _LEGEND_ROWS)
+    right = 1 - (0.16 * columns if classes else 0.03)
+    axes = figure.add_axes((0.08, 0.11, max(0.3, right - 0.09), 0.82))
+    size = float(np.clip(20_000 / max(1, len(points_N2)), 4, 28))
+    for number, (name, is_of_it) in enumerate(shown):
+        color, mark = _COLORS[number % len(_COLORS)], _MARKS[number // len(_COLORS) % len(_MARKS)]
+        points = points_N2[is_of_it]
+        axes.scatter(points[:, 0], points[:, 1], s=size, c=[color], marker=mark, alpha=0.75, linewidths=0, label=name)
+    axes.set_xlabel(axis_names[0], fontsize=9, color=SOFT_INK)
+    axes.set_ylabel(axis_names[1], fontsize=9, color=SOFT_INK)
+    axes.tick_params(labelsize=8, colors=SOFT_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.text(0.08, 0.965, title, fontsize=11, color=INK, va="center", weight="bold", parse_math=False)
+    figure.text(0.08, 0.025, note, fontsize=8, color=SOFT_INK, va="center", parse_math=False)
+    if classes:
+        legend = axes.legend(
+            loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False, ncols=columns, markerscale=1.6
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return _png(canvas)
+
+
+def _sheet(
+    images_HWC: Sequence[Bytes],
+    captions: Sequence[Sequence[str]],
+    colors: Sequence[Sequence[str]],
+    *,
+    title: str,
+    tile: int,
+    columns: int,
+    first_apart: bool = False,
+) -> bytes:
+    """A contact sheet whose lines have colours, the first column set apart where that is asked for."""
     num_columns = min(columns, len(images_HWC))
     num_rows = -(-len(images_HWC) // num_columns)
     scales = [max(1, tile // max(image.shape[:2])) for image in images_HWC]
     tile_height = max(image.shape[0] * scale for image, scale in zip(images_HWC, scales, strict=True))
     letters = SHEET_LETTERS * tile // TILE
     foot = SHEET_LINE * max(map(len, captions))
-    width = 2 * MARGIN + num_columns * (tile + GAP) - GAP
+    apart = 3 * GAP if first_apart else 0
+    width = 2 * MARGIN + num_columns * (tile + GAP) - GAP + apart
     height = HEAD + num_rows * (tile_height + foot + GAP) + MARGIN
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    figure.text(MARGIN / width, 1 - (HEAD / 2) / height, title, fontsize=11, color=INK, va="center", weight="bold")
+    figure.text(
+        MARGIN / width, 1 - (HEAD / 2) / height, title, fontsize=11, color=INK, va="center", weight="bold",
+        parse_math=False,
+    )  # fmt: skip
     for number, (image, scale, lines) in enumerate(zip(images_HWC, scales, captions, strict=True)):
-        x = MARGIN + number % num_columns * (tile + GAP)
+        column = number % num_columns
+        x = MARGIN + column * (tile + GAP) + (apart if column else 0)
         y = HEAD + number // num_columns * (tile_height + foot + GAP)
         tile_h, tile_w = image.shape[0] * scale, image.shape[1] * scale
         bottom = y + tile_height  # pictures stand on their captions
@@ -125,9 +227,14 @@ def contact_sheet(
         for line, words in enumerate(lines):
             shown = words if len(words) <= letters else "…" + words[1 - letters :]
             where = ((x + tile / 2) / width, 1 - (bottom + SHEET_LINE * (line + 0.5)) / height)
-            color = SOFT_INK if line else INK
             # A key is no formula, and may have letters that the font lacks.
-            figure.text(*where, shown, fontsize=7, color=color, va="center", ha="center", parse_math=False)
+            figure.text(
+                *where, shown, fontsize=7, color=colors[number][line], va="center", ha="center", parse_math=False
+            )
+    return _png(canvas)
+
+
+def _png(canvas: FigureCanvasAgg) -> bytes:
     png = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from maskray.config.load import json_schema, load
+from maskray.config.embedding import EmbedConfig
+from maskray.config.load import json_schema, load_as
+from maskray.config.schema import RunConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+KINDS = {"pretrain": RunConfig, "embed": EmbedConfig}
 HEADER = ("command", "hardware", "time", "result")
 DRAWERS = {"utils", "util", "misc", "common", "helpers"}
 
@@ -35,7 +38,7 @@ def test_there_is_no_drawer():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_every_config_loads(path: Path):
-    assert load(path).name
+    assert load_as(KINDS[path.parent.name], path)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -49,5 +52,6 @@ def test_there_are_configs():
     assert CONFIGS
 
 
-def test_the_schema_for_editors_is_that_of_the_code():
-    assert (ROOT / "configs" / "schema.json").read_text() == json_schema(), "run `make schema`"
+@pytest.mark.parametrize(("place", "kind"), [("schema.json", RunConfig), ("embed/schema.json", EmbedConfig)])
+def test_the_schema_for_editors_is_that_of_the_code(place: str, kind: type):
+    assert (ROOT / "configs" / place).read_text() == json_schema(kind), "run `make schema`"

@@ -46,6 +46,7 @@ OWNERS: dict[str, set[str]] = {
         "tracking/mlflow_store",
         "tracking/mlflow_runs",
         "tracking/mlflow_tracker",
+        "publish/named",
         "publish/registry",
         "publish/predictor",
     },

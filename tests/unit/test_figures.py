@@ -109,3 +109,29 @@ def test_a_contact_sheet_shows_pictures_of_any_size_whole():
 def test_a_contact_sheet_of_one_picture():
     sheet = figures.contact_sheet([np.zeros((8, 8, 3), dtype=np.uint8)], [("key", "")], title="one")
     assert pixels(sheet).shape[0] > 160
+
+
+@pytest.mark.parametrize("num_classes", [0, 1, 10, 37])
+def test_a_map_shows_each_class_in_a_colour_or_mark_of_its_own(num_classes):
+    points = RNG.normal(size=(400, 2)).astype(np.float32)
+    labels = RNG.integers(0, max(1, num_classes), 400)
+    classes = [(f"class $ {n}", labels == n) for n in range(num_classes)]
+    image = pixels(figures.scatter(points, classes, title="t", axis_names=("x", "y"), note="n"))
+    assert image.shape == (720, 960, 3)
+    colours = {tuple(c) for c in image.reshape(-1, 3).tolist() if max(c) - min(c) > 60}
+    assert len(colours) >= min(num_classes, 20)
+
+
+def test_neighbours_of_another_class_are_red_and_the_query_stands_apart():
+    def row(*labels):
+        picture = np.full((8, 8, 3), 200, np.uint8)
+        return [figures.Neighbour(picture, f"key/{i}", label, 1 - i / 10) for i, label in enumerate(labels)]
+
+    reds = []
+    for rows in ([row("a", "a", "a")], [row("a", "a", "b")], [row("", "", "")]):
+        image = pixels(figures.neighbours(rows, title="t")).astype(int)
+        reds.append(int(((image[..., 0] - image[..., 2]) > 60).sum()))
+    assert reds[0] == reds[2] == 0 < reds[1]
+    tiles = np.flatnonzero((image[figures.HEAD + 8] == 200).all(axis=1))
+    gaps = np.diff(tiles)
+    assert sorted(gaps[gaps > 1].tolist()) == [figures.GAP + 1, 4 * figures.GAP + 1]

@@ -19,9 +19,11 @@ from types import FrameType
 from rich.console import Console
 from rich.logging import RichHandler
 
-from maskray.cli import data, estimate, export, masks, pretrain
+from maskray.cli import data, embed, estimate, export, masks, pretrain
+from maskray.config.embedding import EmbedConfig
 from maskray.config.load import json_schema
 from maskray.config.schema import RunConfig, TrackingConfig
+from maskray.config.section import Section
 from maskray.errors import MaskrayError, TrainingError
 
 USER_MISTAKE, RUN_FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
@@ -46,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         return _say(f"The run failed: {error}", RUN_FAILED)
     except KeyboardInterrupt:
-        return _say("Stopped. The same command goes on from the latest checkpoint.", INTERRUPTED)
+        return _say("Stopped. The same command goes on where it stopped.", INTERRUPTED)
     except _Terminated:
-        return _say("Terminated. The same command goes on from the latest checkpoint.", TERMINATED)
+        return _say("Terminated. The same command goes on where it stopped.", TERMINATED)
 
 
 def pretrain_main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +63,11 @@ def ingest_main(arguments: Sequence[str] | None = None) -> int:
     return main(["ingest", *(sys.argv[1:] if arguments is None else arguments)])
 
 
+def embed_main(arguments: Sequence[str] | None = None) -> int:
+    """`jobs/embed.py`."""
+    return main(["embed", *(sys.argv[1:] if arguments is None else arguments)])
+
+
 _ENVIRONMENT = {  # read by MLflow when it is imported
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -68,6 +75,7 @@ _ENVIRONMENT = {  # read by MLflow when it is imported
     # The tracker tries again by itself, and a run that is being stopped has no two minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
+_SCHEMAS: dict[str, type[Section]] = {"pretrain": RunConfig, "embed": EmbedConfig}
 _KINDS = {
     "ConfigError": "Config",
     "DataError": "Dataset",
@@ -99,11 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     data.add(commands)
+    embed.add(commands)
     estimate.add(commands)
     export.add(commands)
     masks.add(commands)
     pretrain.add(commands)
     schema = commands.add_parser("schema", help="JSON Schema of the YAML, for editors")
+    schema.add_argument("kind", nargs="?", choices=tuple(_SCHEMAS), default="pretrain", help="of config [pretrain]")
     schema.set_defaults(command=_schema)
 
     interface = commands.add_parser("ui", help="MLflow's UI on the embedded store")
@@ -113,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _schema(_arguments: argparse.Namespace) -> int:
-    sys.stdout.write(json_schema(RunConfig))
+def _schema(arguments: argparse.Namespace) -> int:
+    sys.stdout.write(json_schema(_SCHEMAS[arguments.kind]))
     return 0
 
 

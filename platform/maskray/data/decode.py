@@ -125,6 +125,11 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
     return image_CHW
 
 
+def is_image(data: bytes) -> bool:
+    """Whether data begin as a known image format does."""
+    return _SIGNATURE.match(data) is not None
+
+
 def measure(data: bytes, max_pixels: int | None = None) -> tuple[int, int, int]:
     """Height, width and channels as stored, from the header alone: what `decode` would take, before it takes it.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from maskray.data import decode
 from maskray.data.crop import crop_resize
-from maskray.data.manifest import SPLITS, Manifest, SplitName, versions
+from maskray.data.manifest import SPLITS, Bytes, Manifest, SplitName, versions
 from maskray.data.mapper import Mapper, Progress
 from maskray.data.quarantine import read_set_aside
 from maskray.data.shards import ColumnsJob, Dataset, read_columns
@@ -91,18 +91,28 @@ def samples(dataset: Dataset, count: int, max_side: int) -> list[Sample]:
     for row in chosen:
         group, at = dataset.read_group(row // group_rows), row % group_rows
         try:
-            image_CHW = decode.decode(group.images[at], bands)
+            image_HWC = thumbnail(group.images[at], bands, max_side)
         except decode.UndecodableError as error:
             logger.warning("image %s cannot be decoded any more (%s)", group.keys[at], error)
             continue
-        image_CHW = image_CHW[:3] if bands >= 3 else image_CHW[[0, 0, 0]]
-        height, width = image_CHW.shape[1:]
-        scale = min(1.0, max_side / max(height, width))
-        size_HW = (max(1, round(height * scale)), max(1, round(width * scale)))
-        image_CHW = crop_resize(image_CHW, np.array((0, 0, height, width)), size_HW, flip=False)
         label = names[group.labels[at]] if group.labels is not None else ""
-        out.append(Sample(image_CHW.permute(1, 2, 0).numpy(), group.keys[at], label))
+        out.append(Sample(image_HWC, group.keys[at], label))
     return out
+
+
+def thumbnail(data: bytes, bands: int, max_side: int) -> Bytes:
+    """An image as uint8 RGB (H, W, 3), at most `max_side` pixels wide and high; of many bands the first three.
+
+    Raises:
+        UndecodableError: not an image, cut short, damaged, or of another number of bands.
+    """
+    image_CHW = decode.decode(data, bands)
+    image_CHW = image_CHW[:3] if bands >= 3 else image_CHW[[0, 0, 0]]
+    height, width = image_CHW.shape[1:]
+    scale = min(1.0, max_side / max(height, width))
+    size_HW = (max(1, round(height * scale)), max(1, round(width * scale)))
+    image_CHW = crop_resize(image_CHW, np.array((0, 0, height, width)), size_HW, flip=False)
+    return image_CHW.permute(1, 2, 0).numpy()
 
 
 class _Counts(NamedTuple):

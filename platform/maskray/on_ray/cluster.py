@@ -20,6 +20,7 @@ from ray._private.state import state as ray_state
 from ray.autoscaler.sdk import request_resources
 
 import maskray
+from maskray.config.embedding import EmbedConfig
 from maskray.config.schema import ClusterConfig, IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
@@ -38,6 +39,7 @@ _ENVIRONMENT = {
 _SECRET = re.compile("PASSWORD|TOKEN|SECRET|KEY")
 # Where Ray unpacks the working directory of a submitted job: another folder after each change, gone with the session.
 _JOB_FOLDER = "/working_dir_files/"
+_ADDRESS_OPTION = {"ingest": "--address", "embed": "cluster.address"}
 
 
 @contextmanager
@@ -247,6 +249,23 @@ def _check_shared(storage: Storage, tracking_uri: str) -> None:
     _refuse_if_not_shared(storage, "storage.path", nodes)
 
 
+def check_embed(config: EmbedConfig) -> None:
+    """Refuse what the cluster could never hold or not all nodes see; wait, visibly, for what it can still get.
+
+    Raises:
+        ClusterError: too few CPUs or GPUs, now and at the autoscaler's largest; images or a destination that not all
+            nodes see.
+    """
+    cluster = config.cluster
+    _refuse_job_folder(Storage(config.destination), "destination")
+    bundles = _bundles(cluster, streams_on_ray=False)
+    _refuse_if_short(_total(bundles), _largest(), cluster)
+    if not _can_grow():
+        _refuse_if_scattered(bundles, cluster)
+    _wait_for(bundles, cluster)
+    _refuse_if_not_everywhere(config.images, "images", "embed")
+
+
 def check_ingest(config: IngestConfig) -> None:
     """Refuse, before tasks on all nodes read and write, folders that only some of them see.
 
@@ -256,14 +275,19 @@ def check_ingest(config: IngestConfig) -> None:
     destination, nodes = Storage(config.destination), [node["NodeID"] for node in _nodes()]
     _refuse_job_folder(destination, "destination")
     _refuse_if_not_shared(destination, "destination", nodes)
-    source = Path(config.source).expanduser().absolute()
-    if len(nodes) > 1 and source.exists() and not _on_all(nodes, lambda: source.exists()):
+    _refuse_if_not_everywhere(config.source, "source", "ingest")
+
+
+def _refuse_if_not_everywhere(place: str, key: str, command: str) -> None:
+    """Pictures that are read by tasks on all nodes."""
+    nodes, folder = [node["NodeID"] for node in _nodes()], Path(place).expanduser().absolute()
+    if len(nodes) > 1 and folder.exists() and not _on_all(nodes, lambda: folder.exists()):
         raise ClusterError(
             f"the pictures are not on all of the cluster's {len(nodes)} nodes",
-            key="source",
-            found=source,
+            key=key,
+            found=folder,
             allowed="s3://bucket/prefix, or a folder on a file system that all nodes mount",
-            fix="take such a place, or ingest on one machine, without --address",
+            fix=f"take such a place, or {command} on one machine, without {_ADDRESS_OPTION[command]}",
         )
 
 

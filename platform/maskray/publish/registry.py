@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import shutil
@@ -15,12 +16,15 @@ from typing import Any
 
 import mlflow.pyfunc
 import numpy as np
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.types import Schema, TensorSpec
+from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.types.schema import AnyType
 
+from maskray.data import decode
 from maskray.errors import TrackingError
 from maskray.publish import export
 from maskray.tracking.mlflow_store import shown
@@ -32,15 +36,37 @@ PACKAGE = Path(__file__).parents[1]
 ENCODER = "encoder"
 """Name of the folder's artifact, as `predictor.py` asks for it."""
 STEP_TAG = "maskray.step"
-MAX_EXAMPLE_VALUES = 2**16
+MAX_EXAMPLE_VALUES, EXAMPLE_QUALITY = 2**16, 95
 ABOUT = """Encoder pretrained as a masked autoencoder. Images in, one feature vector each out:
 
 ```python
 encoder = mlflow.pyfunc.load_model("models:/{name}/1")
+features = encoder.predict(["photo.jpg", open("other.png", "rb").read()])  # float32 (2, D)
 features = encoder.predict(images)  # uint8 (B, H, W, C), any size -> float32 (B, D)
 ```
+
+Over HTTP, after `mlflow models serve -m models:/{name}/1 --env-manager local -p 5001`; images as base64, as paths of
+files that the server has, or as arrays:
+
+```sh
+curl localhost:5001/invocations -H 'Content-Type: application/json' -d '{{"inputs": ["'$(base64 -w0 photo.jpg)'"]}}'
+```
 """
-REQUIREMENTS = ("mlflow", "numpy", "pydantic", "pyyaml", "safetensors", "timm", "torch", "torchvision")
+MODEL_CONFIG = {"device": "cpu", "paths": True}
+"""What `load_model(…, model_config=…)` may say otherwise: MLflow leaves out what was not named here."""
+REQUIREMENTS = (
+    "mlflow",
+    "numpy",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "tifffile",
+    "timm",
+    "torch",
+    "torchcodec",
+    "torchvision",
+)
 """What loading needs besides the package's own code, which travels with the model."""
 
 
@@ -135,9 +161,12 @@ def save_pyfunc(
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells what it does, step by step
     encoder = export.load_encoder(folder)
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, encoder.channels))]),
+        inputs=Schema([ColSpec(AnyType())]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, encoder.width))]),
     )
+    # The predictor looks at its input itself: of files, base64, paths and arrays MLflow can state no common type, and
+    # it would make tables of lists and of arrays, as far as it can.
+    signature._is_signature_from_type_hint = True
     with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
         # MLflow keeps the folder under its own name, whatever the artifact is called.
         artifact = shutil.copytree(folder, Path(temporary) / ENCODER)
@@ -149,16 +178,18 @@ def save_pyfunc(
             code_paths=[str(PACKAGE)],
             signature=signature,
             input_example=_small(example, encoder.channels),
+            model_config=MODEL_CONFIG,
             pip_requirements=[f"{package}=={metadata.version(package)}" for package in REQUIREMENTS],
             mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
         )
 
 
-def _small(example: Images | None, channels: int) -> Images:
-    """The example, or a gray image where it is large: it is kept as JSON, twice. MLflow warns where there is none."""
-    if example is not None and example.size <= MAX_EXAMPLE_VALUES:
-        return example
-    return np.full((1, 16, 16, channels), 128, dtype=np.uint8)
+def _small(example: Images | None, channels: int) -> list[str]:
+    """The example's files as base64, or a gray image's where it is large: it is kept as JSON, twice."""
+    if example is None or example.size > MAX_EXAMPLE_VALUES:
+        example = np.full((1, 16, 16, channels), 128, dtype=np.uint8)
+    pictures_NCHW = torch.from_numpy(np.ascontiguousarray(example.transpose(0, 3, 1, 2)))
+    return [base64.b64encode(decode.encode(picture_CHW, EXAMPLE_QUALITY)).decode() for picture_CHW in pictures_NCHW]
 
 
 def _log_metrics(client: MlflowClient, run_id: str, model_id: str, card: ModelCard) -> None:

@@ -1,0 +1,149 @@
+"""An encoder by what a user calls it: a folder, or a version or alias of a registered model, resolved once."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from maskray.config.schema import TrackingConfig
+from maskray.data.storage import Storage
+from maskray.errors import CheckpointError, StorageError, TrackingError
+from maskray.publish.export import CARD, WEIGHTS, Encoder, load_encoder
+from maskray.publish.registry import ENCODER
+from maskray.tracking.mlflow_store import has_embedded_store, open_store, refuse_missing, shown
+from maskray.training import checkpoint
+
+MODELS = "models:/"
+KEY = "encoder"
+_NAMED = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@:]+))")
+_AS_MLFLOW_KEEPS_IT = f"artifacts/{ENCODER}"
+
+
+class NamedEncoder(NamedTuple):
+    """An encoder, and which one it is."""
+
+    encoder: Encoder
+    name: str
+    """A place, or `models:/name/version`: never an alias, which may move."""
+    digest: str
+    """Of its weights and of what must be known to use them."""
+
+
+def open_encoder(text: str, tracking: TrackingConfig, runs: str) -> NamedEncoder:
+    """The encoder of that name, on the CPU.
+
+    Args:
+        text: `models:/name@alias`, `models:/name/version`, or a folder or URI that holds an encoder.
+        tracking: MLflow, for the first two.
+        runs: beside which MLflow's store lies, where `tracking` does not say.
+
+    Raises:
+        TrackingError: MLflow is away, or has no such model, version or alias.
+        CheckpointError: there is no encoder, or its files are gone or damaged.
+        StorageError: they cannot be read.
+    """
+    if not text.startswith(MODELS):
+        return _in_folder(Storage(text), text)
+    match = _NAMED.fullmatch(text)
+    if match is None:
+        raise TrackingError(
+            "this names no version of a registered model",
+            key=KEY,
+            found=text,
+            allowed="models:/name@alias or models:/name/version",
+        )
+    uri = _uri(tracking, runs)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    version = _version(client, match["name"], match["version"], match["alias"])
+    return _downloaded(uri, client, match["name"], version)
+
+
+def _in_folder(storage: Storage, shown_as: str) -> NamedEncoder:
+    if not storage.exists(CARD) and storage.exists(f"{_AS_MLFLOW_KEEPS_IT}/{CARD}"):
+        storage = storage.child(*_AS_MLFLOW_KEEPS_IT.split("/"))
+    if not storage.exists(CARD):
+        raise CheckpointError(
+            f"there is no encoder: no {CARD} in that folder",
+            key=KEY,
+            found=shown_as,
+            allowed=f"a folder with {CARD} and {WEIGHTS}, as the registry keeps it; or models:/name@alias",
+            fix="check the path",
+        )
+    with checkpoint.on_disk(storage) as folder:
+        return NamedEncoder(load_encoder(folder), storage.uri, _digest(folder))
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256((folder / CARD).read_bytes())
+    with (folder / WEIGHTS).open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _uri(tracking: TrackingConfig, runs: str) -> str:
+    """Of an MLflow that is there: none is made for who only reads."""
+    if tracking.uri is not None:
+        refuse_missing(tracking.uri)
+    elif not has_embedded_store(runs):
+        raise TrackingError(
+            "there is no MLflow store beside the runs",
+            key="storage.path",
+            found=runs,
+            fix="name the folder that the runs are in, or set tracking.uri to MLflow's",
+        )
+    return open_store(tracking, Storage(runs).uri).uri
+
+
+def _version(client: MlflowClient, name: str, version: str | None, alias: str | None) -> str:
+    """A version's number, once: the alias may move while the images are embedded."""
+    try:
+        if alias is not None:
+            return str(client.get_model_version_by_alias(name, alias).version)
+        return str(client.get_model_version(name, str(version)).version)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise TrackingError("MLflow's registry cannot be read", key=KEY, found=shown(str(error))) from error
+        wanted = f"@{alias}" if alias is not None else f"version {version}"
+        raise TrackingError(
+            f"the registry has no {wanted} of a model {name}", key=KEY, found=_full(name, version, alias),
+            allowed=_listed(client, name),
+        ) from error  # fmt: skip
+
+
+def _full(name: str, version: str | None, alias: str | None) -> str:
+    return f"{MODELS}{name}@{alias}" if alias is not None else f"{MODELS}{name}/{version}"
+
+
+def _listed(client: MlflowClient, name: str) -> str:
+    """What there is instead."""
+    models = {model.name: model for model in client.search_registered_models()}
+    if name not in models:
+        return f"models {', '.join(sorted(models))}" if models else "nothing: no model is registered there"
+    quoted = name.replace("'", "''")
+    versions = sorted((int(v.version) for v in client.search_model_versions(f"name = '{quoted}'")), reverse=True)
+    aliases = sorted(client.get_registered_model(name).aliases)
+    return f"versions {', '.join(map(str, versions[:10]))}; aliases {', '.join(f'@{a}' for a in aliases) or 'none'}"
+
+
+def _downloaded(uri: str, client: MlflowClient, name: str, version: str) -> NamedEncoder:
+    called = f"{MODELS}{name}/{version}"
+    source = str(client.get_model_version_download_uri(name, version))
+    try:
+        with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
+            place = f"{source.rstrip('/')}/{_AS_MLFLOW_KEEPS_IT}"
+            folder = Path(mlflow.artifacts.download_artifacts(place, dst_path=temporary, tracking_uri=uri))
+            return NamedEncoder(load_encoder(folder), called, _digest(folder))
+    except (MlflowException, OSError, CheckpointError, StorageError) as error:
+        raise CheckpointError(
+            f"the files of {called} are gone or cannot be read",
+            key=KEY,
+            found=f"{shown(source)} ({shown(' '.join(str(error).split()))[:200]})",
+            fix="put them back where they were, or take another version",
+        ) from error
