@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from maskray.config.load import json_schema, load
+from maskray.config.load import json_schema, load_as
+from maskray.config.promotion import PromotionConfig
+from maskray.config.schema import RunConfig
+from maskray.config.section import Section
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+KINDS: dict[str, type[Section]] = {"pretrain": RunConfig, "promote": PromotionConfig}  # by the folder of the config
 HEADER = ("command", "hardware", "time", "result")
 DRAWERS = {"utils", "util", "misc", "common", "helpers"}
 
@@ -35,7 +39,7 @@ def test_there_is_no_drawer():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_every_config_loads(path: Path):
-    assert load(path).name
+    assert load_as(KINDS[path.parent.name], path)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -49,5 +53,7 @@ def test_there_are_configs():
     assert CONFIGS
 
 
-def test_the_schema_for_editors_is_that_of_the_code():
-    assert (ROOT / "configs" / "schema.json").read_text() == json_schema(), "run `make schema`"
+@pytest.mark.parametrize("folder", KINDS)
+def test_the_schema_for_editors_is_that_of_the_code(folder: str):
+    name = "schema.json" if folder == "pretrain" else f"schema_{folder}.json"
+    assert (ROOT / "configs" / name).read_text() == json_schema(KINDS[folder]), "run `make schema`"

@@ -46,6 +46,7 @@ OWNERS: dict[str, set[str]] = {
         "tracking/mlflow_tracker",
         "publish/registry",
         "publish/predictor",
+        "publish/versions",
     },
     "psutil": {"data/lease"},
     "ray": {"on_ray"},

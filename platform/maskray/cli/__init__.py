@@ -19,9 +19,11 @@ from types import FrameType
 from rich.console import Console
 from rich.logging import RichHandler
 
-from maskray.cli import data, estimate, export, masks, pretrain
+from maskray.cli import data, estimate, export, masks, pretrain, promote
 from maskray.config.load import json_schema
+from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig, TrackingConfig
+from maskray.config.section import Section
 from maskray.errors import MaskrayError, TrainingError
 
 USER_MISTAKE, RUN_FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
@@ -61,6 +63,11 @@ def ingest_main(arguments: Sequence[str] | None = None) -> int:
     return main(["ingest", *(sys.argv[1:] if arguments is None else arguments)])
 
 
+def promote_main(arguments: Sequence[str] | None = None) -> int:
+    """`jobs/promote.py`."""
+    return main(["promote", *(sys.argv[1:] if arguments is None else arguments)])
+
+
 _ENVIRONMENT = {  # read by MLflow when it is imported
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -68,6 +75,7 @@ _ENVIRONMENT = {  # read by MLflow when it is imported
     # The tracker tries again by itself, and a run that is being stopped has no two minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
+_CONFIGS: dict[str, type[Section]] = {"pretrain": RunConfig, "promote": PromotionConfig}
 _KINDS = {
     "ConfigError": "Config",
     "DataError": "Dataset",
@@ -103,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add(commands)
     masks.add(commands)
     pretrain.add(commands)
+    promote.add(commands)
     schema = commands.add_parser("schema", help="JSON Schema of the YAML, for editors")
+    schema.add_argument("command_of", nargs="?", default="pretrain", choices=_CONFIGS, help="whose YAML [pretrain]")
     schema.set_defaults(command=_schema)
 
     interface = commands.add_parser("ui", help="MLflow's UI on the embedded store")
@@ -113,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _schema(_arguments: argparse.Namespace) -> int:
-    sys.stdout.write(json_schema(RunConfig))
+def _schema(arguments: argparse.Namespace) -> int:
+    sys.stdout.write(json_schema(_CONFIGS[arguments.command_of]))
     return 0
 
 

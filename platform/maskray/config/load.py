@@ -74,7 +74,12 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or is no YAML mapping, or a value is wrong (all are listed).
     """
-    return parse(RunConfig, with_overrides(read(Path(path)), overrides), origin=str(path))
+    return load_as(RunConfig, path, overrides)
+
+
+def load_as(model: type[S], path: str | Path, overrides: Iterable[str] = ()) -> S:
+    """As `load`, for a config of another kind."""
+    return parse(model, with_overrides(read(Path(path)), overrides), origin=str(path))
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from maskray.errors import DataError
 from maskray.evaluation.features import Features
 
 Labels = np.ndarray[Any, np.dtype[np.integer[Any]]]
+Correct = np.ndarray[Any, np.dtype[np.bool_]]
 
 PENALTY_C = 1.0
 MAX_ITERATIONS = 2000
@@ -78,7 +79,7 @@ def few_label_accuracy(
     for draw in range(num_draws):
         rng = np.random.default_rng(draws.word(seed, draws.Stream.PROBE, draw))
         drawn = np.concatenate([rng.permutation(r)[:labels_per_class] for r in rows.values()])
-        scores.append(_fit_and_score(train[drawn], train_labels[drawn], test, test_labels))
+        scores.append(float(_fit_and_judge(train[drawn], train_labels[drawn], test, test_labels).mean()))
     return Accuracy(float(np.mean(scores)), float(np.std(scores, ddof=1)) if num_draws > 1 else 0.0)
 
 
@@ -90,19 +91,26 @@ def full_accuracy(
     Raises:
         DataError: no rows, or one class only.
     """
+    return float(full_correct(train_features, train_labels, test_features, test_labels).mean())
+
+
+def full_correct(
+    train_features: Features, train_labels: Labels, test_features: Features, test_labels: Labels
+) -> Correct:
+    """Whether each test row (M,) was named rightly, with every training label. Raises as `full_accuracy` does."""
     _check(train_labels, test_labels)
     scaler = StandardScaler().fit(train_features)
-    return _fit_and_score(scaler.transform(train_features), train_labels, scaler.transform(test_features), test_labels)
+    return _fit_and_judge(scaler.transform(train_features), train_labels, scaler.transform(test_features), test_labels)
 
 
-def _fit_and_score(train: Any, train_labels: Labels, test: Any, test_labels: Labels) -> float:
+def _fit_and_judge(train: Any, train_labels: Labels, test: Any, test_labels: Labels) -> Correct:
     regression = LogisticRegression(C=PENALTY_C, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         regression.fit(train, train_labels)
     if caught:  # still a lower bound of what the features hold
         log.info("a probe stopped at %d iterations, before it converged", MAX_ITERATIONS)
-    return float(regression.score(test, test_labels))
+    return np.asarray(regression.predict(test) == test_labels)
 
 
 def _check(train_labels: Labels, test_labels: Labels) -> None:
