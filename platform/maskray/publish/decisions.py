@@ -77,6 +77,7 @@ class Decision:
 
     number: int
     model: str
+    alias: str
     kind: Kind
     version: str
     """That was decided on: the challenger, or the version that a rollback brought back."""

@@ -170,7 +170,7 @@ def rollback(config: PromotionConfig) -> Decision:
         first = now
         desk.model.encoder(desk.model.find(before, "--rollback"))  # a champion without files helps nobody
         reason = f"back to version {before} from version {now}"
-        decision = Decision(len(history) + 1, config.model, "rolled_back", before, now, before, reason)
+        decision = Decision(len(history) + 1, config.model, config.alias, "rolled_back", before, now, before, reason)
         if desk.records.append(decision):
             desk.settled()
             return decision
@@ -285,7 +285,9 @@ def _decided(
     )
     kind, reason = verdict(config, compared, challenger.number, champion)
     after = challenger.number if kind == "promoted" else champion
-    return Decision(len(history) + 1, config.model, kind, challenger.number, champion, after, reason, compared)
+    return Decision(
+        len(history) + 1, config.model, config.alias, kind, challenger.number, champion, after, reason, compared
+    )
 
 
 def verdict(config: PromotionConfig, compared: Comparison, challenger: str, champion: str | None) -> tuple[Kind, str]:

@@ -20,7 +20,6 @@ from maskray.publish.registry import ENCODER
 from maskray.tracking.mlflow_runs import DATASET_PARAM, add_note
 from maskray.tracking.mlflow_store import shown
 
-DECISION_TAG = "maskray.decision"
 RECORDS_TAG = "maskray.records"
 _MAX_LISTED = 12
 _MAX_TAG_LENGTH = 5000
@@ -154,7 +153,7 @@ class RegisteredModel:
         text = str(decision)
         with self._explained(f"note decision {decision.number}"):
             if version.run_id is not None and self._has_run(version.run_id):
-                add_note(self._client, version.run_id, f"decision {decision.number}", f"{self.name}: {text}")
+                add_note(self._client, version.run_id, f"{self.name}@{decision.alias}", text)
                 # With the record's own time: what is logged again is dropped.
                 self._client.log_batch(version.run_id, metrics=_points(decision))
             # Last: it says that all of this is done.
@@ -196,15 +195,16 @@ class RegisteredModel:
 
 def tag_of(decision: Decision) -> str:
     """The tag of a version that holds the decision in words."""
-    return f"{DECISION_TAG}.{decision.number}"
+    return f"maskray.{decision.alias}.{decision.number}"
 
 
 def _points(decision: Decision) -> list[Any]:
     compared = decision.comparison
     if compared is None:
         return []
-    values = {"promotion/score": compared.score}
+    room = f"promotion/{decision.alias}"
+    values = {f"{room}/score": compared.score}
     if compared.gain is not None:
         low, high = compared.gain.low, compared.gain.high
-        values |= {"promotion/gain": compared.gain.mean, "promotion/gain_low": low, "promotion/gain_high": high}
+        values |= {f"{room}/gain": compared.gain.mean, f"{room}/gain_low": low, f"{room}/gain_high": high}
     return [Metric(key, value, decision.decided_ms, decision.number) for key, value in values.items()]
