@@ -41,6 +41,7 @@ class Stream(IntEnum):
     HELD_OUT = 6
     PROBE = 7
     TARGET = 8
+    BOOTSTRAP = 9
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

@@ -10,7 +10,6 @@ import logging
 import math
 import re
 import socket
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -30,10 +29,9 @@ from maskray.errors import CheckpointError, ConfigError, MaskrayError, StorageEr
 from maskray.evaluation.judgement import Judgement, Scores
 from maskray.evaluation.linear_probe import Accuracy
 from maskray.models.build import build_normalize, initial_model, weightless_model
-from maskray.models.foreign import load_weights, weights_digest
+from maskray.models.foreign import weights_digest
 from maskray.pretrain import first_images
-from maskray.publish import export, registry
-from maskray.publish.registry import ModelCard
+from maskray.publish.release import TrainedRun, release
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
 from maskray.tracking.mlflow_store import Store, open_store, shown
@@ -61,8 +59,8 @@ class Prepared:
     """The run's folder, below `root`."""
     store: Store
     """MLflow."""
-    commit: str | None = None
-    """Git commit of the package, where it was told from outside."""
+    code: Mapping[str, str]
+    """Commit, sources and versions, taken before anything runs: files may change under a run of days."""
 
 
 class Launcher(Protocol):
@@ -170,10 +168,11 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     _check_writable(root)
     _say_what_was_begun_on_other_data(root, plan, config)
     store = open_store(config.tracking, root.uri)
+    code = mlflow_runs.provenance(Path(__file__).parent, commit)
     if config.tracking.uri is not None:  # the store keeps the password; what is written down does not
         tracking = config.tracking.model_copy(update={"uri": shown(config.tracking.uri)})
         config = config.model_copy(update={"tracking": tracking})
-    return Prepared(config, plan, dataset, root, root.child(plan.run_name), store, commit)
+    return Prepared(config, plan, dataset, root, root.child(plan.run_name), store, code)
 
 
 def finished(prepared: Prepared) -> Summary | None:
@@ -281,7 +280,7 @@ def _card(prepared: Prepared) -> RunCard:
         params=plan.identity,
         tags={
             **{f"setting.{k}": v for k, v in settings.items() if k not in params and v != "null"},
-            **mlflow_runs.provenance(Path(__file__).parent, prepared.commit),
+            **prepared.code,
             "maskray.storage": prepared.run.uri,
             HOST_TAG: socket.gethostname(),
         },
@@ -309,38 +308,20 @@ def _is_abandoned(tags: Mapping[str, str], own_fingerprint: str) -> bool:
 def _release(
     prepared: Prepared, launcher: Launcher, run_id: str, judgement: Judgement | None, seconds: float
 ) -> Summary:
-    config, plan = prepared.config, prepared.plan
-    name = config.tracking.register_as or config.name
-    with launcher.newest_checkpoint(prepared) as weights, tempfile.TemporaryDirectory(prefix="maskray-") as folder:
-        model = initial_model(config.model_copy(update={"init_from": None}))
-        load_weights(model, weights)
-        export.save_encoder(Path(folder), model, build_normalize(config, prepared.dataset.manifest), config)
-        version = registry.register_encoder(
-            prepared.store.uri, run_id, Path(folder), name, _model_card(prepared, judgement)
-        )
-    first, last = mlflow_runs.first_and_last(prepared.store, run_id, "pretrain/loss")
+    run = TrainedRun(prepared.config, prepared.plan, prepared.dataset, prepared.store, run_id, prepared.code)
+    with launcher.newest_checkpoint(prepared) as weights:
+        lineage, version = release(run, weights, first_images(prepared.dataset, prepared.config), judgement)
     return Summary(
-        run_name=plan.run_name,
+        run_name=lineage.run,
         run_id=run_id,
         tracking_uri=shown(prepared.store.uri),
-        steps=plan.total_steps,
+        steps=lineage.trained.steps,
         seconds=seconds,
-        first_loss=first,
-        last_loss=last,
+        first_loss=lineage.first_loss,
+        last_loss=lineage.last_loss,
         judgement=judgement,
-        model_name=name,
+        model_name=lineage.model,
         model_version=version,
-    )
-
-
-def _model_card(prepared: Prepared, judgement: Judgement | None) -> ModelCard:
-    plan, manifest = prepared.plan, prepared.dataset.manifest
-    return ModelCard(
-        step=plan.total_steps,
-        tags={"maskray.run": plan.run_name, "maskray.fingerprint": plan.fingerprint, "dataset": manifest.fingerprint},
-        metrics=_scores(judgement.after) if judgement is not None else {},
-        description=f"From the run `{plan.run_name}`: {plan.total_steps} steps of {plan.global_batch} images.",
-        example=first_images(prepared.dataset, prepared.config).transpose(0, 2, 3, 1),
     )
 
 

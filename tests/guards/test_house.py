@@ -9,11 +9,14 @@ import pytest
 
 from maskray.config.embedding import EmbedConfig
 from maskray.config.load import json_schema, load_as
+from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig
+from maskray.config.section import Section
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-KINDS = {"pretrain": RunConfig, "embed": EmbedConfig}
+KINDS: dict[str, type[Section]] = {"pretrain": RunConfig, "embed": EmbedConfig, "promote": PromotionConfig}
+"""By the folder of the config."""
 HEADER = ("command", "hardware", "time", "result")
 DRAWERS = {"utils", "util", "misc", "common", "helpers"}
 
@@ -52,6 +55,7 @@ def test_there_are_configs():
     assert CONFIGS
 
 
-@pytest.mark.parametrize(("place", "kind"), [("schema.json", RunConfig), ("embed/schema.json", EmbedConfig)])
-def test_the_schema_for_editors_is_that_of_the_code(place: str, kind: type):
-    assert (ROOT / "configs" / place).read_text() == json_schema(kind), "run `make schema`"
+@pytest.mark.parametrize("folder", KINDS)
+def test_the_schema_for_editors_is_that_of_the_code(folder: str):
+    place = "schema.json" if folder == "pretrain" else f"{folder}/schema.json"
+    assert (ROOT / "configs" / place).read_text() == json_schema(KINDS[folder]), "run `make schema`"

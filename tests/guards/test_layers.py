@@ -49,6 +49,7 @@ OWNERS: dict[str, set[str]] = {
         "publish/named",
         "publish/registry",
         "publish/predictor",
+        "publish/versions",
     },
     "psutil": {"data/lease"},
     "ray": {"on_ray"},

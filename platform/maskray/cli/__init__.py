@@ -19,9 +19,10 @@ from types import FrameType
 from rich.console import Console
 from rich.logging import RichHandler
 
-from maskray.cli import data, embed, estimate, export, masks, pretrain
+from maskray.cli import data, embed, estimate, export, masks, pretrain, promote
 from maskray.config.embedding import EmbedConfig
 from maskray.config.load import json_schema
+from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig, TrackingConfig
 from maskray.config.section import Section
 from maskray.errors import MaskrayError, TrainingError
@@ -68,6 +69,11 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
     return main(["embed", *(sys.argv[1:] if arguments is None else arguments)])
 
 
+def promote_main(arguments: Sequence[str] | None = None) -> int:
+    """`jobs/promote.py`."""
+    return main(["promote", *(sys.argv[1:] if arguments is None else arguments)])
+
+
 _ENVIRONMENT = {  # read by MLflow when it is imported
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -75,7 +81,7 @@ _ENVIRONMENT = {  # read by MLflow when it is imported
     # The tracker tries again by itself, and a run that is being stopped has no two minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
-_SCHEMAS: dict[str, type[Section]] = {"pretrain": RunConfig, "embed": EmbedConfig}
+_SCHEMAS: dict[str, type[Section]] = {"pretrain": RunConfig, "embed": EmbedConfig, "promote": PromotionConfig}
 _KINDS = {
     "ConfigError": "Config",
     "DataError": "Dataset",
@@ -112,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add(commands)
     masks.add(commands)
     pretrain.add(commands)
+    promote.add(commands)
     schema = commands.add_parser("schema", help="JSON Schema of the YAML, for editors")
     schema.add_argument("kind", nargs="?", choices=tuple(_SCHEMAS), default="pretrain", help="of config [pretrain]")
     schema.set_defaults(command=_schema)

@@ -27,6 +27,7 @@ from mlflow.types.schema import AnyType
 from maskray.data import decode
 from maskray.errors import TrackingError
 from maskray.publish import export
+from maskray.publish.card import MODEL_ID, VERSION
 from maskray.tracking.mlflow_store import shown
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
@@ -36,6 +37,8 @@ PACKAGE = Path(__file__).parents[1]
 ENCODER = "encoder"
 """Name of the folder's artifact, as `predictor.py` asks for it."""
 STEP_TAG = "maskray.step"
+MAX_DESCRIPTION = 5000
+"""Letters that MLflow's tables have room for."""
 MAX_EXAMPLE_VALUES, EXAMPLE_QUALITY = 2**16, 95
 ABOUT = """Encoder pretrained as a masked autoencoder. Images in, one feature vector each out:
 
@@ -81,7 +84,9 @@ class ModelCard:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the encoder is worth; shown with the model and its run."""
     description: str = ""
-    """Of the version, in Markdown."""
+    """Of the version, in Markdown; `card.VERSION` and `card.MODEL_ID` in it become those."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Kept beside the model, by name."""
     example: Images | None = None
     """A few images (B, H, W, C), kept beside the model to be tried out, if they are small."""
 
@@ -102,12 +107,14 @@ def register_encoder(uri: str, run_id: str, folder: Path, name: str, card: Model
     """
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
-        found = _version_of(client, name, run_id, card.step)
-        if found is not None:
-            return found
-        model_id = _model_of(client, run_id, card.step) or _log_model(client, run_id, folder, name, card)
-        _log_metrics(client, run_id, model_id, card)
-        return _create_version(client, uri, run_id, model_id, name, card)
+        model_id = _model_of(client, run_id, card.step)
+        version = _version_of(client, name, run_id, card.step)
+        if version is None:
+            model_id = model_id or _log_model(client, run_id, folder, name, card)
+            _log_metrics(client, run_id, model_id, card)
+            version = _create_version(client, uri, run_id, model_id, name, card)
+        _describe(client, name, version, model_id, card)
+        return version
     except MlflowException as error:
         raise TrackingError(
             "MLflow does not take the encoder",
@@ -141,6 +148,8 @@ def _log_model(client: MlflowClient, run_id: str, folder: Path, name: str, card:
         with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
             path = Path(temporary) / "model"
             save_pyfunc(path, folder, model_id=model.model_id, run_id=run_id, example=card.example)
+            for file, content in card.files.items():
+                (path / file).write_bytes(content)
             client.log_model_artifacts(model.model_id, str(path))
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, card.step)])
     except BaseException:
@@ -219,7 +228,6 @@ def _create_version(client: MlflowClient, uri: str, run_id: str, model_id: str, 
         source,
         run_id,
         {**card.tags, STEP_TAG: str(card.step)},
-        description=card.description or None,
         model_id=model_id,
         await_creation_for=0,
     )
@@ -227,3 +235,10 @@ def _create_version(client: MlflowClient, uri: str, run_id: str, model_id: str, 
         versions = json.dumps([{"name": name, "version": version.version}])
         client.set_logged_model_tags(model_id, {"mlflow.modelVersions": versions})
     return str(version.version)
+
+
+def _describe(client: MlflowClient, name: str, version: str, model_id: str | None, card: ModelCard) -> None:
+    """Once: people may have edited it. Not when the version is made, as it says the number."""
+    if card.description and not client.get_model_version(name, version).description:
+        text = card.description.replace(VERSION, version).replace(MODEL_ID, model_id or "")
+        client.update_model_version(name, version, text[:MAX_DESCRIPTION])

@@ -39,7 +39,7 @@ NOTE_TAG = "mlflow.note.content"
 FIGURES = "figures"
 """Folder of the run's figures among its artifacts."""
 MAX_PARAM_LENGTH, MAX_DIGEST_LENGTH, MAX_TAG_LENGTH, MAX_PER_BATCH = 6000, 36, 8000, 100
-VERSIONS = ("maskray", "ray", "torch", "timm", "mlflow")
+VERSIONS = ("maskray", "ray", "torch", "torchvision", "torchcodec", "timm", "numpy", "scikit-learn", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def reconcile(store: Store, is_stale: Callable[[Mapping[str, str]], bool]) -> li
     return closed
 
 
-def first_and_last(store: Store, run_id: str, key: str) -> tuple[float, float]:
-    """The first and the last value of a metric.
+def curve(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric, by step; one at least.
 
     Raises:
         TrackingError: there is none, or MLflow is away.
@@ -148,8 +148,7 @@ def first_and_last(store: Store, run_id: str, key: str) -> tuple[float, float]:
         raise TrackingError("MLflow does not give a metric", found=f"{key} of {run_id}: {shown(str(error))}") from error
     if not history:
         raise TrackingError("MLflow has no values of a metric", found=f"{key} of {run_id}")
-    ordered = sorted(history, key=lambda point: point.step)
-    return float(ordered[0].value), float(ordered[-1].value)
+    return sorted((int(point.step), float(point.value)) for point in history)
 
 
 def datasets_in_use(store: Store) -> set[str]:

@@ -10,6 +10,7 @@ import torch
 
 from maskray.data.retry import RETRIES
 
+IMAGES_PER_SECOND = "throughput/images_per_second"
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 _MATMUL_SECONDS = 0.25
 
@@ -65,7 +66,7 @@ class Meter:
         images_per_second = self.steps * self.global_batch / seconds
         done = images_per_second / self.world_size * self.train_flops_per_image
         out = {
-            "throughput/images_per_second": images_per_second,
+            IMAGES_PER_SECOND: images_per_second,
             "throughput/data_wait_seconds": self.data_wait_seconds,
             "throughput/data_wait_fraction": self.data_wait_seconds / seconds,
             "throughput/checkpoint_wait_seconds": self.checkpoint_wait_seconds,

@@ -28,20 +28,20 @@ NOTES = {"title", "description", "default", "operational", "discriminator", "$de
 STRUCTURE = {"type", "$ref", "anyOf", "oneOf", "allOf", "properties", "additionalProperties", "items", "prefixItems"}
 
 
-def parts(schema):
-    """The alternatives of a schema, references followed."""
+def parts(schema, whole=SCHEMA):
+    """The alternatives of a schema, references into the whole of it followed."""
     if "$ref" in schema:
-        return parts(SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]])
+        return parts(whole["$defs"][schema["$ref"].rpartition("/")[2]], whole)
     nested = [part for word in ("anyOf", "oneOf", "allOf") for part in schema.get(word, [])]
-    return [schema] if not nested else [p for part in nested for p in parts(part)]
+    return [schema] if not nested else [p for part in nested for p in parts(part, whole)]
 
 
-def accepts(schema, value):
+def accepts(schema, value, whole=SCHEMA):
     """Whether an editor would leave `value` without a red line."""
-    return any(_accepts(part, value) for part in parts(schema))
+    return any(_accepts(part, value, whole) for part in parts(schema, whole))
 
 
-def _accepts(part, value):
+def _accepts(part, value, whole):
     assert set(part) <= NOTES | STRUCTURE | set(LIMITS), f"a word that this reader does not know: {sorted(part)}"
     kind = part.get("type")
     if kind == "null":
@@ -52,10 +52,10 @@ def _accepts(part, value):
         return False
     if kind == "object":
         known = part["properties"]
-        return set(value) <= set(known) and all(accepts(known[k], v) for k, v in value.items())
+        return set(value) <= set(known) and all(accepts(known[k], v, whole) for k, v in value.items())
     if kind == "array":
         items = part.get("prefixItems", [part.get("items", {})] * len(value))
-        return all(accepts(item, v) for item, v in zip(items, value, strict=False))
+        return all(accepts(item, v, whole) for item, v in zip(items, value, strict=False))
     return True
 
 
@@ -86,7 +86,8 @@ def test_every_key_says_what_it_is_for_or_shows_it_by_its_name():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
 def test_the_configs_that_we_ship_are_accepted(path):
     schema = next(p for p in (path.parent / "schema.json", path.parents[1] / "schema.json") if p.exists())
-    assert accepts(json.loads(schema.read_text()), yaml.safe_load(path.read_text()))
+    whole = json.loads(schema.read_text())
+    assert accepts(whole, yaml.safe_load(path.read_text()), whole)
 
 
 def test_what_is_dumped_is_accepted():

@@ -27,6 +27,7 @@ CARD = ModelCard(
     tags={"maskray.fingerprint": "f00d"},
     metrics={"probe/accuracy": 0.75},
     description="# digits\n0.75 with 5 labels a class",
+    files={"lineage.json": b"{}"},
     example=IMAGES,
 )
 
@@ -133,6 +134,26 @@ def test_registration_killed_half_way_is_taken_up(
     assert len(store.client().get_metric_history(run_id, "probe/accuracy")) == 1
 
 
+def test_a_version_killed_before_its_description_gets_it_later_and_once(
+    store: Store, run_id: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    card = replace(CARD, description="version {version} of {model_id}")
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "update_model_version", killed)
+        with pytest.raises(KeyboardInterrupt):
+            register_encoder(store.uri, run_id, folder, "digits", card)
+    assert register_encoder(store.uri, run_id, folder, "digits", card) == "1"
+    client = store.client()
+    (model,) = client.search_logged_models([store.experiment_id])
+    assert client.get_model_version("digits", "1").description == f"version 1 of {model.model_id}"
+    client.update_model_version("digits", "1", "edited")
+    register_encoder(store.uri, run_id, folder, "digits", card)
+    assert client.get_model_version("digits", "1").description == "edited"
+
+
 def test_nothing_is_pickled_and_requirements_are_pinned(
     store: Store, run_id: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +161,7 @@ def test_nothing_is_pickled_and_requirements_are_pinned(
     (model,) = store.client().search_logged_models([store.experiment_id])
     root = Path(model.artifact_location.removeprefix("file://"))
     files = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
+    assert (root / "lineage.json").read_bytes() == b"{}"
     assert {"predictor.py", "artifacts/encoder/model.safetensors", "artifacts/encoder/encoder.json"} <= files
     assert not [f for f in files if f.endswith((".pkl", ".pickle", ".pt", ".pyc"))]
     requirements = (root / "requirements.txt").read_text().splitlines()

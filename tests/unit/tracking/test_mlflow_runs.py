@@ -15,9 +15,9 @@ from maskray.tracking.mlflow_runs import (
     DatasetCard,
     RunCard,
     close_run,
+    curve,
     datasets_in_use,
     ensure_run,
-    first_and_last,
     flatten,
     provenance,
     reconcile,
@@ -149,20 +149,20 @@ def test_reconcile_closes_what_nobody_runs(store: Store) -> None:
     assert reconcile(store, lambda tags: False) == []
 
 
-def test_first_and_last(store: Store) -> None:
+def test_a_curve_is_in_the_order_of_its_steps(store: Store) -> None:
     run_id = ensure_run(store, CARD)
     with pytest.raises(TrackingError, match="no values"):
-        first_and_last(store, run_id, "pretrain/loss")
+        curve(store, run_id, "pretrain/loss")
     points = [Metric("pretrain/loss", 1 / step, 1000 - step, step) for step in (30, 10, 20)]
     store.client().log_batch(run_id, metrics=points)
-    assert first_and_last(store, run_id, "pretrain/loss") == (1 / 10, 1 / 30)
+    assert curve(store, run_id, "pretrain/loss") == [(10, 1 / 10), (20, 1 / 20), (30, 1 / 30)]
 
 
 def test_what_mlflow_refuses_is_a_tracking_error(store: Store) -> None:
     with pytest.raises(TrackingError, match="nowhere"):
         close_run(store, "nowhere", "FINISHED")
     with pytest.raises(TrackingError):
-        first_and_last(store, "nowhere", "pretrain/loss")
+        curve(store, "nowhere", "pretrain/loss")
     with pytest.raises(TrackingError, match="digits-abcd1234"):
         ensure_run(store, replace(CARD, params={"a\nb": 1}))
 
