@@ -48,6 +48,7 @@ bench-ingest: $(VENV)/.installed  ## IMAGENET: a tar of pictures; CIFAR: a tar.g
 schema: $(VENV)/.installed  ## JSON Schema for editors
 	$(BIN)/maskray schema > configs/schema.json
 	$(BIN)/maskray schema embed > configs/embed/schema.json
+	$(BIN)/maskray schema evaluate > configs/evaluate/schema.json
 	$(BIN)/maskray schema promote > configs/promote/schema.json
 
 ui: $(VENV)/.installed  ## MLflow's UI on the embedded store

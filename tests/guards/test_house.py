@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from maskray.config.embedding import EmbedConfig
+from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import json_schema, load_as
 from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig
@@ -15,7 +16,12 @@ from maskray.config.section import Section
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-KINDS: dict[str, type[Section]] = {"pretrain": RunConfig, "embed": EmbedConfig, "promote": PromotionConfig}
+KINDS: dict[str, type[Section]] = {
+    "pretrain": RunConfig,
+    "embed": EmbedConfig,
+    "evaluate": EvaluateConfig,
+    "promote": PromotionConfig,
+}
 """By the folder of the config."""
 HEADER = ("command", "hardware", "time", "result")
 DRAWERS = {"utils", "util", "misc", "common", "helpers"}

@@ -19,8 +19,9 @@ from types import FrameType
 from rich.console import Console
 from rich.logging import RichHandler
 
-from maskray.cli import data, embed, estimate, export, masks, pretrain, promote
+from maskray.cli import data, embed, estimate, evaluate, export, masks, pretrain, promote
 from maskray.config.embedding import EmbedConfig
+from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import json_schema
 from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig, TrackingConfig
@@ -64,6 +65,11 @@ def ingest_main(arguments: Sequence[str] | None = None) -> int:
     return main(["ingest", *(sys.argv[1:] if arguments is None else arguments)])
 
 
+def evaluate_main(arguments: Sequence[str] | None = None) -> int:
+    """`jobs/evaluate.py`."""
+    return main(["evaluate", *(sys.argv[1:] if arguments is None else arguments)])
+
+
 def embed_main(arguments: Sequence[str] | None = None) -> int:
     """`jobs/embed.py`."""
     return main(["embed", *(sys.argv[1:] if arguments is None else arguments)])
@@ -81,7 +87,12 @@ _ENVIRONMENT = {  # read by MLflow when it is imported
     # The tracker tries again by itself, and a run that is being stopped has no two minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
-_SCHEMAS: dict[str, type[Section]] = {"pretrain": RunConfig, "embed": EmbedConfig, "promote": PromotionConfig}
+_SCHEMAS: dict[str, type[Section]] = {
+    "pretrain": RunConfig,
+    "embed": EmbedConfig,
+    "evaluate": EvaluateConfig,
+    "promote": PromotionConfig,
+}
 _KINDS = {
     "ConfigError": "Config",
     "DataError": "Dataset",
@@ -115,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add(commands)
     embed.add(commands)
     estimate.add(commands)
+    evaluate.add(commands)
     export.add(commands)
     masks.add(commands)
     pretrain.add(commands)

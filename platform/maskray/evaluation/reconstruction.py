@@ -34,6 +34,16 @@ class Reconstruction:
     uses_target_statistics: bool
     """True: each painted cell's mean and std were taken from the original."""
 
+    def first(self, num: int) -> Reconstruction:
+        """Of the first images alone."""
+        return Reconstruction(
+            self.images_NCHW[:num],
+            self.visible_NHW[:num],
+            self.painted_NCHW[:num],
+            self.loss_N[:num],
+            self.uses_target_statistics,
+        )
+
     def figure(self, title: str) -> bytes:
         """A PNG of it."""
         return figures.reconstructions(

@@ -256,14 +256,18 @@ def check_embed(config: EmbedConfig) -> None:
         ClusterError: too few CPUs or GPUs, now and at the autoscaler's largest; images or a destination that not all
             nodes see.
     """
-    cluster = config.cluster
     _refuse_job_folder(Storage(config.destination), "destination")
+    check_workers(config.cluster, config.images, "images", "embed")
+
+
+def check_workers(cluster: ClusterConfig, images: str, key: str, command: str) -> None:
+    """As `check_embed`, of workers that read what `images`, the value of `key`, names. Raises as it does."""
     bundles = _bundles(cluster, streams_on_ray=False)
     _refuse_if_short(_total(bundles), _largest(), cluster)
     if not _can_grow():
         _refuse_if_scattered(bundles, cluster)
     _wait_for(bundles, cluster)
-    _refuse_if_not_everywhere(config.images, "images", "embed")
+    _refuse_if_not_everywhere(images, key, command)
 
 
 def check_ingest(config: IngestConfig) -> None:

@@ -1,15 +1,25 @@
-"""Judging a checkpoint as a Ray task."""
+"""Judging a checkpoint as a Ray task; a model through a list of evaluations, on features from the cluster."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import ray
 import torch
 
 from maskray.config.schema import RunConfig
+from maskray.data.manifest import SplitName
+from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.evaluation import judgement
 from maskray.evaluation.judgement import Judgement
+from maskray.on_ray.cluster import check_workers
+from maskray.on_ray.features import feature_blocks
 from maskray.pretrain import settle
+from maskray.publish import appraisal
+from maskray.publish.appraisal import Appraisal, Prepared
+from maskray.publish.export import Encoder
+from maskray.publish.features import FeatureBlock
 from maskray.training import checkpoint
 
 
@@ -28,3 +38,19 @@ def _judge(config: RunConfig, weights: Storage) -> Judgement | None:
     device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
     with checkpoint.on_disk(weights) as folder:
         return judgement.judge(config, folder, device)
+
+
+def appraise(prepared: Prepared) -> Appraisal:
+    """A model through its evaluations, features computed on the cluster that is connected.
+
+    Raises:
+        ClusterError: the cluster cannot hold the workers, or they are lost again and again.
+        MaskrayError: as `appraisal.appraise` does.
+    """
+    config = prepared.config
+    check_workers(config.cluster, config.data.path, "data.path", "evaluate")
+
+    def blocks(dataset: Dataset, split: SplitName, encoder: Encoder) -> Iterator[FeatureBlock]:
+        return feature_blocks(dataset, split, encoder, config.cluster, config.data.max_rows)
+
+    return appraisal.appraise(prepared, blocks)

@@ -146,7 +146,8 @@ def load_encoder(folder: str | Path) -> Encoder:
         )
     try:
         config = parse(_Card, {"model": card["model"]}, origin=str(folder / CARD))
-        model = _encoder_only(config.model, tuple(card["image_size"]), card["channels"])
+        with torch.random.fork_rng(devices=[]):  # the initialisation is thrown away, and must not be noticed
+            model = encoder_only(config.model, tuple(card["image_size"]), card["channels"])
         model.load_state_dict(load_file(folder / WEIGHTS))
         encoder = Encoder(model, Normalize(card["mean"], card["std"]), tuple(card["image_size"]), config.model)
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ConfigError) as error:
@@ -160,11 +161,11 @@ class _Card(Section):
     model: Model
 
 
-def _encoder_only(config: AnyModel, image_size: tuple[int, int], channels: int) -> MaskedAutoencoder:
-    with torch.random.fork_rng(devices=[]):  # the initialisation is thrown away, and must not be noticed
-        if isinstance(config, AnyVit):
-            config = config.model_copy(update={"decoder": _SMALLEST_DECODER})
-        model = build_model(config, image_size, channels)
+def encoder_only(config: AnyModel, image_size: tuple[int, int], channels: int) -> MaskedAutoencoder:
+    """A model as it begins, without its decoder."""
+    if isinstance(config, AnyVit):
+        config = config.model_copy(update={"decoder": _SMALLEST_DECODER})
+    model = build_model(config, image_size, channels)
     for name in {name.split(".")[0] for name in model.state_dict() if name.startswith(DECODER)}:
         delattr(model, name)
     return model

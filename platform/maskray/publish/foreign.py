@@ -18,18 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskray.config.load import load
 from maskray.config.models import AnyModel, SparseConvConfig, TimmVitConfig, TransformerSize, VitConfig
 from maskray.config.schema import RunConfig
-from maskray.data.shards import Dataset
 from maskray.data.storage import TEMPORARY, Storage
 from maskray.errors import CheckpointError, ConfigError, StorageError
-from maskray.models.build import build_normalize, initial_model
-from maskray.models.foreign import WEIGHTS_FILE, load_weights, save_weights
-from maskray.models.normalize import Normalize
+from maskray.models.foreign import WEIGHTS_FILE, save_weights
 from maskray.models.parameter_names import DECODER, Format
 from maskray.models.vit import LAYER_NORM_EPS
 from maskray.publish.export import CARD, load_encoder
+from maskray.publish.subject import read_checkpoint
 from maskray.training import checkpoint
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -107,10 +104,7 @@ def _read(folder: Path, shown: str | Path) -> Source:
         model, normalize, run, config = encoder.model, encoder.normalize, None, encoder.config
         image_size = encoder.image_size
     elif (folder / checkpoint.STATE).exists():
-        checkpoint.read_facts(folder)
-        run = load(folder / checkpoint.CONFIG)
-        model, normalize = initial_model(run.model_copy(update={"init_from": None})), _normalize(run)
-        load_weights(model, folder)
+        run, model, normalize, _ = read_checkpoint(folder)
         config, image_size = run.model, run.data.image_size
     else:
         raise CheckpointError(
@@ -121,12 +115,6 @@ def _read(folder: Path, shown: str | Path) -> Source:
         )
     mean, std = (values.flatten().tolist() for values in (normalize.mean_C11, normalize.std_C11))
     return Source(config, model.state_dict(), image_size, model.channels, mean, std, run)
-
-
-def _normalize(run: RunConfig) -> Normalize:
-    if run.data.normalize != "dataset":
-        return Normalize.from_kind(run.data.normalize, run.data.channels)
-    return build_normalize(run, Dataset.open(run.data.path, run.data.version).manifest)
 
 
 def _check_fits(source: Source, kind: Format) -> None:

@@ -16,7 +16,7 @@ from maskray.config.schema import TrackingConfig
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, StorageError, TrackingError
 from maskray.publish.export import CARD, WEIGHTS, Encoder, load_encoder
-from maskray.publish.registry import ENCODER
+from maskray.publish.registry import ENCODER, STEP_TAG
 from maskray.tracking.mlflow_store import has_embedded_store, open_store, refuse_missing, shown
 from maskray.training import checkpoint
 
@@ -34,6 +34,10 @@ class NamedEncoder(NamedTuple):
     """A place, or `models:/name/version`: never an alias, which may move."""
     digest: str
     """Of its weights and of what must be known to use them."""
+    run_id: str | None = None
+    """MLflow's, of the run that a registered one comes from."""
+    step: int = 0
+    """Of that run, after which it was taken."""
 
 
 def open_encoder(text: str, tracking: TrackingConfig, runs: str) -> NamedEncoder:
@@ -132,6 +136,11 @@ def _listed(client: MlflowClient, name: str) -> str:
     return f"versions {', '.join(map(str, versions[:10]))}; aliases {', '.join(f'@{a}' for a in aliases) or 'none'}"
 
 
+def _origin(client: MlflowClient, name: str, version: str) -> tuple[str | None, int]:
+    found = client.get_model_version(name, version)
+    return found.run_id or None, int(found.tags.get(STEP_TAG, 0))
+
+
 def _downloaded(uri: str, client: MlflowClient, name: str, version: str) -> NamedEncoder:
     called = f"{MODELS}{name}/{version}"
     source = str(client.get_model_version_download_uri(name, version))
@@ -139,7 +148,7 @@ def _downloaded(uri: str, client: MlflowClient, name: str, version: str) -> Name
         with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
             place = f"{source.rstrip('/')}/{_AS_MLFLOW_KEEPS_IT}"
             folder = Path(mlflow.artifacts.download_artifacts(place, dst_path=temporary, tracking_uri=uri))
-            return NamedEncoder(load_encoder(folder), called, _digest(folder))
+            return NamedEncoder(load_encoder(folder), called, _digest(folder), *_origin(client, name, version))
     except (MlflowException, OSError, CheckpointError, StorageError) as error:
         raise CheckpointError(
             f"the files of {called} are gone or cannot be read",

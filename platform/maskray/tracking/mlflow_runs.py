@@ -121,6 +121,28 @@ def add_note(client: MlflowClient, run_id: str, name: str, text: str) -> None:
         client.set_tag(run_id, NOTE_TAG, longer.strip())
 
 
+def find_run(store: Store, fingerprint: str) -> str | None:
+    """The id of an identity's run, where there is one.
+
+    Raises:
+        TrackingError: MLflow cannot be searched.
+    """
+    runs = _runs_of(store, fingerprint)
+    return str(runs[0].info.run_id) if runs else None
+
+
+def add_file(store: Store, run_id: str, name: str, text: str) -> None:
+    """Keep a text among the run's artifacts; one of the same name is replaced.
+
+    Raises:
+        TrackingError: MLflow refuses or is away.
+    """
+    try:
+        store.client().log_text(run_id, text, name)
+    except MlflowException as error:
+        raise TrackingError("MLflow does not take a file", found=f"{name}: {shown(str(error))}") from error
+
+
 def reconcile(store: Store, is_stale: Callable[[Mapping[str, str]], bool]) -> list[str]:
     """Close, as killed, the runs that say RUNNING while nobody runs them; their names.
 

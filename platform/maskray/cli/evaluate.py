@@ -1,0 +1,113 @@
+"""`maskray evaluate`: what a model is worth, in one table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from maskray.config.evaluation import EvaluateConfig
+from maskray.config.load import load_as
+
+if TYPE_CHECKING:  # a wrong command line must not wait for torch
+    from maskray.data.manifest import SplitName
+    from maskray.data.shards import Dataset
+    from maskray.publish.appraisal import Appraisal, Prepared
+    from maskray.publish.export import Encoder
+    from maskray.publish.features import FeatureBlock
+
+OF_FEATURES = ("model", "untrained", "raw pixels")
+
+
+def add(commands: Any) -> None:
+    """Tell the parser of it."""
+    parser = commands.add_parser("evaluate", help="what a model is worth: neighbours, linear probes, reconstructions")
+    parser.add_argument("--config", required=True, type=Path, help="YAML that says which model, data and evaluations")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. seed=1")
+    parser.add_argument("--launcher", choices=("ray", "torch"), default="ray", help="torch: threads of this process")
+    parser.add_argument("--out", type=Path, help="folder for the table as JSON and the figures as PNG")
+    parser.set_defaults(command=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    config = load_as(EvaluateConfig, arguments.config, arguments.set)
+    from maskray.publish import appraisal
+
+    prepared = appraisal.prepare(config)  # what is wrong is said before a cluster is started
+    if arguments.launcher == "torch":
+        found = _here(prepared)
+    else:
+        from maskray.on_ray.cluster import connected
+        from maskray.on_ray.evaluate import appraise
+
+        with connected(config.cluster):
+            found = appraise(prepared)
+    run_id = appraisal.record(prepared, found)
+    show(found, run_id)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / f"{found.name}.json").write_text(found.dump())
+        for name, png in found.figures.items():
+            (arguments.out / f"{name}.png").write_bytes(png)
+    return 0
+
+
+def _here(prepared: Prepared) -> Appraisal:
+    from maskray.data.portions import of_split
+    from maskray.publish import appraisal
+    from maskray.publish.features import blocks_here
+    from maskray.publish.pictures import BATCH
+
+    config = prepared.config
+
+    def blocks(dataset: Dataset, split: SplitName, encoder: Encoder) -> Iterator[FeatureBlock]:
+        images = of_split(dataset, split, BATCH, config.data.max_rows)
+        return blocks_here(images, encoder, max(1, int(config.cluster.cpus_per_worker)))
+
+    return appraisal.appraise(prepared, blocks)
+
+
+def show(found: Appraisal, run_id: str | None) -> None:
+    """The table."""
+    console = Console(highlight=False)
+    if found.scores:
+        console.print(_accuracies(found))
+    if found.likenesses:
+        console.print(_likenesses(found))
+    if found.undecodable:
+        console.print(f"{len(found.undecodable)} images cannot be decoded, and count for nothing")
+    kept = f"in MLflow's run {run_id}" if run_id is not None else "not in MLflow, which has no run of it"
+    console.print(f"{found.model}: {kept}", soft_wrap=True)
+
+
+def _accuracies(found: Appraisal) -> Table:
+    table = Table(
+        title=f"Accuracy in % on {found.num_test:,} held-out images, [95 % interval over them]", title_justify="left"
+    )
+    kinds = [each for each in OF_FEATURES if any(score.features == each for score in found.scores)]
+    table.add_column("evaluation")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    cells: dict[str, dict[str, str]] = {}
+    for score in found.scores:
+        drawn = "" if score.std_of_draws is None else f" ± {100 * score.std_of_draws:.1f}"
+        ends = rf"\[{100 * score.low:.1f}, {100 * score.high:.1f}]"
+        cells.setdefault(score.evaluation, {})[score.features] = f"{100 * score.accuracy:.1f}{drawn} {ends}"
+    for name, row in cells.items():
+        table.add_row(name, *(row.get(kind, "") for kind in kinds))
+    return table
+
+
+def _likenesses(found: Appraisal) -> Table:
+    borrowed = any(each.uses_target_statistics for each in found.likenesses)
+    note = "; each painted cell's mean and std are the original's" if borrowed else ""
+    table = Table(title=f"Reconstruction of hidden cells{note}", title_justify="left")
+    for heading in ("ratio", "loss", "PSNR of hidden pixels, dB", "SSIM, hidden cells painted"):
+        table.add_column(heading, justify="right")
+    for each in found.likenesses:
+        table.add_row(f"{each.ratio:g}", f"{each.loss:.4f}", f"{each.psnr:.2f}", f"{each.ssim:.3f}")
+    return table

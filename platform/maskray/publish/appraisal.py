@@ -1,0 +1,266 @@
+"""A model through a list of evaluations: features once, then all that is read from them; and what it paints.
+
+Features are computed wherever blocks are made, here or on a cluster. What is read from them does not take long, and is
+read in this process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from maskray.config.evaluation import EvaluateConfig, KnnEvaluation, ReconstructionEvaluation
+from maskray.data.embeddings import Undecodable
+from maskray.data.manifest import SplitName
+from maskray.data.shards import ColumnsJob, Dataset, read_columns
+from maskray.data.storage import Storage
+from maskray.data.stream import walk
+from maskray.errors import ConfigError, DataError, TrackingError
+from maskray.evaluation.classification import Labelled, check_classes, classify
+from maskray.evaluation.features import Images, pixel_features
+from maskray.evaluation.likeness import Likeness, likeness
+from maskray.evaluation.linear_probe import Labels
+from maskray.evaluation.reconstruction import Reconstruction, reconstruct
+from maskray.evaluation.scores import Score
+from maskray.objective import Objective
+from maskray.publish.export import Encoder
+from maskray.publish.features import FeatureBlock
+from maskray.publish.subject import Subject, WithDecoder, open_subject
+from maskray.tracking import mlflow_runs
+from maskray.tracking.mlflow_store import has_embedded_store, open_store
+from maskray.tracking.mlflow_tracker import MlflowTracker
+
+MAX_PIXEL_VALUES = 4096
+TRAIN: SplitName = "train"
+TEST: SplitName = "held_out"
+
+Blocks = Callable[[Dataset, SplitName, Encoder], Iterator[FeatureBlock]]
+"""Features of a split's rows by an encoder, each row once, in order."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An appraisal that has passed every check that takes no features."""
+
+    config: EvaluateConfig
+    dataset: Dataset
+    subject: Subject
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether any evaluation does."""
+        return any(each.kind != "reconstruction" for each in self.config.evaluations)
+
+
+@dataclass(frozen=True)
+class Appraisal:
+    """What came out."""
+
+    name: str
+    """Of the config."""
+    model: str
+    """What was judged."""
+    dataset: str
+    """Fingerprint."""
+    num_train: int
+    num_test: int
+    scores: tuple[Score, ...]
+    likenesses: tuple[Likeness, ...]
+    figures: dict[str, bytes]
+    """PNG by the name of what it shows."""
+    undecodable: tuple[Undecodable, ...]
+    """Images that count for nothing in any score."""
+
+    def metrics(self) -> dict[str, float]:
+        """As MLflow is told them: shares with the ends of their intervals, and likeness by ratio."""
+        out = dict[str, float]()
+        for each in self.scores:
+            ends = {"": each.accuracy, "/low": each.low, "/high": each.high}
+            out |= {f"evaluation/{self.name}/{each.key}{end}": value for end, value in ends.items()}
+        for like in self.likenesses:
+            of_ratio = {"loss": like.loss, "psnr_db": like.psnr, "ssim": like.ssim}
+            at = f"evaluation/{self.name}/reconstruction/ratio_{like.ratio:g}"
+            out |= {f"{at}/{name}": value for name, value in of_ratio.items()}
+        return out
+
+    def dump(self) -> str:
+        """As JSON, without the figures."""
+        plain = {key: value for key, value in asdict(self).items() if key != "figures"}
+        plain["likenesses"] = [each._asdict() for each in self.likenesses]
+        plain["undecodable"] = [each._asdict() for each in self.undecodable]
+        return json.dumps(plain, indent=1) + "\n"
+
+
+def prepare(config: EvaluateConfig) -> Prepared:
+    """Check all that can be checked before features are computed.
+
+    Raises:
+        DataError: no dataset, no labels, a split without rows, one class only, or classes without training rows.
+        ConfigError: more neighbours than rows, or a reconstruction by an encoder alone.
+        MaskrayError: as `open_subject` does.
+    """
+    dataset = Dataset.open(config.data.path, config.data.version)
+    subject = open_subject(config.model, config.tracking, config.storage.path)
+    prepared = Prepared(config, dataset, subject)
+    if prepared.reads_features:
+        _check_labels(config, dataset)
+    if subject.checkpoint is None and any(each.kind == "reconstruction" for each in config.evaluations):
+        raise ConfigError(
+            "an encoder alone paints nothing",
+            key="evaluations",
+            found=f"reconstruction, of {subject.name}",
+            allowed="reconstruction of a checkpoint's folder",
+            fix="give a checkpoint as model, or leave reconstruction out",
+        )
+    return prepared
+
+
+def _check_labels(config: EvaluateConfig, dataset: Dataset) -> None:
+    names = dataset.manifest.class_names
+    if not names:
+        raise DataError(
+            "these evaluations need labels, and the dataset has none",
+            key="data.path",
+            found=config.data.path,
+            fix="ingest images in class folders (or with a label column), or evaluate the reconstruction alone",
+        )
+    train, test = (_labels(dataset, split, config.data.max_rows) for split in (TRAIN, TEST))
+    check_classes(train, test, list(names))
+    most = max((max(each.k) for each in config.evaluations if isinstance(each, KnnEvaluation)), default=0)
+    if most > len(train):
+        raise ConfigError(
+            "there are fewer training rows than neighbours",
+            key="evaluations",
+            found=f"knn with k {most}",
+            allowed=f"1 to {len(train)}",
+            fix="lower k, or raise data.max_rows",
+        )
+
+
+def _labels(dataset: Dataset, split: SplitName, max_rows: int | None) -> Labels:
+    shards = dataset.manifest.splits[split].shards
+    tables = [read_columns(ColumnsJob(dataset.storage, shard, ("label",))) for shard in shards]
+    labels = [table["label"].to_numpy() for table in tables]
+    return np.concatenate([*labels, np.empty(0, np.int64)])[:max_rows].astype(np.int64)
+
+
+def appraise(prepared: Prepared, blocks: Blocks, device: torch.device | None = None) -> Appraisal:
+    """Run the evaluations.
+
+    Args:
+        prepared: by `prepare`.
+        blocks: where features come from.
+        device: where neighbours are sought and heads trained; None: the CPU.
+
+    Raises:
+        MaskrayError: a shard is damaged, or workers are lost again and again.
+    """
+    config, subject = prepared.config, prepared.subject
+    scores, undecodable, counts = list[Score](), dict[tuple[str, int], Undecodable](), (0, 0)
+    kinds = _kinds_of_features(prepared, blocks, undecodable) if prepared.reads_features else iter(())
+    for name, rows in kinds:
+        counts = len(rows.train_labels), len(rows.test_labels)
+        for evaluation in config.evaluations:
+            if not isinstance(evaluation, ReconstructionEvaluation):
+                scores += classify(evaluation, rows, features=name, seed=config.seed, device=device)
+    likenesses, figures = list[Likeness](), dict[str, bytes]()
+    for evaluation in config.evaluations:
+        if isinstance(evaluation, ReconstructionEvaluation):
+            assert subject.checkpoint is not None, "prepare() refuses it"
+            images = _first_images(prepared, subject.checkpoint, evaluation.images)
+            for ratio in evaluation.ratios:
+                painted = _painted(subject.checkpoint, images, ratio, config.seed)
+                likenesses.append(likeness(painted, ratio))
+                some = painted.first(evaluation.figure_images)
+                figures[f"reconstruction_{ratio:g}"] = some.figure(f"{subject.name}, ratio {ratio:g}")
+    return Appraisal(
+        name=config.name,
+        model=subject.name,
+        dataset=prepared.dataset.manifest.fingerprint,
+        num_train=counts[0],
+        num_test=counts[1],
+        scores=tuple(sorted(scores, key=lambda each: (each.evaluation, each.features != "model"))),
+        likenesses=tuple(likenesses),
+        figures=figures,
+        undecodable=tuple(undecodable.values()),
+    )
+
+
+def _kinds_of_features(
+    prepared: Prepared, blocks: Blocks, undecodable: dict[tuple[str, int], Undecodable]
+) -> Iterator[tuple[str, Labelled]]:
+    config, subject = prepared.config, prepared.subject
+    encoders = {"model": subject.encoder} | ({"untrained": subject.untrained(config.seed)} if config.untrained else {})
+    for name, encoder in encoders.items():
+        sides = [_collected(blocks, prepared.dataset, split, encoder, undecodable) for split in (TRAIN, TEST)]
+        yield name, Labelled(*sides[0], *sides[1])
+    height, width = subject.encoder.image_size
+    if config.raw_pixels and height * width * subject.encoder.channels <= MAX_PIXEL_VALUES:
+        sides = [_pixels(prepared, split) for split in (TRAIN, TEST)]
+        yield "raw pixels", Labelled(*sides[0], *sides[1])
+
+
+def _collected(
+    blocks: Blocks,
+    dataset: Dataset,
+    split: SplitName,
+    encoder: Encoder,
+    undecodable: dict[tuple[str, int], Undecodable],
+) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.float32]], Labels]:
+    features, labels = [], []
+    for block in blocks(dataset, split, encoder):
+        assert block.labels is not None, "prepare() refuses a dataset without"
+        features.append(block.features)
+        labels.append(block.labels)
+        undecodable |= {(split, each.row): each for each in block.undecodable}
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def _pixels(prepared: Prepared, split: SplitName) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.float32]], Labels]:
+    encoder, max_rows = prepared.subject.encoder, prepared.config.data.max_rows
+    groups = list(walk(prepared.dataset, split, encoder.image_size, encoder.channels, max_rows))
+    images = torch.cat([group.images_BCHW for group in groups]).numpy()
+    return pixel_features(images), np.concatenate([g.labels for g in groups if g.labels is not None])
+
+
+def _first_images(prepared: Prepared, found: WithDecoder, num: int) -> Images:
+    split = TEST if prepared.dataset.num_rows(TEST) else TRAIN
+    groups = walk(prepared.dataset, split, found.run.data.image_size, found.run.data.channels, num)
+    return torch.cat([group.images_BCHW for group in groups]).numpy()
+
+
+def _painted(found: WithDecoder, images_NCHW: Images, ratio: float, seed: int) -> Reconstruction:
+    mask = found.run.mask.model_copy(update={"ratio": (ratio,)})
+    objective = Objective(found.run.objective, found.run.cell)
+    return reconstruct(found.model, found.normalize, objective, images_NCHW, mask, seed)
+
+
+def record(prepared: Prepared, appraisal: Appraisal) -> str | None:
+    """Tell MLflow's run of the model what came out; its id, or None where MLflow has no such run.
+
+    Metrics are those of the model's step, the table is `evaluation/NAME.json` among the artifacts.
+
+    Raises:
+        TrackingError: MLflow is away, or does not take it all.
+    """
+    config, subject = prepared.config, prepared.subject
+    if config.tracking.uri is None and not has_embedded_store(config.storage.path):
+        return None
+    store = open_store(config.tracking, Storage(config.storage.path).uri)
+    run_id = subject.run_id
+    if subject.checkpoint is not None:
+        run_id = mlflow_runs.find_run(store, subject.checkpoint.facts.fingerprint)
+    if run_id is None:
+        return None
+    tracker = MlflowTracker(store.uri, run_id)
+    tracker.log(appraisal.metrics(), subject.step)
+    for name, png in appraisal.figures.items():
+        tracker.figure(f"evaluation/{appraisal.name}/{name}", png, subject.step)
+    if not tracker.close():
+        raise TrackingError("MLflow has not taken all of the evaluation", key="tracking.uri", fix="run it again")
+    mlflow_runs.add_file(store, run_id, f"evaluation/{appraisal.name}.json", appraisal.dump())
+    return run_id
