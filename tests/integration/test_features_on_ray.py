@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import ray
 
+from maskray.config.evaluation import EvaluateConfig
+from maskray.config.load import parse
 from maskray.config.schema import ClusterConfig
 from maskray.data import portions
 from maskray.data.shards import Dataset
 from maskray.errors import ClusterError, DataError
-from maskray.on_ray import features
+from maskray.on_ray import evaluate, features
 from maskray.on_ray.features import blocks_on_ray, feature_blocks
+from maskray.publish import appraisal
 from maskray.publish.export import load_encoder
 from maskray.publish.features import blocks_here
 
@@ -134,3 +137,15 @@ def test_more_than_the_cluster_has_is_refused_before_anything_starts(digits, dig
         with pytest.raises(ClusterError, match=says):
             embed(prepare(parse(EmbedConfig, asked | {"cluster": cluster})), lambda done, total, phase: None)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_on_the_cluster_is_that_of_one_process(digits, digits_encoder):
+    plain = {
+        "name": "digits",
+        "model": str(digits_encoder),
+        "data": {"path": str(digits)},
+        "evaluations": [{"kind": "knn"}, {"kind": "logistic", "labels_per_class": 5, "draws": 2}],
+        "cluster": {"workers": 2},
+    }
+    prepared = appraisal.prepare(parse(EvaluateConfig, plain))
+    assert evaluate.appraise(prepared) == appraisal.appraise_here(prepared)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,7 @@ from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import load_as
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
-    from maskray.data.manifest import SplitName
-    from maskray.data.shards import Dataset
-    from maskray.publish.appraisal import Appraisal, Prepared
-    from maskray.publish.export import Encoder
-    from maskray.publish.features import FeatureBlock
+    from maskray.publish.appraisal import Appraisal
 
 OF_FEATURES = ("model", "untrained", "raw pixels")
 
@@ -39,7 +34,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     prepared = appraisal.prepare(config)  # what is wrong is said before a cluster is started
     if arguments.launcher == "torch":
-        found = _here(prepared)
+        found = appraisal.appraise_here(prepared)
     else:
         from maskray.on_ray.cluster import connected
         from maskray.on_ray.evaluate import appraise
@@ -56,21 +51,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _here(prepared: Prepared) -> Appraisal:
-    from maskray.data.portions import of_split
-    from maskray.publish import appraisal
-    from maskray.publish.features import blocks_here
-    from maskray.publish.pictures import BATCH
-
-    config = prepared.config
-
-    def blocks(dataset: Dataset, split: SplitName, encoder: Encoder) -> Iterator[FeatureBlock]:
-        images = of_split(dataset, split, BATCH, config.data.max_rows)
-        return blocks_here(images, encoder, max(1, int(config.cluster.cpus_per_worker)))
-
-    return appraisal.appraise(prepared, blocks)
-
-
 def show(found: Appraisal, run_id: str | None) -> None:
     """The table."""
     console = Console(highlight=False)
@@ -85,9 +65,8 @@ def show(found: Appraisal, run_id: str | None) -> None:
 
 
 def _accuracies(found: Appraisal) -> Table:
-    table = Table(
-        title=f"Accuracy in % on {found.num_test:,} held-out images, [95 % interval over them]", title_justify="left"
-    )
+    title = f"Accuracy in % on {found.num_test:,} held-out images; below it, the 95 % interval over such images"
+    table = Table(title=title, title_justify="left")
     kinds = [each for each in OF_FEATURES if any(score.features == each for score in found.scores)]
     table.add_column("evaluation")
     for kind in kinds:
@@ -95,8 +74,8 @@ def _accuracies(found: Appraisal) -> Table:
     cells: dict[str, dict[str, str]] = {}
     for score in found.scores:
         drawn = "" if score.std_of_draws is None else f" ± {100 * score.std_of_draws:.1f}"
-        ends = rf"\[{100 * score.low:.1f}, {100 * score.high:.1f}]"
-        cells.setdefault(score.evaluation, {})[score.features] = f"{100 * score.accuracy:.1f}{drawn} {ends}"
+        ends = f"[dim]{100 * score.low:.1f} to {100 * score.high:.1f}[/dim]"
+        cells.setdefault(score.evaluation, {})[score.features] = f"{100 * score.accuracy:.1f}{drawn}\n{ends}"
     for name, row in cells.items():
         table.add_row(name, *(row.get(kind, "") for kind in kinds))
     return table

@@ -16,6 +16,7 @@ import torch
 from maskray.config.evaluation import EvaluateConfig, KnnEvaluation, ReconstructionEvaluation
 from maskray.data.embeddings import Undecodable
 from maskray.data.manifest import SplitName
+from maskray.data.portions import of_split
 from maskray.data.shards import ColumnsJob, Dataset, read_columns
 from maskray.data.storage import Storage
 from maskray.data.stream import walk
@@ -28,7 +29,8 @@ from maskray.evaluation.reconstruction import Reconstruction, reconstruct
 from maskray.evaluation.scores import Score
 from maskray.objective import Objective
 from maskray.publish.export import Encoder
-from maskray.publish.features import FeatureBlock
+from maskray.publish.features import FeatureBlock, blocks_here
+from maskray.publish.pictures import BATCH
 from maskray.publish.subject import Subject, WithDecoder, open_subject
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_store import has_embedded_store, open_store
@@ -183,11 +185,22 @@ def appraise(prepared: Prepared, blocks: Blocks, device: torch.device | None = N
         dataset=prepared.dataset.manifest.fingerprint,
         num_train=counts[0],
         num_test=counts[1],
-        scores=tuple(sorted(scores, key=lambda each: (each.evaluation, each.features != "model"))),
+        scores=tuple(scores),
         likenesses=tuple(likenesses),
         figures=figures,
         undecodable=tuple(undecodable.values()),
     )
+
+
+def appraise_here(prepared: Prepared) -> Appraisal:
+    """As `appraise`, with features from threads of this process, as many as a worker has CPUs."""
+    config = prepared.config
+
+    def blocks(dataset: Dataset, split: SplitName, encoder: Encoder) -> Iterator[FeatureBlock]:
+        images = of_split(dataset, split, BATCH, config.data.max_rows)
+        return blocks_here(images, encoder, max(1, int(config.cluster.cpus_per_worker)))
+
+    return appraise(prepared, blocks)
 
 
 def _kinds_of_features(
