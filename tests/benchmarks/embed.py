@@ -6,7 +6,8 @@ CIFAR-10's training images, by an untrained encoder of the size of `configs/pret
 `maskray embed` as its user starts it, on an embedded cluster, killed with SIGKILL at a third and at two thirds of the
 parts: the table must have each image once. Then, on a cluster that runs: all of an embedding (actors started, shards
 read, images decoded, the table written and counted) against the same encoder on decoded batches of the same size in
-memory, in one process a core with one thread.
+memory, in one process a core with one thread. Last, why the actors are our own: the same blocks of some of the images
+by Ray Data's actors.
 
 What must come out: 50,000 rows of unique keys, and 0.85 of the bare encoder's rate. What costs: actors import torch
 once (about 4 s of an embedding), an image is decoded in 60 µs, and this process writes what the workers compute.
@@ -21,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -28,23 +30,28 @@ from pathlib import Path
 from typing import Any
 
 import embedded
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
+import ray
 import torch
 import yaml
 from measure import Report, alternate, arguments, ratios
 
 from maskray.config.embedding import EmbedConfig
 from maskray.config.load import load, parse
-from maskray.config.schema import IngestConfig
+from maskray.config.schema import ClusterConfig, IngestConfig
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
+from maskray.data.portions import Images, of_split
 from maskray.data.shards import Dataset
 from maskray.data.stream import walk
 from maskray.models.build import build_model, build_normalize
 from maskray.on_ray.embed import embed
+from maskray.on_ray.features import blocks_on_ray
 from maskray.publish.embedding import prepare
-from maskray.publish.export import load_encoder, save_encoder
+from maskray.publish.export import Encoder, load_encoder, save_encoder
+from maskray.publish.features import compute
 from maskray.publish.pictures import BATCH, encode
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +64,7 @@ def main() -> None:
     parser = arguments(__doc__, repeats=3)
     parser.add_argument("--cifar", type=Path, help="a tar.gz of CIFAR-10's training images in class folders")
     parser.add_argument("--bare-rows", type=int, default=10_000, help="of a turn of the encoder (default: %(default)s)")
-    parser.add_argument("--only", choices=("kills", "race"), help="one of both parts")
+    parser.add_argument("--only", choices=("kills", "race", "engines"), help="one of the parts")
     given = parser.parse_args()
     if given.cifar is None or not given.cifar.exists():
         parser.error(f"there is no data: --cifar must name a tar.gz of CIFAR-10 files (given: {given.cifar})")
@@ -65,11 +72,13 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="maskray-bench-"))
     try:
         asked = made(given.cifar, folder)
-        if given.only != "race":
+        if given.only in (None, "kills"):
             killed_twice(asked, folder, report)
-        if given.only != "kills":
-            with embedded.cluster(cpus=CORES, object_store_bytes=2**29):
+        with embedded.cluster(cpus=CORES, object_store_bytes=2**29):
+            if given.only in (None, "race"):
                 race(asked, folder, given.bare_rows, given.repeats, report)
+            if given.only in (None, "engines"):
+                engines(asked, given.bare_rows, given.repeats, report)
     finally:
         shutil.rmtree(folder)
     report.show()
@@ -135,6 +144,56 @@ def race(asked: dict[str, Any], folder: Path, bare_rows: int, repeats: int, repo
         report.add(name, values, "images/s")
     bare, ours = rates.values()
     report.add("maskray embed / the encoder alone", ratios(ours, bare), "×", at_least=NEEDED)
+
+
+def engines(asked: dict[str, Any], rows: int, repeats: int, report: Report) -> None:
+    """Our actors against Ray Data's, without writing."""
+    images = of_split(Dataset.open(asked["images"]), "train", BATCH, rows)
+    encoder = load_encoder(asked["encoder"])
+
+    def rate(blocks: Callable[[], Iterable[Any]]) -> float:
+        start = time.perf_counter()
+        assert sum(len(block) for block in blocks()) == rows
+        return rows / (time.perf_counter() - start)
+
+    def ours() -> Iterator[Any]:
+        for block in blocks_on_ray(images, encoder, ClusterConfig(workers=CORES)):
+            yield block.features
+
+    rates = alternate(
+        {"ours": partial(rate, ours), "theirs": partial(rate, partial(ray_data, images, encoder))}, repeats
+    )
+    report.add("blocks by our actors", rates["ours"], "images/s")
+    report.add("blocks by Ray Data's actors", rates["theirs"], "images/s")
+    report.add("ours / Ray Data's", ratios(rates["ours"], rates["theirs"]), "×")
+
+
+class RayDataWorker:
+    """What Ray Data's actors run."""
+
+    def __init__(self, held: Any) -> None:
+        self.encoder, self.read, self.portions = ray.get(held[0])
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        torch.set_num_threads(1)
+        blocks = [compute(self.encoder, self.read, self.portions[number]) for number in batch["id"].tolist()]
+        return {"features": np.concatenate([block.features for block in blocks])}
+
+
+def ray_data(images: Images, encoder: Encoder) -> Iterator[Any]:
+    """The blocks in order, a portion a row."""
+    portions = list(images.portions())
+    held = ray.put((encoder, images.read, portions))
+    dataset = ray.data.range(len(portions), override_num_blocks=len(portions)).map_batches(
+        RayDataWorker,
+        batch_size=None,
+        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(size=CORES),
+        fn_constructor_args=([held],),
+    )
+    dataset.context.execution_options.preserve_order = True
+    for batch in dataset.iter_batches(batch_size=None):
+        yield batch["features"]
 
 
 def embed_rate(asked: dict[str, Any], folder: Path) -> float:
