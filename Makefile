@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DATA_BENCHMARKS := decode delivery memory latency
 
-.PHONY: demo test check chaos bench bench-data bench-step bench-ingest schema ui clean
+.PHONY: demo test check chaos bench bench-data bench-step bench-ingest bench-embed schema ui clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,9 @@ bench-step: $(VENV)/.installed  ## the training step against others; STEP='--dev
 
 bench-ingest: $(VENV)/.installed  ## IMAGENET: a tar of pictures; CIFAR: a tar.gz of small ones in class folders
 	$(BIN)/python tests/benchmarks/ingest.py $(if $(IMAGENET),--imagenet $(IMAGENET)) $(if $(CIFAR),--cifar $(CIFAR))
+
+bench-embed: $(VENV)/.installed  ## CIFAR: a tar.gz of CIFAR-10's training images in class folders
+	$(BIN)/python tests/benchmarks/embed.py $(if $(CIFAR),--cifar $(CIFAR))
 
 schema: $(VENV)/.installed  ## JSON Schema for editors
 	$(BIN)/maskray schema > configs/schema.json

@@ -63,7 +63,7 @@ def ingest(config: IngestConfig, mapper: Mapper, progress: Progress | None = Non
         StorageError: the destination cannot be written.
     """
     storage = Storage(config.destination)
-    _refuse_overlap(config.source, storage)
+    refuse_overlap(config.source, storage)
     source = open_source(config.source)
     run = _begun(config, source, storage, mapper, progress or _no_progress)
     manifest = run.recognised()
@@ -256,8 +256,12 @@ def _say_nothing_to_add(storage: Storage, seen: Survey) -> None:
     )
 
 
-def _refuse_overlap(source: str, storage: Storage) -> None:
-    """Each would be taken for the other: shards for pictures, and pictures for shards that nothing needs."""
+def refuse_overlap(source: str, storage: Storage) -> None:
+    """Each would be taken for the other: shards for pictures, and pictures for shards that nothing needs.
+
+    Raises:
+        DataError: one lies inside the other.
+    """
     if is_shipped(source):
         return
     one, other = _way_to(source), _way_to(storage.uri)

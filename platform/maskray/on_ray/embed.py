@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from maskray.data.mapper import Progress
@@ -26,7 +26,7 @@ def embed(prepared: Prepared, report: Progress) -> dict[str, Any]:
     config = prepared.config
     check_embed(config)
 
-    def blocks(images: Images, encoder: Encoder) -> Iterator[FeatureBlock]:
+    def blocks(images: Images, encoder: Encoder) -> Generator[FeatureBlock]:
         return blocks_on_ray(images, encoder, config.cluster, config.batch, config.precision)
 
     return embedding.embed(prepared, blocks, report)

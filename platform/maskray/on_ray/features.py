@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -45,7 +45,7 @@ def feature_blocks(
     encoder: Encoder | str | Path,
     cluster: ClusterConfig,
     max_rows: int | None = None,
-) -> Iterator[FeatureBlock]:
+) -> Generator[FeatureBlock]:
     """Features of a split's first `max_rows` rows, or of all: each row once, in order, on a cluster that is connected.
 
     The bits do not depend on the number of workers.
@@ -68,7 +68,7 @@ def feature_blocks(
 
 def blocks_on_ray(
     images: Images, encoder: Encoder, cluster: ClusterConfig, batch: int = BATCH, precision: Precision = "fp32"
-) -> Iterator[FeatureBlock]:
+) -> Generator[FeatureBlock]:
     """A block for each portion of images, in their order. Raises as `feature_blocks` and `images.read` do."""
     threads = max(1, int(cluster.cpus_per_worker))
     compute = partial(features.compute, batch=batch, threads=threads, precision=precision)

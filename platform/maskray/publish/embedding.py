@@ -7,7 +7,8 @@ killed goes on with the parts that are missing, and ends with the bytes of one t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import islice
@@ -18,6 +19,7 @@ import numpy as np
 from maskray.config.embedding import EmbedConfig
 from maskray.data import embeddings, lease, portions
 from maskray.data.embeddings import About, Part, Rows, Undecodable
+from maskray.data.ingest import refuse_overlap
 from maskray.data.manifest import MANIFEST as DATASET_MANIFEST
 from maskray.data.mapper import Progress, read_ahead
 from maskray.data.portions import Images, Portion
@@ -32,7 +34,7 @@ from maskray.publish.named import open_encoder
 
 log = logging.getLogger(__name__)
 
-Blocks = Callable[[Images, Encoder], Iterator[FeatureBlock]]
+Blocks = Callable[[Images, Encoder], Generator[FeatureBlock]]
 """Who computes: a block for each portion, in order."""
 
 HELD = lease.Kind("the embedding into", "destination", "wait for it, or stop it")
@@ -73,9 +75,10 @@ def prepare(config: EmbedConfig) -> Prepared:
         StorageError: something cannot be read.
     """
     storage = Storage(config.destination)
+    refuse_overlap(config.images, storage)
     there = embeddings.about(storage)
     named = open_encoder(config.encoder, config.tracking, config.storage.path)
-    images, digest, class_names = _opened(config, storage)
+    images, digest, class_names = _opened(config)
     what = About(
         encoder=named.digest,
         images=digest,
@@ -122,17 +125,15 @@ def embed_here(prepared: Prepared, report: Progress) -> dict[str, Any]:
     config = prepared.config
     threads = max(1, int(config.cluster.workers * config.cluster.cpus_per_worker))
 
-    def blocks(images: Images, encoder: Encoder) -> Iterator[FeatureBlock]:
+    def blocks(images: Images, encoder: Encoder) -> Generator[FeatureBlock]:
         return blocks_here(images, encoder, threads, config.batch, config.precision)
 
     return embed(prepared, blocks, report)
 
 
-def _opened(config: EmbedConfig, storage: Storage) -> tuple[Images, str, tuple[str, ...]]:
+def _opened(config: EmbedConfig) -> tuple[Images, str, tuple[str, ...]]:
     if _is_dataset(config.images):
-        dataset = Dataset.open(config.images, config.version)
-        if dataset.storage.uri == storage.uri:
-            raise DataError("a dataset is no place for its embeddings", key="destination", found=storage.uri)
+        dataset = _dataset(config)
         images = portions.of_dataset(dataset, config.splits, config.batch)
         digest, class_names = dataset.manifest.fingerprint, dataset.manifest.class_names
     else:
@@ -144,6 +145,15 @@ def _opened(config: EmbedConfig, storage: Storage) -> tuple[Images, str, tuple[s
             "there are no images to embed", key="images", found=f"{config.images}, splits {', '.join(config.splits)}"
         )
     return images, digest, class_names
+
+
+def _dataset(config: EmbedConfig) -> Dataset:
+    """Open. Its errors are for who trains on it: here the keys are others."""
+    try:
+        return Dataset.open(config.images, config.version)
+    except DataError as error:
+        key = {"data.path": "images", "data.version": "version"}.get(str(error.key), error.key)
+        raise DataError(error.problem, key=key, found=error.found, allowed=error.allowed, fix=error.fix) from error
 
 
 def _is_dataset(place: str) -> bool:
@@ -202,10 +212,9 @@ def _write_missing(prepared: Prepared, planned: list[_Planned], blocks: Blocks, 
     if not missing:
         return
     images = replace(prepared.images, portions=lambda: (portion for p in missing for portion in p.portions))
-    computed = blocks(images, prepared.encoder)
     bad: list[Undecodable] = []
 
-    def ready() -> Iterator[tuple[Part, list[FeatureBlock]]]:
+    def ready(computed: Iterator[FeatureBlock]) -> Iterator[tuple[Part, list[FeatureBlock]]]:
         nonlocal done
         for p in missing:
             some = []
@@ -220,9 +229,10 @@ def _write_missing(prepared: Prepared, planned: list[_Planned], blocks: Blocks, 
     def write(item: tuple[Part, list[FeatureBlock]]) -> None:
         _write(prepared.storage, *item)
 
-    # Written behind the workers' backs: an upload takes as long as many images.
-    for _ in read_ahead(write, ready(), _WRITERS):
-        pass
+    with closing(blocks(images, prepared.encoder)) as computed:
+        # Written behind the workers' backs: an upload takes as long as many images.
+        for _ in read_ahead(write, ready(computed), _WRITERS):
+            pass
 
 
 def _write(storage: Storage, part: Part, blocks: list[FeatureBlock]) -> None:

@@ -7,7 +7,7 @@ Shape letters: N images of a block, C channels, H and W pixels down and across, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -42,7 +42,7 @@ class FeatureBlock(NamedTuple):
 
 def blocks_here(
     images: Images, encoder: Encoder, threads: int, batch: int = BATCH, precision: Precision = "fp32"
-) -> Iterator[FeatureBlock]:
+) -> Generator[FeatureBlock]:
     """A block for each portion, in order, computed by threads of this process, one core each."""
     work = partial(compute, encoder, images.read, batch=batch, precision=precision)
     yield from thread_mapper(threads)(work, images.portions())

@@ -174,8 +174,12 @@ def test_a_folder_with_other_things_is_refused(config, digits, tmp_path):
     (tmp_path / "out/thesis.tex").touch()
     with pytest.raises(DataError, match=r"holds other things than embeddings.*thesis\.tex"):
         prepare(config())
-    with pytest.raises(DataError, match="holds other things than embeddings"):
-        prepare(config(destination=str(digits)))
+
+
+def test_images_and_embeddings_do_not_lie_inside_each_other(config, digits, pictures):
+    for images, destination in ((digits, digits), (digits, digits / "out"), (pictures, pictures / "cats")):
+        with pytest.raises(DataError, match="lie inside each other"):
+            prepare(config(images=str(images), destination=str(destination)))
 
 
 @pytest.mark.parametrize(
@@ -183,6 +187,7 @@ def test_a_folder_with_other_things_is_refused(config, digits, tmp_path):
     [
         ({"encoder": "nowhere"}, r"no encoder\.json in that folder.*nowhere"),
         ({"images": "nowhere"}, "no such folder or file.*nowhere"),
+        ({"version": "0123456789abcdef"}, "version: .* has no such version.*0123456789abcdef"),
         ({"encoder": "models:/digits"}, "models:/name@alias or models:/name/version"),
         ({"encoder": "models:/digits@best", "storage": {"path": "/nowhere"}}, "no MLflow store beside the runs"),
     ],
