@@ -18,7 +18,7 @@ from maskray.errors import CheckpointError, TrackingError
 from maskray.publish.decisions import Decision
 from maskray.publish.export import Encoder, load_encoder
 from maskray.publish.registry import ENCODER
-from maskray.tracking.mlflow_runs import DATASET_PARAM, add_note
+from maskray.tracking.mlflow_runs import DATASET_PARAM, JUDGED_TAG, add_note
 from maskray.tracking.mlflow_store import shown
 
 RECORDS_TAG = "maskray.records"
@@ -139,25 +139,20 @@ class RegisteredModel:
         with self._explained(f"move @{alias} to version {number}"):
             _again(lambda: self._client.set_registered_model_alias(self.name, alias, number))
 
-    def claim_records(self, alias: str, place: str) -> None:
-        """Note in MLflow where the decisions on an alias are kept: decided on in two places, it would have two masters.
+    def records_of(self, alias: str) -> tuple[str, str] | None:
+        """Identity and place of the decisions on an alias, as MLflow was told; None where it was not."""
+        with self._explained("look where the records are"):
+            noted = self._client.get_registered_model(self.name).tags.get(f"{RECORDS_TAG}.{alias}")
+        if noted is None:
+            return None
+        identity, _, place = str(noted).partition(" ")
+        return identity, place
 
-        Raises:
-            TrackingError: they are kept elsewhere.
-        """
-        tag = f"{RECORDS_TAG}.{alias}"
+    def note_records(self, alias: str, identity: str, place: str) -> None:
+        """Tell MLflow where the decisions on an alias are kept."""
         with self._explained("note where the records are"):
-            noted = self._client.get_registered_model(self.name).tags.get(tag)
-            if noted is None:
-                _again(lambda: self._client.set_registered_model_tag(self.name, tag, place))
-        if noted not in (None, place):
-            raise TrackingError(
-                f"the decisions on @{alias} of the registered model {self.name} are kept elsewhere",
-                key="records",
-                found=place,
-                allowed=noted,
-                fix=f"set records to that place; where the folder was moved, delete the model's tag {tag} in MLflow",
-            )
+            tag = f"{RECORDS_TAG}.{alias}"
+            _again(lambda: self._client.set_registered_model_tag(self.name, tag, f"{identity} {place}"))
 
     def announce(self, decision: Decision, version: Version) -> None:
         """Put a decision on its version and on the run that the version comes from. May be done again."""
@@ -170,6 +165,9 @@ class RegisteredModel:
             add_note(self._client, version.run_id, f"{self.name}@{decision.alias}", text)
             # With the record's own time: what is logged again is dropped.
             self._client.log_batch(version.run_id, metrics=_points(decision))
+        if decision.comparison is not None:
+            judged_on = decision.comparison.evaluation.dataset
+            self._client.set_model_version_tag(self.name, version.number, JUDGED_TAG, judged_on)
         # Last: it says that all of this is done.
         self._client.set_model_version_tag(self.name, version.number, tag_of(decision), text[:_MAX_TAG_LENGTH])
 
