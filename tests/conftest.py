@@ -2,10 +2,12 @@
 
 import logging
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ import torch
 from maskray.config.load import merge, parse
 from maskray.config.schema import IngestConfig, RunConfig
 from object_store import FaultyProxy, moto_server, new_bucket
+
+if TYPE_CHECKING:
+    from maskray.tracking.mlflow_store import Store
 
 # Before Ray or MLflow is imported, and for every process that tests start.
 os.environ["RAY_AUTH_MODE"] = "disabled"  # no token in the home folder of whoever runs the tests
@@ -86,6 +91,28 @@ def digits_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         save_encoder(folder, build_model(config.model, (8, 8), 1), Normalize([0.3], [0.37]), config)
     return folder
+
+
+@pytest.fixture(scope="session")
+def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database: its tables are made once, which takes seconds, and copied for each test."""
+    from maskray.config.schema import TrackingConfig
+    from maskray.tracking.mlflow_store import DATABASE, open_store
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    # No experiment of ours in it: its artifacts would lie in this folder for all tests.
+    open_store(TrackingConfig(experiment="unused"), str(folder))
+    return folder / DATABASE
+
+
+@pytest.fixture
+def store(mlflow_tables: Path, tmp_path: Path) -> "Store":
+    """An embedded MLflow store with an experiment."""
+    from maskray.config.schema import TrackingConfig
+    from maskray.tracking.mlflow_store import DATABASE, open_store
+
+    shutil.copy(mlflow_tables, tmp_path / DATABASE)
+    return open_store(TrackingConfig(), str(tmp_path))
 
 
 @pytest.fixture(scope="session")

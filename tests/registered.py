@@ -34,8 +34,8 @@ class Registered:
         self.client = store.client()
         self.client.create_registered_model(MODEL)
 
-    def add(self, width: int) -> str:
-        """The number of a new version, which has a run and files as `registry` lays them out."""
+    def encoder(self, width: int, folder: Path | None = None) -> Path:
+        """The folder of an encoder."""
         size = {"width": width, "depth": 1, "heads": 2}
         raw = {
             "name": MODEL,
@@ -45,9 +45,14 @@ class Registered:
         }
         config = parse(RunConfig, raw)
         torch.manual_seed(width)
+        folder = folder or self.folder / f"encoder-{width}"
+        save_encoder(folder, build_model(config.model, (8, 8), 1), Normalize([0.3], [0.37]), config)
+        return folder
+
+    def add(self, width: int) -> str:
+        """The number of a new version, which has a run and files as `registry` lays them out."""
         place = self.folder / f"model-{len(list(self.folder.glob('model-*')))}"
-        encoder = place / "artifacts" / "encoder"
-        save_encoder(encoder, build_model(config.model, (8, 8), 1), Normalize([0.3], [0.37]), config)
+        self.encoder(width, place / "artifacts" / "encoder")
         run = self.client.create_run(self.store.experiment_id, run_name=f"width-{width}")
         version = self.client.create_model_version(MODEL, place.as_uri(), run.info.run_id)
         return str(version.version)

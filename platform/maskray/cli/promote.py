@@ -42,8 +42,7 @@ def _promote(arguments: argparse.Namespace) -> int:
         console.print(f"@{config.alias} of {config.model}: {_named(champion)}", markup=False)
         return 0
     decision = promotion.rollback(config) if arguments.rollback else promotion.promote(config)
-    if decision is None:
-        console.print(f"It is @{config.alias} of {config.model} already, by hand: nothing to do.", markup=False)
+    if decision is None:  # said already
         return 0
     console.print(f"{config.model}, {decision}.", markup=False)
     console.print(f"@{config.alias}: {_named(decision.champion)}", markup=False)

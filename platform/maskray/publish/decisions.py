@@ -1,6 +1,7 @@
 """What was decided on an alias of a registered model, numbered 1, 2, 3 …: a file each, written once, never changed.
 
     <records>/<model>@<alias>/000001.json    the first decision: what, why, and all the numbers it rests on
+    <records>/<model>@<alias>/identity       a name, noted in MLflow: of two folders one would not know the other
 
 Two promotions at once both want to write the next number. The file is created exclusively, so one of them does, and
 the other looks again at what there is to be better than. MLflow's alias, which anybody may overwrite, follows the
@@ -29,6 +30,7 @@ from maskray.evaluation.linear_probe import Correct
 from maskray.evaluation.paired import Gain
 
 SCHEMA_VERSION = 1
+_IDENTITY = "identity"
 _NAME = re.compile(r"^(\d{6,})\.json$")
 
 Kind = Literal["promoted", "refused", "rolled_back"]
@@ -132,6 +134,18 @@ class Records:
         self.place = place
         self._folder = f"{quote(model, safe=' ')}@{alias}"
         self._read: dict[int, Decision] = {}
+
+    def identity(self) -> str | None:
+        """A name of this very folder, wherever it lies; None where nothing was decided yet."""
+        try:
+            return self.place.read_bytes(f"{self._folder}/{_IDENTITY}").decode()
+        except FileNotFoundError:
+            return None
+
+    def found(self) -> str:
+        """The name of the folder, which is made where there is none."""
+        self.place.create_exclusive(f"{self._folder}/{_IDENTITY}", uuid.uuid4().hex.encode())
+        return self.identity() or ""
 
     def load(self) -> list[Decision]:
         """All decisions, in order.

@@ -24,7 +24,7 @@ from maskray.evaluation.linear_probe import Correct, Labels, full_correct
 from maskray.evaluation.paired import gain
 from maskray.publish.decisions import Comparison, Decision, EvaluationSet, Kind, Records, champions, packed, yardstick
 from maskray.publish.export import Encoder
-from maskray.publish.versions import RegisteredModel, Version, tag_of
+from maskray.publish.versions import RECORDS_TAG, RegisteredModel, Version, tag_of
 from maskray.tracking import mlflow_store
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,12 @@ class Desk:
     records: Records
 
     @classmethod
-    def open(cls, config: PromotionConfig) -> Desk:
+    def open(cls, config: PromotionConfig, *, decides: bool = True) -> Desk:
         """Reach the registry and the records.
+
+        Args:
+            config: of the promotion.
+            decides: False leaves no trace where nothing was decided yet.
 
         Raises:
             TrackingError: no such MLflow or model, or its decisions are kept elsewhere.
@@ -64,10 +68,13 @@ class Desk:
             )
         store = mlflow_store.open_store(TrackingConfig(uri=uri), path)
         place = Storage(config.records) if config.records is not None else Storage(path).child(PROMOTIONS)
-        place.check_writable()
-        model = RegisteredModel(store.uri, config.model)
-        model.claim_records(config.alias, place.uri)
-        return cls(model, config.alias, Records(place, config.model, config.alias))
+        desk = cls(RegisteredModel(store.uri, config.model), config.alias, Records(place, config.model, config.alias))
+        if decides:
+            place.check_writable()
+            if desk.model.records_of(config.alias) is None:
+                desk.model.note_records(config.alias, desk.records.found(), place.uri)
+        desk._refuse_other_records()
+        return desk
 
     def settled(self) -> list[Decision]:
         """The decisions, with the alias and all that MLflow shows brought up to them.
@@ -88,6 +95,19 @@ class Desk:
         """By the records; where they know none, the version that somebody gave the alias by hand."""
         decided = history[-1].champion if history else None
         return decided if decided is not None else self.model.aliases().get(self.alias)
+
+    def _refuse_other_records(self) -> None:
+        """Decided on in two places, an alias would have two masters."""
+        noted, place = self.model.records_of(self.alias), self.records.place.uri
+        if noted is not None and noted[0] != self.records.identity():
+            raise TrackingError(
+                f"the decisions on @{self.alias} of the registered model {self.model.name} are kept elsewhere",
+                key="records",
+                found=place,
+                allowed=noted[1],
+                fix="set records to where they are now; where they are lost for good, delete the tag "
+                f"{RECORDS_TAG}.{self.alias} of the registered model",
+            )
 
     def _mend_alias(self, newest: Decision) -> None:
         found, wanted = self.model.aliases().get(self.alias), newest.champion
@@ -130,6 +150,7 @@ def promote(config: PromotionConfig, judge: Judge | None = None) -> Decision | N
         history = desk.settled()
         champion = desk.champion(history)
         if champion == challenger.number:
+            log.warning("Version %s of %s is @%s already: nothing to decide", champion, config.model, config.alias)
             return next((d for d in reversed(history) if d.champion == champion and d.kind != "refused"), None)
         _refuse_what_was_rolled_back(config, challenger, history)
         _refuse_another_set(config.data, evaluation, history)
@@ -182,7 +203,7 @@ def show(config: PromotionConfig) -> tuple[list[Decision], str | None]:
     Raises:
         TrackingError: no such MLflow or model.
     """
-    desk = Desk.open(config)
+    desk = Desk.open(config, decides=False)
     history = desk.settled()
     return history, desk.champion(history)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,15 @@ from maskray.errors import CheckpointError, TrackingError
 from maskray.publish.decisions import Decision
 from maskray.publish.export import Encoder, load_encoder
 from maskray.publish.registry import ENCODER
-from maskray.tracking.mlflow_runs import DATASET_PARAM, add_note
+from maskray.tracking.mlflow_runs import DATASET_PARAM, JUDGED_TAG, add_note
 from maskray.tracking.mlflow_store import shown
 
 RECORDS_TAG = "maskray.records"
+_BY_MODEL = "models:/"
 _MAX_LISTED = 12
+_MAX_ATTEMPTS, _FIRST_PAUSE = 6, 0.1
+_PASSING = frozenset({"BAD_REQUEST", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"})
+"""What MLflow calls it where its database did not take a row."""
 _MAX_TAG_LENGTH = 5000
 
 
@@ -110,7 +115,7 @@ class RegisteredModel:
         """
         try:
             with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
-                uri = f"{version.source.rstrip('/')}/artifacts/{ENCODER}"
+                uri = f"{self._place(version)}/artifacts/{ENCODER}"
                 return load_encoder(
                     mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=self._uri)
                 )
@@ -121,43 +126,50 @@ class RegisteredModel:
                 fix="put them back, or delete the version in MLflow",
             ) from error
 
+    def _place(self, version: Version) -> str:
+        """Of its files. A server's versions name their model, of which MLflow finds no single folder by that name."""
+        if not version.source.startswith(_BY_MODEL):
+            return version.source.rstrip("/")
+        return str(self._client.get_logged_model(version.source.removeprefix(_BY_MODEL)).artifact_location).rstrip("/")
+
     # -------------------------------------------------------------------------------------------------------- writing
 
     def point(self, alias: str, number: str) -> None:
         """Let an alias lead to a version."""
         with self._explained(f"move @{alias} to version {number}"):
-            self._client.set_registered_model_alias(self.name, alias, number)
+            _again(lambda: self._client.set_registered_model_alias(self.name, alias, number))
 
-    def claim_records(self, alias: str, place: str) -> None:
-        """Note in MLflow where the decisions on an alias are kept: decided on in two places, it would have two masters.
+    def records_of(self, alias: str) -> tuple[str, str] | None:
+        """Identity and place of the decisions on an alias, as MLflow was told; None where it was not."""
+        with self._explained("look where the records are"):
+            noted = self._client.get_registered_model(self.name).tags.get(f"{RECORDS_TAG}.{alias}")
+        if noted is None:
+            return None
+        identity, _, place = str(noted).partition(" ")
+        return identity, place
 
-        Raises:
-            TrackingError: they are kept elsewhere.
-        """
-        tag = f"{RECORDS_TAG}.{alias}"
+    def note_records(self, alias: str, identity: str, place: str) -> None:
+        """Tell MLflow where the decisions on an alias are kept."""
         with self._explained("note where the records are"):
-            noted = self._client.get_registered_model(self.name).tags.get(tag)
-            if noted is None:
-                self._client.set_registered_model_tag(self.name, tag, place)
-        if noted not in (None, place):
-            raise TrackingError(
-                f"the decisions on @{alias} of the registered model {self.name} are kept elsewhere",
-                key="records",
-                found=place,
-                allowed=noted,
-                fix=f"set records to that place; where the folder was moved, delete the model's tag {tag} in MLflow",
-            )
+            tag = f"{RECORDS_TAG}.{alias}"
+            _again(lambda: self._client.set_registered_model_tag(self.name, tag, f"{identity} {place}"))
 
     def announce(self, decision: Decision, version: Version) -> None:
         """Put a decision on its version and on the run that the version comes from. May be done again."""
-        text = str(decision)
         with self._explained(f"note decision {decision.number}"):
-            if version.run_id is not None and self._has_run(version.run_id):
-                add_note(self._client, version.run_id, f"{self.name}@{decision.alias}", text)
-                # With the record's own time: what is logged again is dropped.
-                self._client.log_batch(version.run_id, metrics=_points(decision))
-            # Last: it says that all of this is done.
-            self._client.set_model_version_tag(self.name, version.number, tag_of(decision), text[:_MAX_TAG_LENGTH])
+            _again(lambda: self._announce(decision, version))
+
+    def _announce(self, decision: Decision, version: Version) -> None:
+        text = str(decision)
+        if version.run_id is not None and self._has_run(version.run_id):
+            add_note(self._client, version.run_id, f"{self.name}@{decision.alias}", text)
+            # With the record's own time: what is logged again is dropped.
+            self._client.log_batch(version.run_id, metrics=_points(decision))
+        if decision.comparison is not None:
+            judged_on = decision.comparison.evaluation.dataset
+            self._client.set_model_version_tag(self.name, version.number, JUDGED_TAG, judged_on)
+        # Last: it says that all of this is done.
+        self._client.set_model_version_tag(self.name, version.number, tag_of(decision), text[:_MAX_TAG_LENGTH])
 
     def _has_run(self, run_id: str) -> bool:
         try:
@@ -191,6 +203,18 @@ class RegisteredModel:
                 key="tracking.uri",
                 found=f"{shown(self._uri)}: {shown(str(error))}",
             ) from error
+
+
+def _again(write: Callable[[], object]) -> None:
+    """Write what may be written twice, until it is: two who set one tag at once collide in MLflow's tables."""
+    for attempt in range(_MAX_ATTEMPTS):
+        try:
+            write()
+            return
+        except MlflowException as error:
+            if error.error_code not in _PASSING or attempt == _MAX_ATTEMPTS - 1:
+                raise
+        time.sleep(_FIRST_PAUSE * 2**attempt)
 
 
 def tag_of(decision: Decision) -> str:

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 FINGERPRINT_TAG = "maskray.fingerprint"
 DATASET_PARAM = "dataset"
 """Param of runs, and tag of models' versions: the fingerprint of the dataset that they came from."""
+JUDGED_TAG = "maskray.judged_on"
+"""Tag of models' versions: the fingerprint of the dataset that a promotion judged them on, last."""
 STATUS_TAG = "maskray.ended"
 SOURCES_TAG = "maskray.sources"
 NOTE_TAG = "mlflow.note.content"
@@ -174,7 +176,7 @@ def curve(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:
 
 
 def datasets_in_use(store: Store) -> set[str]:
-    """Fingerprints of the datasets that runs of any experiment, or versions of any registered model, came from.
+    """Fingerprints of the datasets that any run or registered version came from, or that a promotion judged it on.
 
     Raises:
         TrackingError: MLflow is away.
@@ -185,7 +187,8 @@ def datasets_in_use(store: Store) -> set[str]:
         runs = _pages(partial(client.search_runs, experiments, f"params.`{DATASET_PARAM}` != ''"))
         models = _pages(client.search_model_versions)
         found = [run.data.params[DATASET_PARAM] for run in runs]
-        return {*found, *(model.tags[DATASET_PARAM] for model in models if DATASET_PARAM in model.tags)}
+        of_models = (model.tags.get(tag) for model in models for tag in (DATASET_PARAM, JUDGED_TAG))
+        return {*found, *(fingerprint for fingerprint in of_models if fingerprint is not None)}
     except MlflowException as error:
         raise TrackingError("MLflow cannot be searched", found=f"{shown(store.uri)} ({reason(error)})") from error
 

@@ -16,6 +16,8 @@ from maskray.publish import promotion
 from maskray.publish.decisions import Comparison, EvaluationSet, Records
 from maskray.publish.export import Encoder
 from maskray.publish.promotion import promote, rollback, show
+from maskray.publish.versions import RegisteredModel
+from maskray.tracking.mlflow_runs import datasets_in_use
 from maskray.tracking.mlflow_store import Store
 from registered import MODEL, Registered
 
@@ -110,9 +112,10 @@ def test_mlflow_shows_what_was_decided(registered: Registered):
     assert run.data.metrics["promotion/champion/gain"] < 0
 
 
-def test_a_promotion_that_is_repeated_decides_nothing_new(registered: Registered):
+def test_a_promotion_that_is_repeated_decides_nothing_new(registered: Registered, caplog: pytest.LogCaptureFixture):
     registered.add(16)
     assert promote(registered.config()) == promote(registered.config())
+    assert "Version 1 of tiny is @champion already" in caplog.text
     assert len(records(registered).load()) == 1
 
 
@@ -235,12 +238,52 @@ def test_an_alias_that_was_moved_or_deleted_by_hand_follows_the_record_again(
     assert ("@champion led to version 1, which was not decided: moved to 2" in caplog.text) == moved
 
 
+def test_an_alias_that_a_slow_promoter_sets_last_is_not_left_behind(
+    registered: Registered, monkeypatch: pytest.MonkeyPatch
+):
+    first, better = registered.add(8), registered.add(64)
+    point = RegisteredModel.point
+
+    def slow(self: RegisteredModel, alias: str, number: str) -> None:
+        monkeypatch.setattr(RegisteredModel, "point", point)
+        promote(registered.config(better))  # a whole one, between the record and the alias of this one
+        point(self, alias, number)
+
+    monkeypatch.setattr(RegisteredModel, "point", slow)
+    promote(registered.config(first))
+    assert [d.champion for d in records(registered).load()] == [first, better]
+    assert registered.champion == better
+
+
 def test_records_in_two_places_are_refused(registered: Registered, tmp_path: Path):
     registered.add(8)
+    elsewhere = registered.config(records=str(tmp_path / "other"))
+    assert show(elsewhere) == ([], None)
+    assert not (tmp_path / "other").exists()  # who only looks leaves no trace
     promote(registered.config())
-    with pytest.raises(TrackingError, match=rf"kept elsewhere.*{tmp_path}/other.*Allowed: {tmp_path}/promotions"):
-        promote(registered.config(records=str(tmp_path / "other")))
+    for look in (promote, show, rollback):
+        with pytest.raises(TrackingError, match=rf"kept elsewhere.*{tmp_path}/other.*Allowed: {tmp_path}/promotions"):
+            look(elsewhere)
     assert promote(registered.config(alias="staging", records=str(tmp_path / "other"))) is not None
+    shutil.rmtree(tmp_path / "other")
+    (tmp_path / "promotions").rename(tmp_path / "other")  # moved, they are still the same
+    history, champion = show(elsewhere)
+    assert (len(history), champion) == (1, "1")
+
+
+def test_records_in_a_bucket(registered: Registered, bucket: str):
+    first, second = registered.add(8), registered.add(64)
+    for number in (first, second):
+        assert promote(registered.config(number, records=f"{bucket}/promotions")) is not None
+    assert rollback(registered.config(records=f"{bucket}/promotions")).number == 3
+    assert registered.champion == first
+
+
+def test_the_frozen_set_is_in_use_for_who_deletes_old_versions_of_datasets(registered: Registered):
+    registered.add(8)
+    decision = promote(registered.config())
+    assert decision is not None
+    assert decision.comparison.evaluation.dataset in datasets_in_use(registered.store)
 
 
 def test_a_record_that_is_missing_stops_everything(registered: Registered):
@@ -367,7 +410,6 @@ def test_the_probe_is_that_of_the_runs_own_judgement_and_draws_nothing(registere
     from maskray.data.stream import walk
     from maskray.evaluation.features import pooled_features
     from maskray.evaluation.linear_probe import full_accuracy
-    from maskray.publish.versions import RegisteredModel
 
     registered.add(16)
     model = RegisteredModel(registered.store.uri, MODEL)
