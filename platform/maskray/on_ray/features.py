@@ -174,15 +174,17 @@ class _Pool:
             if reference in self.starting:
                 self._has_started(reference)
                 continue
-            worker, job = self.running.pop(reference)
+            worker, job = self.running[reference]
             try:
                 block = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 raise _cause(error) from None
             except ray.exceptions.RayError as error:
-                self._lost(worker, job, error)
+                self._lost(worker, error)
                 continue
-            self.loads[worker] -= 1
+            del self.running[reference]
+            if worker in self.loads:  # it may have been lost since
+                self.loads[worker] -= 1
             yield job, block
 
     def _has_started(self, reference: Any) -> None:
@@ -202,10 +204,19 @@ class _Pool:
         else:
             self.loads[worker] = 0
 
-    def _lost(self, worker: Any, job: _Job, error: Exception) -> None:
-        if self.loads.pop(worker, None) is not None:
-            log.warning("A worker was lost: another one takes its place (%s)", _short(error))
-            self._start()
+    def _lost(self, worker: Any, error: Exception) -> None:
+        """Give what the worker had to others. It had been at the first of it; the rest is not to blame."""
+        log.warning("A worker was lost: another one takes its place (%s)", _short(error))
+        had = [(reference, job) for reference, (who, job) in self.running.items() if who is worker]
+        unfinished = [(reference, job) for reference, job in had if not _is_done(reference)]
+        for reference, job in unfinished:
+            del self.running[reference]
+            self.again.append(job)
+        self.loads.pop(worker)
+        self._start()
+        if not unfinished:
+            return
+        job = unfinished[0][1]
         job.losses += 1
         if job.losses > self.cluster.max_failures:
             raise ClusterError(
@@ -214,7 +225,15 @@ class _Pool:
                 found=f"{job.losses} losses, the last: {_short(error)}",
                 fix="look into the worker's log (ray logs): too little memory for a batch, or an image that ends it",
             ) from error
-        self.again.append(job)
+
+
+def _is_done(reference: Any) -> bool:
+    """Whether a block came before its worker was lost."""
+    try:
+        ray.get(reference, timeout=0)
+    except ray.exceptions.RayError:
+        return False
+    return True
 
 
 def _cause(error: ray.exceptions.RayTaskError) -> Exception:
