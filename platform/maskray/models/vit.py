@@ -140,7 +140,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         cells_BNP, positions = self._cells(images_BCHW), self.pos_embed[:, self._placed_prefix :]
         if index_BN is not None:
             cells_BNP, positions = taken(cells_BNP, index_BN), positions[0, index_BN]
-        x = torch.cat([*self._prefix(len(cells_BNP)), self.patch_embed(cells_BNP) + positions], dim=1)
+        x = torch.cat([*self._prefix(cells_BNP.shape[0]), self.patch_embed(cells_BNP) + positions], dim=1)
         x = self._through(self.blocks, self.norm_pre(x))
         return self.norm(x)  # type: ignore[no-any-return]
 

@@ -1,5 +1,6 @@
 """A model as other people's programs open it, written whole or not at all.
 
+onnx    a folder with a graph for onnxruntime; pt2: one for torch.export.load
 mae     one .pth file, the parameters under `model`, as the MAE authors publish theirs
 hf      a folder for transformers' `ViTMAEForPreTraining` (`ViTMAEModel` for an encoder alone) and its processor
 timm    a folder for `timm.create_model`: the encoder, of any kind but `conv`, whose pooled feature is the mean over the
@@ -20,14 +21,18 @@ from torch import Tensor
 
 from maskray.config.models import AnyModel, SparseConvConfig, TimmVitConfig, TransformerSize, VitConfig
 from maskray.config.schema import RunConfig
-from maskray.data.storage import TEMPORARY, Storage
-from maskray.errors import CheckpointError, ConfigError, StorageError
+from maskray.data.storage import TEMPORARY
+from maskray.errors import ConfigError, StorageError
 from maskray.models.foreign import WEIGHTS_FILE, save_weights
-from maskray.models.parameter_names import DECODER, Format
+from maskray.models.parameter_names import DECODER, FORMATS, Format
 from maskray.models.vit import LAYER_NORM_EPS
-from maskray.publish.export import CARD, load_encoder
-from maskray.publish.subject import read_checkpoint
-from maskray.training import checkpoint
+from maskray.publish.export import Encoder
+from maskray.publish.graphs import GRAPH_FILES, INPUT, GraphFormat, check_installed, write_graph
+from maskray.publish.proof import PROOF, Proof, prove
+from maskray.publish.subject import Subject
+
+ExportFormat = Format | GraphFormat
+EXPORT_FORMATS: tuple[ExportFormat, ...] = (*FORMATS, *GRAPH_FILES)
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 _BICUBIC = 3
@@ -39,6 +44,7 @@ _CONVNEXT_MAP = "encoder.stages.3.blocks.0.conv_dw.weight"
 class Source:
     """What is exported."""
 
+    encoder: Encoder
     model: AnyModel
     weights: Mapping[str, Tensor]
     """Under our names; with or without a decoder."""
@@ -50,41 +56,57 @@ class Source:
     """None for an encoder alone."""
 
 
-def export(source: str | Path, destination: str | Path, kind: Format) -> str:
-    """Write a model under others' names.
+@dataclass(frozen=True)
+class Export:
+    """What was written."""
+
+    place: Path
+    how_to_open: str
+    """In Python."""
+    takes: str
+    """What it is given."""
+    proof: Proof
+
+
+def export(source: Subject, destination: str | Path, kind: ExportFormat) -> Export:
+    """Write a model as others open it, and open it: what does not give our features is no export, and not left there.
 
     Args:
-        source: path or URI of the folder of a checkpoint, or of an encoder that `save_encoder` wrote.
+        source: what `subject.open_subject` found.
         destination: local path that does not exist: of a `.pth` file for `mae`, of a folder for the others.
-        kind: whose names.
-
-    Returns:
-        How to open it, and what it takes.
+        kind: of export.
 
     Raises:
-        CheckpointError: the source is neither, or damaged.
-        ConfigError: others have no such model, or the destination is no place for it.
-        DataError: the run was normalised by the statistics of a dataset that is not there.
-        StorageError: the source cannot be read, or the destination cannot be written.
+        CheckpointError: what was written gives other features.
+        ConfigError: others have no such model, the destination is no place for it, or an extra is not installed.
+        StorageError: the destination cannot be written.
     """
     place = _checked(destination, kind)
-    with checkpoint.on_disk(Storage(source)) as folder:
-        found = _read(folder, shown=source)
+    if kind in ("onnx", "pt2"):
+        check_installed(kind)
+    found = _source_of(source)
     _check_fits(found, kind)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=TEMPORARY) as temporary:
-            _write(found, Path(temporary) / place.name, kind)
-            (Path(temporary) / place.name).rename(place)
+            written = Path(temporary) / place.name
+            _write(found, written, kind)
+            proof = prove(source.encoder, written, kind, source.blank())
+            (written.with_name(f"{place.name}.{PROOF}") if kind == "mae" else written / PROOF).write_text(proof.dump())
+            for each in sorted(Path(temporary).iterdir(), key=lambda path: path.name == place.name):
+                each.rename(place.with_name(each.name))
     except OSError as error:
         raise StorageError(
             "the export cannot be written", found=f"{place} ({error.strerror or error})", fix="give another OUT"
         ) from error
     mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (found.mean, found.std))
-    return f"{_how_to_open(found, place, kind)}\nIt takes images / 255, minus mean {mean}, by std {std}."
+    takes = f"images / 255, minus mean {mean}, by std {std}"
+    if kind in ("onnx", "pt2"):
+        takes = f"uint8 images (any number, {found.channels}, {found.image_size[0]}, {found.image_size[1]})"
+    return Export(place, _how_to_open(found, place, kind), takes, proof)
 
 
-def _checked(destination: str | Path, kind: Format) -> Path:
+def _checked(destination: str | Path, kind: ExportFormat) -> Path:
     allowed = "a new path of this machine, one that ends in .pth for mae and for no other"
     wrong: dict[str, Any] = {"found": destination, "allowed": allowed, "fix": "give another OUT"}
     if "://" in str(destination):
@@ -98,27 +120,18 @@ def _checked(destination: str | Path, kind: Format) -> Path:
     return place
 
 
-def _read(folder: Path, shown: str | Path) -> Source:
-    if (folder / CARD).exists():
-        encoder = load_encoder(folder)
-        model, normalize, run, config = encoder.model, encoder.normalize, None, encoder.config
-        image_size = encoder.image_size
-    elif (folder / checkpoint.STATE).exists():
-        run, model, normalize, _ = read_checkpoint(folder)
-        config, image_size = run.model, run.data.image_size
-    else:
-        raise CheckpointError(
-            "there is neither a checkpoint nor an encoder",
-            found=shown,
-            allowed=f"a folder with {checkpoint.STATE}, as runs keep them, or with {CARD}, as the registry does",
-            fix="check the path",
-        )
-    mean, std = (values.flatten().tolist() for values in (normalize.mean_C11, normalize.std_C11))
-    return Source(config, model.state_dict(), image_size, model.channels, mean, std, run)
+def _source_of(subject: Subject) -> Source:
+    encoder = subject.encoder
+    mean, std = (v.flatten().tolist() for v in (encoder.normalize.mean_C11, encoder.normalize.std_C11))
+    run = None if subject.checkpoint is None else subject.checkpoint.run
+    weights = encoder.model.state_dict()
+    return Source(encoder, encoder.config, weights, encoder.image_size, encoder.channels, mean, std, run)
 
 
-def _check_fits(source: Source, kind: Format) -> None:
+def _check_fits(source: Source, kind: ExportFormat) -> None:
     """Others have no model but the authors' own; timm has its encoders too, transformers with any tokens."""
+    if kind in ("onnx", "pt2"):
+        return
     model, (height, width) = source.model, source.image_size
     rules: list[tuple[str, Any, list[Any]]] = [
         ("model.kind", model.kind, ["vit", "timm_vit", "sparse_conv"] if kind == "timm" else ["vit"])
@@ -141,11 +154,14 @@ def _check_fits(source: Source, kind: Format) -> None:
             )
 
 
-def _write(source: Source, place: Path, kind: Format) -> None:
+def _write(source: Source, place: Path, kind: ExportFormat) -> None:
     if kind == "mae":
         save_weights(source.weights, place, kind)
         return
     place.mkdir()
+    if kind == "onnx" or kind == "pt2":
+        write_graph(source.encoder, place / GRAPH_FILES[kind], kind)
+        return
     encoder = {name: tensor for name, tensor in source.weights.items() if not name.startswith(DECODER)}
     if kind == "timm":
         encoder |= _head_norm(source)
@@ -158,8 +174,12 @@ def _write(source: Source, place: Path, kind: Format) -> None:
         (place / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _how_to_open(source: Source, place: Path, kind: Format) -> str:
+def _how_to_open(source: Source, place: Path, kind: ExportFormat) -> str:
     match kind:
+        case "onnx":
+            return f'onnxruntime.InferenceSession("{place / GRAPH_FILES[kind]}").run(None, {{"{INPUT}": images}})'
+        case "pt2":
+            return f'torch.export.load("{place / GRAPH_FILES[kind]}").module()(images)'
         case "mae":
             return f'torch.load("{place}", weights_only=True)["model"]'
         case "hf":

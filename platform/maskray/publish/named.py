@@ -26,6 +26,10 @@ _NAMED = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[
 _AS_MLFLOW_KEEPS_IT = f"artifacts/{ENCODER}"
 
 
+class NoEncoderError(CheckpointError):
+    """A folder that holds none."""
+
+
 class NamedEncoder(NamedTuple):
     """An encoder, and which one it is."""
 
@@ -69,11 +73,29 @@ def open_encoder(text: str, tracking: TrackingConfig, runs: str) -> NamedEncoder
     return _downloaded(uri, client, match["name"], version)
 
 
+def tag_version(called: str, tag: str, text: str, tracking: TrackingConfig, runs: str) -> bool:
+    """Set a tag of a registered version that `open_encoder` has named; False for an encoder that is none.
+
+    Raises:
+        TrackingError: MLflow is away or refuses.
+    """
+    match = _NAMED.fullmatch(called)
+    if match is None:
+        return False
+    uri = _uri(tracking, runs)
+    try:
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.set_model_version_tag(match["name"], match["version"], tag, text)
+    except MlflowException as error:
+        raise TrackingError("MLflow does not take a tag", found=f"{tag}: {shown(str(error))}") from error
+    return True
+
+
 def _in_folder(storage: Storage, shown_as: str) -> NamedEncoder:
     if not storage.exists(CARD) and storage.exists(f"{_AS_MLFLOW_KEEPS_IT}/{CARD}"):
         storage = storage.child(*_AS_MLFLOW_KEEPS_IT.split("/"))
     if not storage.exists(CARD):
-        raise CheckpointError(
+        raise NoEncoderError(
             f"there is no encoder: no {CARD} in that folder",
             key=KEY,
             found=shown_as,

@@ -12,12 +12,13 @@ from maskray.config.load import load
 from maskray.config.schema import RunConfig, TrackingConfig
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
+from maskray.errors import CheckpointError
 from maskray.models.base import MaskedAutoencoder
 from maskray.models.build import build_normalize, initial_model
 from maskray.models.foreign import load_weights
 from maskray.models.normalize import Normalize
-from maskray.publish.export import Encoder, encoder_only
-from maskray.publish.named import open_encoder
+from maskray.publish.export import CARD, Encoder, encoder_only
+from maskray.publish.named import NoEncoderError, open_encoder
 from maskray.training import checkpoint
 
 
@@ -42,6 +43,13 @@ class Subject(NamedTuple):
     """MLflow's, of the run that a registered encoder comes from; a checkpoint's run is known by its fingerprint."""
     step: int
     """Of its run."""
+
+    def blank(self) -> MaskedAutoencoder:
+        """A model of the same parameters, with the decoder where this one has it, before any training."""
+        with torch.random.fork_rng(devices=[]):
+            if self.checkpoint is not None:
+                return initial_model(self.checkpoint.run.model_copy(update={"init_from": None}))
+            return encoder_only(self.encoder.config, self.encoder.image_size, self.encoder.channels)
 
     def untrained(self, seed: int) -> Encoder:
         """The same encoder as it begins."""
@@ -71,7 +79,15 @@ def open_subject(text: str, tracking: TrackingConfig, runs: str) -> Subject:
             found = read_checkpoint(folder)
         encoder = Encoder(found.model, found.normalize, found.run.data.image_size, found.run.model).eval()
         return Subject(Storage(text).uri, encoder, found, None, found.facts.step)
-    named = open_encoder(text, tracking, runs)
+    try:
+        named = open_encoder(text, tracking, runs)
+    except NoEncoderError as error:
+        raise CheckpointError(
+            "there is neither a checkpoint nor an encoder",
+            found=text,
+            allowed=f"a folder with {checkpoint.STATE}, as runs keep them, or with {CARD}; or models:/name@alias",
+            fix="check the path",
+        ) from error
     return Subject(named.name, named.encoder, None, named.run_id, named.step)
 
 

@@ -135,7 +135,7 @@ def without_labels(tmp_path):
     ("values", "error", "match"),
     [
         ({"data": {"path": "nowhere"}}, DataError, r"data\.path: there is no such dataset"),
-        ({"model": "nowhere"}, CheckpointError, "there is no encoder"),
+        ({"model": "nowhere"}, CheckpointError, "neither a checkpoint nor an encoder"),
         ({"evaluations": [PAINT]}, ConfigError, r"evaluations: an encoder alone paints nothing"),
         ({"evaluations": [{"kind": "knn", "k": [2000]}]}, ConfigError, r"Found: knn with k 2000\. Allowed: 1 to 1473"),
         ({"model": "models:/digits@champion"}, MaskrayError, "MLflow"),

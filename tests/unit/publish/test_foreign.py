@@ -1,5 +1,6 @@
 """Exports are opened by those they are for: timm here, the authors' names and Hugging Face's through `init_from`."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from maskray import cli
 from maskray.config.load import dump, merge, parse
-from maskray.config.schema import RunConfig
+from maskray.config.schema import RunConfig, TrackingConfig
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, ConfigError, DataError, StorageError
@@ -19,8 +20,11 @@ from maskray.models.base import MaskedAutoencoder
 from maskray.models.build import initial_model
 from maskray.models.foreign import WEIGHTS_FILE, load_weights
 from maskray.models.normalize import IMAGENET_MEAN, Normalize
-from maskray.publish.export import save_encoder
-from maskray.publish.foreign import CONFIG, PROCESSOR, export
+from maskray.publish import foreign
+from maskray.publish.export import load_encoder, save_encoder
+from maskray.publish.foreign import CONFIG, EXPORT_FORMATS, PROCESSOR
+from maskray.publish.proof import BATCHES, LIMIT, PROOF
+from maskray.publish.subject import open_subject
 from maskray.training import checkpoint
 from maskray.training.optim import build_optimizer
 
@@ -48,6 +52,10 @@ MODELS = {
         "model": {"kind": "timm_vit", "name": "vit_wee_patch16_reg1_gap_256", "patch": 4, "decoder": DECODER}
     },
 }
+
+
+def export(source: str | Path, destination: str | Path, kind: str) -> foreign.Export:
+    return foreign.export(open_subject(str(source), TrackingConfig(), str(source)), destination, kind)
 
 
 def config_of(**sections: object) -> RunConfig:
@@ -223,7 +231,7 @@ def test_a_checkpoint_is_read_from_any_place(place: str, tmp_path: Path):
 def test_a_datasets_own_statistics_are_told(tiny: Callable[..., RunConfig], digits: Path, tmp_path: Path):
     config = tiny(data={"normalize": "dataset"})
     source = checkpoint_of(trained(config), config, tmp_path / "source")
-    assert f"mean {Dataset.open(digits).manifest.mean[0]:.4f}," in export(source, tmp_path / "out", "timm")
+    assert f"mean {Dataset.open(digits).manifest.mean[0]:.4f}," in export(source, tmp_path / "out", "timm").takes
     gone = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "gone")})})
     source = checkpoint_of(trained(gone), gone, tmp_path / "other")
     with pytest.raises(DataError, match="gone"):
@@ -304,3 +312,76 @@ def test_the_command_says_how_to_open_it(tmp_path: Path, capsys: pytest.CaptureF
     assert "minus mean 0.4850, 0.4560, 0.4060, by std" in said
     assert cli.main(["export", str(source), str(tmp_path / "out"), "--as", "timm"]) == cli.USER_MISTAKE
     assert "replaces nothing" in " ".join(capsys.readouterr().err.split())
+
+
+GRAPHS = {
+    "ours": {},
+    "gray, wide": {"data": {"channels": 1, "image_size": [16, 32], "normalize": "symmetric"}},
+    "timm's, registers": MODELS["timm's, registers"],
+    "ResNet": {
+        "data": {"image_size": 64},
+        "mask": {"ratio": 0.5},
+        "model": {"kind": "sparse_conv", "name": "resnet18", "decoder": {"kind": "unet", "width": 64}},
+    },
+    "ConvNeXt V2": {
+        "data": {"image_size": 64},
+        "mask": {"ratio": 0.5},
+        "model": {"kind": "sparse_conv", "name": "convnextv2_atto", "decoder": {"kind": "block", "width": 32}},
+    },
+    "conv": {"model": {"kind": "conv", "widths": [4, 8]}, "mask": {"kind": "block", "sides": [1, 2]}},
+}
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+@pytest.mark.parametrize("sections", GRAPHS.values(), ids=GRAPHS)
+def test_a_graph_takes_any_number_of_images_and_gives_our_features(sections: dict, kind: str, tmp_path: Path):
+    config = config_of(**sections)
+    source = encoder_of(trained(config), config, tmp_path / "source")
+    found = export(source, tmp_path / "out", kind)
+    assert found.proof.largest_difference < LIMIT
+    told = json.loads((tmp_path / "out" / PROOF).read_text())
+    assert told["batches"] == list(BATCHES) == [1, 3, 64]
+    assert told["largest_difference"] == found.proof.largest_difference
+
+    images = torch.randint(0, 256, (5, config.data.channels, *config.data.image_size), dtype=torch.uint8)
+    scope: dict = {"images": images.numpy() if kind == "onnx" else images}
+    import onnxruntime
+
+    scope |= {"onnxruntime": onnxruntime, "torch": torch}
+    with torch.no_grad():
+        features = eval(found.how_to_open, scope)  # as it is said, to the letter
+        expected = load_encoder(source)(images)
+    features = torch.from_numpy(features[0]) if kind == "onnx" else features
+    torch.testing.assert_close(features, expected, atol=LIMIT, rtol=0)
+
+
+@pytest.mark.parametrize("kind", EXPORT_FORMATS)
+def test_what_gives_other_features_is_no_export_and_is_not_left_there(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = config_of()
+    source = checkpoint_of(trained(config), config, tmp_path / "source")
+    subject = open_subject(str(source), TrackingConfig(), str(tmp_path))
+    wrong = copy.deepcopy(subject.encoder)
+    with torch.no_grad():
+        wrong.model.norm.bias[3] += 0.001
+    taken_wrongly = foreign._source_of(subject._replace(encoder=wrong))
+    monkeypatch.setattr(foreign, "_source_of", lambda _: taken_wrongly)
+    place = tmp_path / "exports" / ("out.pth" if kind == "mae" else "out")
+    with pytest.raises(CheckpointError, match=r"gives other features. Found: a difference of 0\.001"):
+        foreign.export(subject, place, kind)
+    assert list(place.parent.iterdir()) == []
+
+
+def test_every_export_says_what_opened_it(tmp_path: Path):
+    config = config_of()
+    source = checkpoint_of(trained(config), config, tmp_path / "source")
+    by = {kind: export(source, tmp_path / f"out-{kind}{'.pth' * (kind == 'mae')}", kind) for kind in EXPORT_FORMATS}
+    assert by["timm"].proof.opened_by.startswith("timm ")
+    assert by["onnx"].proof.opened_by.startswith("onnxruntime ")
+    assert (tmp_path / "out-mae.pth.proof.json").exists()
+    assert all(each.proof.largest_difference <= 1e-5 for each in by.values())
+
+
+def test_the_command_line_knows_all_formats():
+    assert cli.export.FORMATS == EXPORT_FORMATS
