@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,12 @@ class TrainStep:
         ddp = self._world > 1 and not isinstance(model, FSDPModule)
         self._model = DistributedDataParallel(model, broadcast_buffers=False) if ddp else model
         self._norms = group_norms(model)
-        self._normalize, self._objective = normalize, objective
+        self._normalize: Callable[..., torch.Tensor] = normalize
+        self._objective: Callable[..., torch.Tensor] = objective
+        if config.training.compile:  # many passes over the pixels become one; the model is compiled where it is placed
+            self._normalize, self._objective = (
+                torch.compile(each, dynamic=False) for each in (normalize, objective.__call__)
+            )
         self._optimizer, self._schedule = optimizer, schedule
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._global_batch = config.optim.global_batch
