@@ -70,7 +70,40 @@ def open_encoder(text: str, tracking: TrackingConfig, runs: str) -> NamedEncoder
     uri = _uri(tracking, runs)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     version = _version(client, match["name"], match["version"], match["alias"])
-    return _downloaded(uri, client, match["name"], version)
+    return registered_encoder(uri, match["name"], version)
+
+
+def registered_encoder(uri: str, name: str, version: str, key: str = KEY) -> NamedEncoder:
+    """The encoder of a version of a registered model, on the CPU.
+
+    Args:
+        uri: of MLflow.
+        name: of the model.
+        version: its number.
+        key: that asks for it, in the words of errors.
+
+    Raises:
+        TrackingError: MLflow has no such version, or is away.
+        CheckpointError: its files are gone or damaged.
+    """
+    client, called = MlflowClient(tracking_uri=uri, registry_uri=uri), f"{MODELS}{name}/{version}"
+    try:
+        # A server's versions name their model as source: where its files are has to be asked.
+        source = str(client.get_model_version_download_uri(name, version))
+    except MlflowException as error:
+        raise TrackingError("MLflow's registry cannot be read", key=key, found=shown(str(error))) from error
+    try:
+        with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
+            place = f"{source.rstrip('/')}/{_AS_MLFLOW_KEEPS_IT}"
+            folder = Path(mlflow.artifacts.download_artifacts(place, dst_path=temporary, tracking_uri=uri))
+            return NamedEncoder(load_encoder(folder), called, _digest(folder), *_origin(client, name, version))
+    except (MlflowException, OSError, CheckpointError, StorageError) as error:
+        raise CheckpointError(
+            f"the files of {called} are gone or cannot be read",
+            key=key,
+            found=f"{shown(source)} ({shown(' '.join(str(error).split()))[:200]})",
+            fix="put them back where they were, or take another version",
+        ) from error
 
 
 def tag_version(called: str, tag: str, text: str, tracking: TrackingConfig, runs: str) -> bool:
@@ -161,20 +194,3 @@ def _listed(client: MlflowClient, name: str) -> str:
 def _origin(client: MlflowClient, name: str, version: str) -> tuple[str | None, int]:
     found = client.get_model_version(name, version)
     return found.run_id or None, int(found.tags.get(STEP_TAG, 0))
-
-
-def _downloaded(uri: str, client: MlflowClient, name: str, version: str) -> NamedEncoder:
-    called = f"{MODELS}{name}/{version}"
-    source = str(client.get_model_version_download_uri(name, version))
-    try:
-        with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
-            place = f"{source.rstrip('/')}/{_AS_MLFLOW_KEEPS_IT}"
-            folder = Path(mlflow.artifacts.download_artifacts(place, dst_path=temporary, tracking_uri=uri))
-            return NamedEncoder(load_encoder(folder), called, _digest(folder), *_origin(client, name, version))
-    except (MlflowException, OSError, CheckpointError, StorageError) as error:
-        raise CheckpointError(
-            f"the files of {called} are gone or cannot be read",
-            key=KEY,
-            found=f"{shown(source)} ({shown(' '.join(str(error).split()))[:200]})",
-            fix="put them back where they were, or take another version",
-        ) from error

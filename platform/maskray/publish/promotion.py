@@ -189,7 +189,7 @@ def rollback(config: PromotionConfig) -> Decision:
                 fix="look at it (--show), and give the command again",
             )
         first = now
-        desk.model.encoder(desk.model.find(before, "--rollback"))  # a champion without files helps nobody
+        desk.model.encoder(desk.model.find(before, "--rollback"), "--rollback")  # a champion without files helps nobody
         reason = f"back to version {before} from version {now}"
         decision = Decision(len(history) + 1, config.model, config.alias, "rolled_back", before, now, before, reason)
         if desk.records.append(decision):
@@ -262,7 +262,7 @@ class _Bench:
         self._model, self.evaluation, self._judge = model, evaluation, judge
         self._correct: dict[str, Correct] = {}
 
-    def correct(self, number: str, history: Sequence[Decision] = ()) -> Correct:
+    def correct(self, number: str, role: str, history: Sequence[Decision] = ()) -> Correct:
         """Of a version; of one whose files are gone, what an earlier comparison on the same rows kept.
 
         Raises:
@@ -270,7 +270,7 @@ class _Bench:
         """
         if number not in self._correct:
             try:
-                self._correct[number] = self._judge(self._model.encoder(self._model.find(number, "champion")))
+                self._correct[number] = self._judge(self._model.encoder(self._model.find(number, role), role))
             except (CheckpointError, TrackingError) as error:
                 kept = self._kept(number, history)
                 if kept is None:
@@ -288,10 +288,10 @@ def _decided(
     config: PromotionConfig, bench: _Bench, history: Sequence[Decision], challenger: Version, champion: str | None
 ) -> Decision:
     """The next decision, by the gate."""
-    own = bench.correct(challenger.number)
+    own = bench.correct(challenger.number, "challenger")
     correct, gained, champion_score = {challenger.number: packed(own)}, None, None
     if champion is not None:
-        other = bench.correct(champion, history)
+        other = bench.correct(champion, "champion", history)
         correct[champion], champion_score = packed(other), float(other.mean())
         confidence, num_draws = config.gate.confidence, config.gate.bootstrap_draws
         gained = gain(own, other, confidence=confidence, num_draws=num_draws, seed=config.seed)

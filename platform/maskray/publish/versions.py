@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from maskray.errors import CheckpointError, TrackingError
+from maskray.errors import TrackingError
 from maskray.publish.decisions import Decision
-from maskray.publish.export import Encoder, load_encoder
-from maskray.publish.registry import ENCODER
+from maskray.publish.export import Encoder
+from maskray.publish.named import registered_encoder
 from maskray.tracking.mlflow_runs import DATASET_PARAM, JUDGED_TAG, add_note
 from maskray.tracking.mlflow_store import shown
 
 RECORDS_TAG = "maskray.records"
-_BY_MODEL = "models:/"
 _MAX_LISTED = 12
 _MAX_ATTEMPTS, _FIRST_PAUSE = 6, 0.1
 _PASSING = frozenset({"BAD_REQUEST", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"})
@@ -37,8 +34,6 @@ class Version:
     number: str
     run_id: str | None
     """None: MLflow does not know the run any more."""
-    source: str
-    """Where its files are."""
     tags: Mapping[str, str]
 
     @property
@@ -96,7 +91,7 @@ class RegisteredModel:
             while True:
                 page = self._client.search_model_versions(f"name = '{quoted}'", page_token=token)
                 for v in (v for v in page if v.status == "READY"):
-                    out[str(v.version)] = Version(str(v.version), v.run_id or None, v.source, dict(v.tags))
+                    out[str(v.version)] = Version(str(v.version), v.run_id or None, dict(v.tags))
                 token = page.token
                 if not token:
                     return out
@@ -107,30 +102,17 @@ class RegisteredModel:
             found = self._client.get_registered_model(self.name).aliases
         return {str(alias): str(number) for alias, number in found.items()}
 
-    def encoder(self, version: Version) -> Encoder:
+    def encoder(self, version: Version, key: str = "challenger") -> Encoder:
         """The encoder of a version, on the CPU.
+
+        Args:
+            version: of this model.
+            key: that asks for it, in the words of errors.
 
         Raises:
             CheckpointError: its files are gone or damaged.
         """
-        try:
-            with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
-                uri = f"{self._place(version)}/artifacts/{ENCODER}"
-                return load_encoder(
-                    mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=self._uri)
-                )
-        except (MlflowException, OSError, CheckpointError) as error:
-            raise CheckpointError(
-                f"the files of version {version.number} of the registered model {self.name} are gone or cannot be read",
-                found=f"{version.source} ({shown(str(error))})",
-                fix="put them back, or delete the version in MLflow",
-            ) from error
-
-    def _place(self, version: Version) -> str:
-        """Of its files. A server's versions name their model, of which MLflow finds no single folder by that name."""
-        if not version.source.startswith(_BY_MODEL):
-            return version.source.rstrip("/")
-        return str(self._client.get_logged_model(version.source.removeprefix(_BY_MODEL)).artifact_location).rstrip("/")
+        return registered_encoder(self._uri, self.name, version.number, key).encoder
 
     # -------------------------------------------------------------------------------------------------------- writing
 

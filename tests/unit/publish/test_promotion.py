@@ -318,7 +318,7 @@ def test_a_model_without_versions(registered: Registered):
 def test_a_challenger_whose_files_are_gone_is_named_and_nothing_is_decided(registered: Registered):
     number = registered.add(8)
     registered.lose(number)
-    with pytest.raises(CheckpointError, match=r"files of version 1 of the registered model tiny are gone.*model-0"):
+    with pytest.raises(CheckpointError, match=r"challenger: the files of models:/tiny/1 are gone.*model-0"):
         promote(registered.config())
     assert records(registered).load() == []
 
@@ -330,12 +330,12 @@ def test_a_champion_whose_files_are_gone_is_compared_by_what_was_kept_of_it(
     first = promote(registered.config(champion))
     registered.lose(champion)
     decision = promote(registered.config(better))
-    assert "files of version 1" in caplog.text
+    assert "champion: the files of models:/tiny/1" in caplog.text
     assert first is not None
     assert decision is not None
     assert decision.kind == "promoted"
     assert decision.comparison.champion_score == first.comparison.score
-    with pytest.raises(CheckpointError, match="files of version 1"):
+    with pytest.raises(CheckpointError, match="files of models:/tiny/1"):
         rollback(registered.config())
     assert registered.champion == better
 
@@ -345,7 +345,7 @@ def test_a_champion_without_files_that_was_never_compared_is_an_error(registered
     registered.client.set_registered_model_alias(MODEL, "champion", by_hand)
     registered.add(64)
     registered.lose(by_hand)
-    with pytest.raises(CheckpointError, match="files of version 1"):
+    with pytest.raises(CheckpointError, match="files of models:/tiny/1"):
         promote(registered.config())
 
 
