@@ -233,3 +233,17 @@ def test_the_warm_up_leaves_no_trace(rig, same):
         plain.step(number, [plain.batch(number)])
     same(r.weights(), plain.weights())
     assert r.step.report() == plain.step.report()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's compiler looks at it, in its own code
+def test_a_compiled_step_learns_what_a_plain_one_does(rig):
+    """With torch's own compiler, which takes its time."""
+    plain, compiled = rig(), rig(training={"compile": True})
+    compiled.model.compile(dynamic=False)
+    for number in range(6):
+        for each in (plain, compiled):
+            each.step(number, [each.batch(number)])
+        one, other = plain.step.report(), compiled.step.report()
+        assert other.loss == pytest.approx(one.loss, rel=1e-4)
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-3)
