@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.command(parsed))
     except MaskrayError as error:
-        return _say(f"{_KINDS.get(type(error).__name__, 'Error')}: {error}", USER_MISTAKE)
+        kind = next((_KINDS[each.__name__] for each in type(error).__mro__ if each.__name__ in _KINDS), "Error")
+        return _say(f"{kind}: {error}", USER_MISTAKE)
     except TrainingError as error:
         return _say(f"The run failed: {error}", RUN_FAILED)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import load_as
+from maskray.errors import StorageError
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
     from maskray.publish.appraisal import Appraisal
@@ -33,6 +34,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from maskray.publish import appraisal
 
     prepared = appraisal.prepare(config)  # what is wrong is said before a cluster is started
+    if arguments.out is not None:
+        _make(arguments.out)
     if arguments.launcher == "torch":
         found = appraisal.appraise_here(prepared)
     else:
@@ -41,18 +44,28 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
         with connected(config.cluster):
             found = appraise(prepared)
-    run_id = appraisal.record(prepared, found)
-    show(found, run_id)
+    show(found)
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / f"{found.name}.json").write_text(found.dump())
         for name, png in found.figures.items():
             (arguments.out / f"{name}.png").write_bytes(png)
+    run_id = appraisal.record(prepared, found)  # last: what it may refuse hides nothing
+    kept = f"in MLflow's run {run_id}" if run_id is not None else "not in MLflow, which has no run of it"
+    Console(highlight=False).print(f"{found.model}: {kept}", soft_wrap=True)
     return 0
 
 
-def show(found: Appraisal, run_id: str | None) -> None:
-    """The table."""
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            "results cannot be written there", key="--out", found=f"{folder} ({error.strerror})", fix="give a folder"
+        ) from error
+
+
+def show(found: Appraisal) -> None:
+    """The tables."""
     console = Console(highlight=False)
     if found.scores:
         console.print(_accuracies(found))
@@ -60,8 +73,6 @@ def show(found: Appraisal, run_id: str | None) -> None:
         console.print(_likenesses(found))
     if found.undecodable:
         console.print(f"{len(found.undecodable)} images cannot be decoded, and count for nothing")
-    kept = f"in MLflow's run {run_id}" if run_id is not None else "not in MLflow, which has no run of it"
-    console.print(f"{found.model}: {kept}", soft_wrap=True)
 
 
 def _accuracies(found: Appraisal) -> Table:
@@ -76,8 +87,10 @@ def _accuracies(found: Appraisal) -> Table:
         drawn = "" if score.std_of_draws is None else f" ± {100 * score.std_of_draws:.1f}"
         ends = f"[dim]{100 * score.low:.1f} to {100 * score.high:.1f}[/dim]"
         cells.setdefault(score.evaluation, {})[score.features] = f"{100 * score.accuracy:.1f}{drawn}\n{ends}"
+    notes = {score.evaluation: score.note for score in found.scores if score.features == "model" and score.note}
     for name, row in cells.items():
-        table.add_row(name, *(row.get(kind, "") for kind in kinds))
+        note = f"\n[dim]{notes[name]}[/dim]" if name in notes else ""
+        table.add_row(name + note, *(row.get(kind, "") for kind in kinds))
     return table
 
 

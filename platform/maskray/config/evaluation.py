@@ -17,7 +17,7 @@ class KnnEvaluation(Section):
     """Weighted k nearest neighbours by cosine, with every training label (Wu et al. 2018)."""
 
     kind: Literal["knn"] = "knn"
-    k: tuple[PositiveInt, ...] = (20,)
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (20,)
     """Neighbours; each number is reported."""
     temperature: PositiveFloat = 0.07
 
@@ -75,7 +75,7 @@ class EvaluationData(Section):
 class EvaluateConfig(Section):
     """One model through a list of evaluations."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """Of the table, and of the metrics: `evaluation/NAME/…`."""
     model: str
     """Folder or URI of a checkpoint, or of an encoder with `encoder.json`; or `models:/name@alias`,

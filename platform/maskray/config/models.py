@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, PlainSerializer, PositiveFloat, model_validator
 
 from maskray.config.section import PositiveInt, Section, SizeHW, of_kind
 
@@ -275,4 +275,24 @@ class ObjectiveConfig(Section):
     def _a_fraction_is_of_hidden_cells(self) -> Self:
         if self.cells == "all" and self.predict_fraction < 1:
             raise ValueError("predict_fraction is a share of the hidden cells: with cells: all it must be 1")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------------------- encoder
+
+
+class EncoderCard(Section):
+    """What must be known of an exported encoder to use it, beside its weights."""
+
+    model: Model
+    image_size: SizeHW
+    channels: PositiveInt
+    mean: tuple[FiniteFloat, ...]
+    """One for each channel, as `std`."""
+    std: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"mean and std take one number for each of {self.channels} channels")
         return self

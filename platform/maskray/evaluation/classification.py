@@ -13,7 +13,15 @@ from maskray.errors import DataError
 from maskray.evaluation.features import Features
 from maskray.evaluation.knn import knn_probabilities
 from maskray.evaluation.linear_heads import HeadsRecipe, HeadsResult, train_heads
-from maskray.evaluation.linear_probe import Correct, Labels, check_labels, drawn_rows, few_label_correct, full_correct
+from maskray.evaluation.linear_probe import (
+    Correct,
+    Labels,
+    check_labels,
+    drawn_rows,
+    few_label_correct,
+    full_correct,
+    standardised,
+)
 from maskray.evaluation.scores import Score, score
 
 _SHOWN = 6
@@ -100,11 +108,12 @@ def _linear(
     device: torch.device | None,
 ) -> Score:
     recipe = HeadsRecipe(evaluation.learning_rates, evaluation.epochs, evaluation.batch)
+    train, test = standardised(rows.train_features, rows.test_features)
     correct, rates = list[Correct](), set[float]()
     for draw in range(evaluation.draws if share < 1 else 1):
         drawn = drawn_rows(rows.train_labels, lambda size: max(1, round(share * size)), seed, draw)
         result: HeadsResult = train_heads(
-            rows.train_features[drawn], rows.train_labels[drawn], rows.test_features, recipe, seed=seed, device=device
+            train[drawn], rows.train_labels[drawn], test, recipe, seed=seed, device=device
         )
         correct.append(result.predicted_M == rows.test_labels)
         rates.add(result.learning_rate)

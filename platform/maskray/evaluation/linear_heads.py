@@ -1,16 +1,18 @@
 """Linear heads on frozen features, trained by SGD: a grid of learning rates in one pass (He et al. 2022, Appendix A).
 
-The features are standardised first: what a batch normalisation without scale and shift before the head comes to, once
-its running statistics are those of all training features. The heads of a grid read the same batches, and none knows of
-the others.
+The features are standardised first (`linear_probe.standardised`): what a batch normalisation without scale and shift
+before the head comes to, once its running statistics are those of all training features, those without a label
+included. The heads of a grid read the same batches, and none knows of the others.
 
-Which rate is best is settled on a fifth of the training rows; the test rows have no say in it.
+Which rate is best is settled by the loss on a fifth of the training rows; the test rows have no say in it. Where no
+class has two rows there is nothing to settle it on: the one in the middle is taken.
 
 Shape letters: N training rows, M test rows, D width of a feature, K classes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,8 +47,8 @@ class HeadsResult:
     predicted_M: Labels
     learning_rate: float
     """The one that was chosen."""
-    held_back_accuracy: dict[float, float]
-    """By learning rate: what it was chosen by."""
+    held_back_losses: dict[float, float]
+    """By learning rate: what it was chosen by; empty where no rows could be held back."""
 
 
 def train_heads(
@@ -60,6 +62,14 @@ def train_heads(
 ) -> HeadsResult:
     """Choose a learning rate on rows that are held back, train with it on all, and name the test rows.
 
+    Args:
+        train_features: (N, D), standardised.
+        train_labels: (N,) integers.
+        test_features: (M, D), by the same scale.
+        recipe: how heads are trained.
+        seed: of the heads' beginnings, of batches, and of which rows are held back.
+        device: None: the CPU.
+
     Raises:
         DataError: no rows, or one class only.
     """
@@ -67,20 +77,20 @@ def train_heads(
     names, class_N = np.unique(train_labels, return_inverse=True)
     device = device or torch.device("cpu")
     train_ND, test_MD = (torch.from_numpy(each).to(device) for each in (train_features, test_features))
-    mean, std = train_ND.mean(dim=0), train_ND.std(dim=0, correction=0)
-    scaled_ND, scaled_MD = ((each - mean) / (std + 1e-6) for each in (train_ND, test_MD))
     classes_N = torch.from_numpy(class_N).to(device)
 
     kept, held = (torch.from_numpy(rows).to(device) for rows in _split(class_N, seed))
-    candidates = _trained(scaled_ND[kept], classes_N[kept], len(names), recipe.learning_rates, recipe, seed)
-    right = [float((_named(head, scaled_ND[held]) == classes_N[held]).float().mean()) for head in candidates]
-    best = recipe.learning_rates[int(np.argmax(right))]
-    (head,) = _trained(scaled_ND, classes_N, len(names), [best], recipe, seed)
-    return HeadsResult(
-        predicted_M=names[_named(head, scaled_MD).cpu().numpy()],
-        learning_rate=best,
-        held_back_accuracy=dict(zip(recipe.learning_rates, right, strict=True)),
-    )
+    best, losses = sorted(recipe.learning_rates)[len(recipe.learning_rates) // 2], dict[float, float]()
+    if len(held):
+        candidates = _trained(train_ND[kept], classes_N[kept], len(names), recipe.learning_rates, recipe, seed)
+        with torch.no_grad():
+            found = [float(F.cross_entropy(head(train_ND[held]), classes_N[held])) for head in candidates]
+        losses = dict(zip(recipe.learning_rates, found, strict=True))
+        best = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+    (head,) = _trained(train_ND, classes_N, len(names), [best], recipe, seed)
+    with torch.no_grad():
+        named_M = head(test_MD).argmax(dim=1)
+    return HeadsResult(names[named_M.cpu().numpy()], best, losses)
 
 
 def _trained(
@@ -109,13 +119,6 @@ def _trained(
     return heads
 
 
-@torch.no_grad()
-def _named(head: nn.Linear, features_MD: Tensor) -> Tensor:
-    """(M,) the class that a head gives each row."""
-    named: Tensor = head(features_MD).argmax(dim=1)
-    return named
-
-
 def _split(class_N: Labels, seed: int) -> tuple[Labels, Labels]:
     """Rows to train on and rows to choose by, a fifth of each class (one at least, where it has two)."""
     rng = np.random.default_rng(draws.word(seed, draws.Stream.PROBE, 0, 1))
@@ -124,5 +127,4 @@ def _split(class_N: Labels, seed: int) -> tuple[Labels, Labels]:
         rows = rng.permutation(np.flatnonzero(class_N == each))
         held.append(rows[: max(round(HELD_BACK * len(rows)), min(1, len(rows) - 1))])
     held_rows = np.sort(np.concatenate(held))
-    kept_rows = np.setdiff1d(np.arange(len(class_N)), held_rows)
-    return kept_rows, held_rows if len(held_rows) else kept_rows
+    return np.setdiff1d(np.arange(len(class_N)), held_rows), held_rows

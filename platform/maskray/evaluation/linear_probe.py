@@ -93,13 +93,12 @@ def few_label_correct(
         shown = ", ".join(f"class {c} has {n}" for c, n in list(few.items())[:6])
         raise DataError(
             f"{len(few)} of {len(sizes)} classes have too few training rows to draw {labels_per_class} labels from",
-            key="probe.labels_per_class",
+            key="labels_per_class",
             found=shown,
             allowed=f"at most {min(few.values())}",
-            fix="lower it, raise probe.max_rows, or set probe.enabled: false",
+            fix="lower it, or take more rows",
         )
-    scaler = StandardScaler().fit(train_features)
-    train, test = scaler.transform(train_features), scaler.transform(test_features)
+    train, test = standardised(train_features, test_features)
     out = []
     for draw in range(num_draws):
         drawn = drawn_rows(train_labels, lambda _: labels_per_class, seed, draw)
@@ -130,8 +129,14 @@ def full_correct(
 ) -> Correct:
     """Whether each test row (M,) was named rightly, with every training label. Raises as `full_accuracy` does."""
     check_labels(train_labels, test_labels)
+    train, test = standardised(train_features, test_features)
+    return _fit_and_judge(train, train_labels, test, test_labels)
+
+
+def standardised(train_features: Features, test_features: Features) -> tuple[Features, Features]:
+    """Both by mean and std of all training features (N, D), labels play no part; a constant one keeps its scale."""
     scaler = StandardScaler().fit(train_features)
-    return _fit_and_judge(scaler.transform(train_features), train_labels, scaler.transform(test_features), test_labels)
+    return scaler.transform(train_features), scaler.transform(test_features)
 
 
 def _fit_and_judge(train: Any, train_labels: Labels, test: Any, test_labels: Labels) -> Correct:
@@ -152,15 +157,15 @@ def check_labels(train_labels: Labels, test_labels: Labels) -> None:
     """
     if len(train_labels) == 0 or len(test_labels) == 0:
         raise DataError(
-            "the probe needs labelled rows in both splits",
-            key="probe.enabled",
+            "labelled rows are needed in both splits",
+            key="data.path",
             found=f"{len(train_labels)} training rows, {len(test_labels)} held-out rows",
-            fix="ingest with held_out_fraction above 0, or set probe.enabled: false",
+            fix="ingest pictures in class folders, with held_out_fraction above 0",
         )
     if len(np.unique(train_labels)) < 2:
         raise DataError(
-            "the probe needs two classes at least",
-            key="probe.enabled",
+            "two classes are needed at least",
+            key="data.path",
             found=f"{len(train_labels)} training rows, all of class {int(train_labels[0])}",
-            fix="set probe.enabled: false",
+            fix="take more rows, or ingest pictures of several classes",
         )

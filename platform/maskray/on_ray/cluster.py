@@ -39,7 +39,7 @@ _ENVIRONMENT = {
 _SECRET = re.compile("PASSWORD|TOKEN|SECRET|KEY")
 # Where Ray unpacks the working directory of a submitted job: another folder after each change, gone with the session.
 _JOB_FOLDER = "/working_dir_files/"
-_ADDRESS_OPTION = {"ingest": "--address", "embed": "cluster.address"}
+_ADDRESS_OPTION = {"ingest": "--address"}  # of the others it is a key of their config
 
 
 @contextmanager
@@ -285,13 +285,14 @@ def check_ingest(config: IngestConfig) -> None:
 def _refuse_if_not_everywhere(place: str, key: str, command: str) -> None:
     """Pictures that are read by tasks on all nodes."""
     nodes, folder = [node["NodeID"] for node in _nodes()], Path(place).expanduser().absolute()
+    option = _ADDRESS_OPTION.get(command, "cluster.address")
     if len(nodes) > 1 and folder.exists() and not _on_all(nodes, lambda: folder.exists()):
         raise ClusterError(
             f"the pictures are not on all of the cluster's {len(nodes)} nodes",
             key=key,
             found=folder,
             allowed="s3://bucket/prefix, or a folder on a file system that all nodes mount",
-            fix=f"take such a place, or {command} on one machine, without {_ADDRESS_OPTION[command]}",
+            fix=f"take such a place, or {command} on one machine, without {option}",
         )
 
 

@@ -20,7 +20,7 @@ from maskray.data.portions import of_split
 from maskray.data.shards import ColumnsJob, Dataset, read_columns
 from maskray.data.storage import Storage
 from maskray.data.stream import walk
-from maskray.errors import ConfigError, DataError, TrackingError
+from maskray.errors import CheckpointError, ConfigError, DataError
 from maskray.evaluation.classification import Labelled, check_classes, classify
 from maskray.evaluation.features import Images, pixel_features
 from maskray.evaluation.likeness import Likeness, likeness
@@ -33,8 +33,7 @@ from maskray.publish.features import FeatureBlock, blocks_here
 from maskray.publish.pictures import BATCH
 from maskray.publish.subject import Subject, WithDecoder, open_subject
 from maskray.tracking import mlflow_runs
-from maskray.tracking.mlflow_store import has_embedded_store, open_store
-from maskray.tracking.mlflow_tracker import MlflowTracker
+from maskray.tracking.mlflow_store import Store, has_embedded_store, open_store, refuse_missing
 
 MAX_PIXEL_VALUES = 4096
 TRAIN: SplitName = "train"
@@ -51,6 +50,8 @@ class Prepared:
     config: EvaluateConfig
     dataset: Dataset
     subject: Subject
+    store: Store | None
+    """MLflow; None: there is none."""
 
     @property
     def reads_features(self) -> bool:
@@ -107,7 +108,8 @@ def prepare(config: EvaluateConfig) -> Prepared:
     """
     dataset = Dataset.open(config.data.path, config.data.version)
     subject = open_subject(config.model, config.tracking, config.storage.path)
-    prepared = Prepared(config, dataset, subject)
+    _check_bands(dataset, subject)
+    prepared = Prepared(config, dataset, subject, _store_of(config))
     if prepared.reads_features:
         _check_labels(config, dataset)
     if subject.checkpoint is None and any(each.kind == "reconstruction" for each in config.evaluations):
@@ -121,6 +123,26 @@ def prepare(config: EvaluateConfig) -> Prepared:
     return prepared
 
 
+def _store_of(config: EvaluateConfig) -> Store | None:
+    """An MLflow that is there: none is made for who only adds to it."""
+    if config.tracking.uri is not None:
+        refuse_missing(config.tracking.uri)
+    elif not has_embedded_store(config.storage.path):
+        return None
+    return open_store(config.tracking, Storage(config.storage.path).uri)
+
+
+def _check_bands(dataset: Dataset, subject: Subject) -> None:
+    bands, wanted = dataset.manifest.channels, subject.encoder.channels
+    if bands != wanted and not {bands, wanted} <= {1, 3}:
+        raise DataError(
+            f"the encoder takes images of {wanted} bands",
+            key="data.path",
+            found=f"{dataset.storage.uri}, of {bands} bands",
+            fix="take a dataset of such images",
+        )
+
+
 def _check_labels(config: EvaluateConfig, dataset: Dataset) -> None:
     names = dataset.manifest.class_names
     if not names:
@@ -132,6 +154,7 @@ def _check_labels(config: EvaluateConfig, dataset: Dataset) -> None:
         )
     train, test = (_labels(dataset, split, config.data.max_rows) for split in (TRAIN, TEST))
     check_classes(train, test, list(names))
+    _check_draws(config, train)
     most = max((max(each.k) for each in config.evaluations if isinstance(each, KnnEvaluation)), default=0)
     if most > len(train):
         raise ConfigError(
@@ -140,6 +163,19 @@ def _check_labels(config: EvaluateConfig, dataset: Dataset) -> None:
             found=f"knn with k {most}",
             allowed=f"1 to {len(train)}",
             fix="lower k, or raise data.max_rows",
+        )
+
+
+def _check_draws(config: EvaluateConfig, train: Labels) -> None:
+    wanted = [each.labels_per_class or 0 for each in config.evaluations if each.kind == "logistic"]
+    smallest = int(np.unique(train, return_counts=True)[1].min())
+    if max(wanted, default=0) > smallest:
+        raise DataError(
+            "a class has fewer training rows than labels to draw from it",
+            key="evaluations",
+            found=f"logistic with labels_per_class {max(wanted)}",
+            allowed=f"1 to {smallest}",
+            fix="lower it, or raise data.max_rows",
         )
 
 
@@ -210,7 +246,10 @@ def _kinds_of_features(
     encoders = {"model": subject.encoder} | ({"untrained": subject.untrained(config.seed)} if config.untrained else {})
     for name, encoder in encoders.items():
         sides = [_collected(blocks, prepared.dataset, split, encoder, undecodable) for split in (TRAIN, TEST)]
-        yield name, Labelled(*sides[0], *sides[1])
+        rows = Labelled(*sides[0], *sides[1])
+        # Again: of what could be decoded.
+        check_classes(rows.train_labels, rows.test_labels, list(prepared.dataset.manifest.class_names))
+        yield name, rows
     height, width = subject.encoder.image_size
     if config.raw_pixels and height * width * subject.encoder.channels <= MAX_PIXEL_VALUES:
         sides = [_pixels(prepared, split) for split in (TRAIN, TEST)]
@@ -230,7 +269,12 @@ def _collected(
         features.append(block.features)
         labels.append(block.labels)
         undecodable |= {(split, each.row): each for each in block.undecodable}
-    return np.concatenate(features), np.concatenate(labels)
+    found = np.concatenate(features)
+    if not np.isfinite(found).all():
+        raise CheckpointError(
+            "the encoder gives features that are no finite numbers", found=f"rows of {split}", fix="take another model"
+        )
+    return found, np.concatenate(labels)
 
 
 def _pixels(prepared: Prepared, split: SplitName) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.float32]], Labels]:
@@ -255,25 +299,23 @@ def _painted(found: WithDecoder, images_NCHW: Images, ratio: float, seed: int) -
 def record(prepared: Prepared, appraisal: Appraisal) -> str | None:
     """Tell MLflow's run of the model what came out; its id, or None where MLflow has no such run.
 
-    Metrics are those of the model's step, the table is `evaluation/NAME.json` among the artifacts.
+    Metrics are those of the model's step, the newest value of each is shown; table and figures are in `evaluation/NAME`
+    among the artifacts, and replace those of an earlier evaluation of that name.
 
     Raises:
         TrackingError: MLflow is away, or does not take it all.
     """
-    config, subject = prepared.config, prepared.subject
-    if config.tracking.uri is None and not has_embedded_store(config.storage.path):
+    subject = prepared.subject
+    if prepared.store is None:
         return None
-    store = open_store(config.tracking, Storage(config.storage.path).uri)
     run_id = subject.run_id
     if subject.checkpoint is not None:
-        run_id = mlflow_runs.find_run(store, subject.checkpoint.facts.fingerprint)
+        run_id = mlflow_runs.find_run(prepared.store, subject.checkpoint.facts.fingerprint)
     if run_id is None:
         return None
-    tracker = MlflowTracker(store.uri, run_id)
-    tracker.log(appraisal.metrics(), subject.step)
-    for name, png in appraisal.figures.items():
-        tracker.figure(f"evaluation/{appraisal.name}/{name}", png, subject.step)
-    if not tracker.close():
-        raise TrackingError("MLflow has not taken all of the evaluation", key="tracking.uri", fix="run it again")
-    mlflow_runs.add_file(store, run_id, f"evaluation/{appraisal.name}.json", appraisal.dump())
+    files = {f"{name}.png": png for name, png in appraisal.figures.items()}
+    files |= {"evaluation.json": appraisal.dump().encode()}
+    mlflow_runs.add_evaluation(
+        prepared.store, run_id, f"evaluation/{appraisal.name}", appraisal.metrics(), subject.step, files
+    )
     return run_id

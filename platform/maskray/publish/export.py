@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskray.config.load import parse
-from maskray.config.models import AnyModel, AnyVit, Model, VitDecoder
+from maskray.config.models import AnyModel, AnyVit, EncoderCard, VitDecoder
 from maskray.config.schema import RunConfig
-from maskray.config.section import Section
 from maskray.errors import CheckpointError, ConfigError, DataError
 from maskray.models.base import MaskedAutoencoder
 from maskray.models.build import build_model
@@ -134,7 +133,9 @@ def load_encoder(folder: str | Path) -> Encoder:
     folder = Path(folder)
     try:
         card = json.loads((folder / CARD).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        if not isinstance(card, dict):
+            raise ValueError("no mapping")
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"a folder without a readable {CARD} is no encoder", found=folder) from error
     if card.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
@@ -145,20 +146,17 @@ def load_encoder(folder: str | Path) -> Encoder:
             fix="use the maskray that wrote it, or export it again",
         )
     try:
-        config = parse(_Card, {"model": card["model"]}, origin=str(folder / CARD))
+        told = parse(EncoderCard, {name: card[name] for name in EncoderCard.model_fields}, origin=str(folder / CARD))
         with torch.random.fork_rng(devices=[]):  # the initialisation is thrown away, and must not be noticed
-            model = encoder_only(config.model, tuple(card["image_size"]), card["channels"])
-        model.load_state_dict(load_file(folder / WEIGHTS))
-        encoder = Encoder(model, Normalize(card["mean"], card["std"]), tuple(card["image_size"]), config.model)
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ConfigError) as error:
+            model = encoder_only(told.model, told.image_size, told.channels)
+        weights = load_file(folder / WEIGHTS)
+        model.load_state_dict(weights)
+        if not all(bool(each.isfinite().all()) for each in weights.values() if each.is_floating_point()):
+            raise ValueError("its weights are no finite numbers")
+        encoder = Encoder(model, Normalize(told.mean, told.std), told.image_size, told.model)
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError("the encoder is damaged", found=f"{folder} ({error})", fix="export it again") from error
     return encoder.eval().requires_grad_(requires_grad=False)
-
-
-class _Card(Section):
-    """What the card says of the model."""
-
-    model: Model
 
 
 def encoder_only(config: AnyModel, image_size: tuple[int, int], channels: int) -> MaskedAutoencoder:

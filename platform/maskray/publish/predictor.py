@@ -15,10 +15,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel
 from torch import Tensor
 
-from maskray.data.decode import UndecodableError, is_image
+from maskray.data.decode import UndecodableError, is_image, measure
 from maskray.publish.export import Encoder, load_encoder, resize
 from maskray.publish.pictures import encode, picture_of
 
+MAX_PIXELS = 178_956_970
+"""Height × width of a larger image are not believed: Pillow's own limit, and ingest's."""
 COLUMN = "image"
 """Of a table, or key of a dict, that images are in."""
 ALLOWED = (
@@ -64,6 +66,7 @@ class EncoderPredictor(PythonModel):
             if isinstance(image, str):
                 image = self._bytes_of(image)
             if isinstance(image, bytes | bytearray | memoryview):
+                measure(bytes(image), MAX_PIXELS)  # before a small file inflates to gigabytes
                 return picture_of(bytes(image), self.encoder.channels, self.encoder.image_size)
             pixels_HWC = _pixels(image, self.encoder.channels)
         except (UndecodableError, OSError, ValueError) as error:
@@ -86,6 +89,8 @@ class EncoderPredictor(PythonModel):
             raise ValueError("it is no base64 of an image, and paths are not read here")
         if len(text) > _LONGEST_PATH:
             raise ValueError("it is no base64 of an image, and too long for a path")
+        if not Path(text).is_file():  # a device would never end
+            raise ValueError("it is no base64 of an image, and no file here has that path")
         return Path(text).read_bytes()
 
 

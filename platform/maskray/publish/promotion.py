@@ -19,6 +19,7 @@ from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import walk
 from maskray.errors import CheckpointError, ConfigError, DataError, RunConflictError, TrackingError
+from maskray.evaluation.classification import Labelled, check_classes
 from maskray.evaluation.features import Features
 from maskray.evaluation.linear_probe import Correct, Labels, full_correct
 from maskray.evaluation.paired import gain
@@ -229,7 +230,9 @@ def open_set(config: FrozenSetConfig, device: str = "cpu") -> tuple[EvaluationSe
 
     def judge(encoder: Encoder) -> Correct:
         placed = encoder.to(device)
-        return full_correct(*_features(placed, dataset, "train", train), *_features(placed, dataset, "held_out", test))
+        rows = Labelled(*_features(placed, dataset, "train", train), *_features(placed, dataset, "held_out", test))
+        check_classes(rows.train_labels, rows.test_labels, list(dataset.manifest.class_names))
+        return full_correct(*rows)
 
     return EvaluationSet(dataset.manifest.fingerprint, test, train, "linear probe"), judge
 

@@ -11,6 +11,8 @@ import json
 import logging
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from maskray.errors import TrackingError
@@ -133,16 +135,27 @@ def find_run(store: Store, fingerprint: str) -> str | None:
     return str(runs[0].info.run_id) if runs else None
 
 
-def add_file(store: Store, run_id: str, name: str, text: str) -> None:
-    """Keep a text among the run's artifacts; one of the same name is replaced.
+def add_evaluation(
+    store: Store, run_id: str, folder: str, metrics: Mapping[str, float], step: int, files: Mapping[str, bytes]
+) -> None:
+    """Add what an evaluation found: metrics of a step, and files in a folder of the run's artifacts.
+
+    Unlike those of training, which are the same whenever they are made again, the newest value of a metric counts, and
+    a file replaces the one of its name.
 
     Raises:
         TrackingError: MLflow refuses or is away.
     """
+    client, now = store.client(), time.time_ns() // 1_000_000
     try:
-        store.client().log_text(run_id, text, name)
+        with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
+            for name, content in files.items():
+                (Path(temporary) / name).write_bytes(content)
+            client.log_artifacts(run_id, temporary, folder)
+        for some in _batches([Metric(key, value, now, step) for key, value in metrics.items()]):
+            client.log_batch(run_id, metrics=some)
     except MlflowException as error:
-        raise TrackingError("MLflow does not take a file", found=f"{name}: {shown(str(error))}") from error
+        raise TrackingError("MLflow does not take the evaluation", found=f"{folder}: {shown(str(error))}") from error
 
 
 def reconcile(store: Store, is_stale: Callable[[Mapping[str, str]], bool]) -> list[str]:

@@ -7,6 +7,7 @@ from maskray.config.evaluation import EvaluateConfig, KnnEvaluation, LinearEvalu
 from maskray.config.load import parse
 from maskray.errors import ConfigError, DataError
 from maskray.evaluation.classification import Labelled, check_classes, classify
+from maskray.evaluation.scores import score
 
 CENTRES = np.random.default_rng(9).normal(size=(3, 8))
 
@@ -62,8 +63,8 @@ def test_a_metric_has_a_name_that_mlflow_takes():
 @pytest.mark.parametrize(
     ("train", "test", "match"),
     [
-        ([0, 1, 1], [], "labelled rows in both splits"),
-        ([1, 1, 1], [1], "two classes"),
+        ([0, 1, 1], [], "labelled rows are needed in both splits"),
+        ([1, 1, 1], [1], "two classes are needed"),
         ([0, 1, 1], [0, 2], r"1 classes of the held-out split have no training row.*Found: boat"),
     ],
 )
@@ -86,3 +87,24 @@ def test_an_evaluation_that_stands_there_twice_is_refused():
     }
     with pytest.raises(ConfigError, match="knn stands there twice"):
         parse(EvaluateConfig, twice)
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [LogisticEvaluation(), LogisticEvaluation(labels_per_class=5), LinearEvaluation(label_shares=(1.0,), epochs=20)],
+)
+def test_test_rows_set_no_scale(evaluation):
+    """Shifted test features must be named worse: by a scale of their own they would be named as before."""
+    shifted = LABELLED._replace(test_features=LABELLED.test_features + 5 * CENTRES[0].astype(np.float32))
+    (before,) = classify(evaluation, LABELLED, features="model", seed=0)
+    (after,) = classify(evaluation, shifted, features="model", seed=0)
+    assert after.accuracy < before.accuracy - 0.2
+
+
+def test_an_interval_is_wilsons():
+    correct = np.arange(100) < 80
+    found = score("x", "model", [correct])
+    z, p, n = 1.959964, 0.8, 100
+    middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert found.low == pytest.approx((middle - half) / (1 + z**2 / n), abs=1e-6)
+    assert found.high == pytest.approx((middle + half) / (1 + z**2 / n), abs=1e-6)

@@ -70,7 +70,7 @@ def test_a_class_with_too_few_rows_is_named(data):
     labels = data[1].copy()
     labels[labels == 2] = 3
     labels[:3] = 2
-    with pytest.raises(DataError, match=r"probe\.labels_per_class.*class 2 has 3.*at most 3"):
+    with pytest.raises(DataError, match=r"labels_per_class.*class 2 has 3.*at most 3"):
         few((data[0], labels, *data[2:]))
 
 

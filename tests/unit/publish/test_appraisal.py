@@ -14,9 +14,10 @@ from maskray.config.schema import IngestConfig
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
+from maskray.data.stream import walk
 from maskray.errors import CheckpointError, ConfigError, DataError, MaskrayError
 from maskray.models.build import initial_model
-from maskray.publish.appraisal import appraise_here, prepare, record
+from maskray.publish.appraisal import _first_images, appraise_here, prepare, record
 from maskray.tracking.mlflow_runs import ensure_run
 from maskray.training import checkpoint
 from maskray.training.optim import build_optimizer
@@ -77,6 +78,23 @@ def test_what_is_not_asked_for_is_not_computed(config):
     assert [each.features for each in found.scores] == ["model"]
 
 
+def test_untrained_is_another_encoder_than_the_model_and_follows_from_the_seed(config):
+    scores = [
+        appraise_here(prepare(config([{"kind": "knn"}], raw_pixels=False, seed=seed))).scores for seed in (0, 0, 1)
+    ]
+    (model, untrained), same, (_, other) = scores
+    assert (model.features, untrained.features) == ("model", "untrained")
+    assert model.accuracy != untrained.accuracy
+    assert same == scores[0]
+    assert other.accuracy != untrained.accuracy
+
+
+def test_what_is_painted_is_held_out(config, checkpoint_folder, digits):
+    prepared = prepare(config([PAINT], model=str(checkpoint_folder)))
+    first = next(iter(walk(Dataset.open(str(digits)), "held_out", (8, 8), 1))).images_BCHW.numpy()[:8]
+    assert np.array_equal(_first_images(prepared, prepared.subject.checkpoint, 8), first)
+
+
 def test_it_is_the_same_each_time_and_leaves_the_generators_alone(config):
     torch.manual_seed(3)
     np.random.seed(3)  # noqa: NPY002  (the global one is what must not be touched)
@@ -107,8 +125,26 @@ def test_mlflows_run_of_the_model_is_told(config, checkpoint_folder, store, tiny
     run = store.client().get_run(run_id)
     assert run.data.metrics["evaluation/digits/knn/k_20"] == pytest.approx(found.scores[0].accuracy)
     assert run.data.metrics["evaluation/digits/reconstruction/ratio_0.9/ssim"] == found.likenesses[1].ssim
-    kept = [each.path for each in store.client().list_artifacts(run_id, "evaluation")]
-    assert "evaluation/digits.json" in kept
+    kept = [each.path for each in store.client().list_artifacts(run_id, "evaluation/digits")]
+    assert kept == [
+        f"evaluation/digits/{name}" for name in ("evaluation.json", *map("reconstruction_{}.png".format, (0.5, 0.9)))
+    ]
+
+
+def test_another_evaluation_of_that_name_replaces_the_first(config, checkpoint_folder, store, tiny):
+    from maskray.launch import _card
+    from maskray.launch import prepare as prepare_run
+
+    run_id = ensure_run(store, _card(prepare_run(tiny())))
+    found = []
+    for max_rows in (200, None):
+        data = {"path": tiny().data.path, "max_rows": max_rows}
+        prepared = prepare(config([{"kind": "knn"}], model=str(checkpoint_folder), data=data))
+        found.append(appraise_here(prepared))
+        record(prepared, found[-1])
+    assert found[0].scores[0].accuracy != found[1].scores[0].accuracy
+    metrics = store.client().get_run(run_id).data.metrics
+    assert metrics["evaluation/digits/knn/k_20"] == pytest.approx(found[1].scores[0].accuracy)
 
 
 def test_a_model_that_mlflow_does_not_know_is_judged_all_the_same(config, checkpoint_folder):
@@ -139,6 +175,9 @@ def without_labels(tmp_path):
         ({"evaluations": [PAINT]}, ConfigError, r"evaluations: an encoder alone paints nothing"),
         ({"evaluations": [{"kind": "knn", "k": [2000]}]}, ConfigError, r"Found: knn with k 2000\. Allowed: 1 to 1473"),
         ({"model": "models:/digits@champion"}, MaskrayError, "MLflow"),
+        ({"evaluations": [{"kind": "knn", "k": []}]}, ConfigError, r"evaluations\.0\.knn\.k"),
+        ({"name": "a/b"}, ConfigError, "name"),
+        ({"evaluations": [{"kind": "logistic", "labels_per_class": 900}]}, DataError, r"Allowed: 1 to 1\d\d"),
     ],
 )
 def test_mistakes_are_said_before_any_feature_is_computed(config, values, error, match):
@@ -160,7 +199,7 @@ def test_the_command_shows_a_table_and_writes_it(config, checkpoint_folder, tmp_
     arguments = ["evaluate", "--config", str(path), "--launcher", "torch", "--out", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("324 held-out images", "knn, k 20", "raw pixels", "PSNR", "not in MLflow"):
+    for words in ("324 held-out images", "knn, k 20", "raw pixels", "PSNR", "not in MLflow", "learning rate"):
         assert words in said
     assert {each.name for each in (tmp_path / "out").iterdir()} == {
         "digits.json",

@@ -385,3 +385,16 @@ def test_every_export_says_what_opened_it(tmp_path: Path):
 
 def test_the_command_line_knows_all_formats():
     assert cli.export.FORMATS == EXPORT_FORMATS
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_features_that_are_no_numbers_prove_nothing(wrong: float, tmp_path: Path):
+    config = config_of()
+    subject = open_subject(
+        str(checkpoint_of(trained(config), config, tmp_path / "source")), TrackingConfig(), str(tmp_path)
+    )
+    with torch.no_grad():
+        subject.encoder.model.norm.bias[3] = wrong
+    with pytest.raises(CheckpointError, match="gives other features"):
+        foreign.export(subject, tmp_path / "out", "timm")
+    assert not (tmp_path / "out").exists()

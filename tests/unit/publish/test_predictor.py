@@ -98,8 +98,8 @@ def test_none_and_many(model, digits_encoder):
     [
         (b"no image", "Image 1 cannot be used: no image format that is known begins so"),
         (b"", "the file is empty"),
-        ("/nowhere/at/all.png", "No such file or directory"),
-        ("bm8gaW1hZ2U=", "No such file or directory"),
+        ("/nowhere/at/all.png", "no file here has that path"),
+        ("bm8gaW1hZ2U=", "no file here has that path"),
         ("data:image/png;base64,bm8gaW1hZ2U=", "no image format that is known"),
         ("/" * 5000, "too long for a path"),
         (np.zeros((8, 8, 3), np.uint8), r"ndarray of shape \(8, 8, 3\).*where C is 1"),
