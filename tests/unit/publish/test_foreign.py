@@ -21,7 +21,7 @@ from maskray.models.build import initial_model
 from maskray.models.foreign import WEIGHTS_FILE, load_weights
 from maskray.models.normalize import IMAGENET_MEAN, Normalize
 from maskray.publish import foreign
-from maskray.publish.export import load_encoder, save_encoder
+from maskray.publish.export import CARD, load_encoder, save_encoder
 from maskray.publish.foreign import CONFIG, EXPORT_FORMATS, PROCESSOR
 from maskray.publish.proof import BATCHES, LIMIT, PROOF
 from maskray.publish.subject import open_subject
@@ -398,3 +398,59 @@ def test_features_that_are_no_numbers_prove_nothing(wrong: float, tmp_path: Path
     with pytest.raises(CheckpointError, match="gives other features"):
         foreign.export(subject, tmp_path / "out", "timm")
     assert not (tmp_path / "out").exists()
+
+
+def test_others_are_told_the_mean_std_and_resizing_of_training(tmp_path: Path):
+    config = config_of()
+    model = trained(config)
+    source, normalize = tmp_path / "source", Normalize([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    save_encoder(source, model, normalize, config)
+    export(source, tmp_path / "timm", "timm")
+    known = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True))
+    assert known["mean"] == pytest.approx((0.1, 0.2, 0.3))
+    assert known["std"] == pytest.approx((0.4, 0.5, 0.6))
+    assert (known["interpolation"], known["crop_pct"], known["crop_mode"]) == ("bicubic", 1.0, "squash")
+    assert known["input_size"] == (3, 16, 16)
+    export(source, tmp_path / "hf", "hf")
+    told = json.loads((tmp_path / "hf" / PROCESSOR).read_text())
+    assert told["image_mean"] == pytest.approx([0.1, 0.2, 0.3])
+    assert told["image_std"] == pytest.approx([0.4, 0.5, 0.6])
+    assert (told["resample"], told["size"]) == (3, {"height": 16, "width": 16})
+    assert told["rescale_factor"] == 1 / 255
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": [0.1, 0.2]},
+        {"std": [1, 1, 0]},
+        {"std": [1, 1, float("nan")]},
+        {"image_size": [16]},
+        {"channels": "three"},
+    ],
+)
+def test_an_encoder_whose_card_makes_no_sense_is_refused(change: dict, tmp_path: Path):
+    config = config_of()
+    source = encoder_of(trained(config), config, tmp_path / "source")
+    card = json.loads((source / CARD).read_text()) | change
+    (source / CARD).write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match="the encoder is damaged"):
+        load_encoder(source)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"\xff\xfe", b"3"])
+def test_a_card_that_is_none_is_refused(content: bytes, tmp_path: Path):
+    config = config_of()
+    source = encoder_of(trained(config), config, tmp_path / "source")
+    (source / CARD).write_bytes(content)
+    with pytest.raises(CheckpointError, match="is no encoder"):
+        load_encoder(source)
+
+
+def test_an_encoder_of_weights_that_are_no_numbers_is_refused(tmp_path: Path):
+    config = config_of()
+    model = trained(config)
+    with torch.no_grad():
+        model.norm.bias[0] = float("nan")
+    with pytest.raises(CheckpointError, match="no finite numbers"):
+        load_encoder(encoder_of(model, config, tmp_path / "source"))
