@@ -186,18 +186,21 @@ def _labels(dataset: Dataset, split: SplitName, max_rows: int | None) -> Labels:
     return np.concatenate([*labels, np.empty(0, np.int64)])[:max_rows].astype(np.int64)
 
 
-def appraise(prepared: Prepared, blocks: Blocks, device: torch.device | None = None) -> Appraisal:
+def appraise(prepared: Prepared, blocks: Blocks) -> Appraisal:
     """Run the evaluations.
+
+    Neighbours are sought and heads trained in this process: on its GPU, where workers have some and it has one too.
 
     Args:
         prepared: by `prepare`.
         blocks: where features come from.
-        device: where neighbours are sought and heads trained; None: the CPU.
 
     Raises:
         MaskrayError: a shard is damaged, or workers are lost again and again.
     """
     config, subject = prepared.config, prepared.subject
+    on_gpu = config.cluster.gpus_per_worker > 0 and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
     scores, undecodable, counts = list[Score](), dict[tuple[str, int], Undecodable](), (0, 0)
     kinds = _kinds_of_features(prepared, blocks, undecodable) if prepared.reads_features else iter(())
     for name, rows in kinds:
