@@ -43,7 +43,13 @@ def server(digits_encoder: Path, tmp_path_factory):
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/digits/{version}"]
     # As in an activated environment: MLflow calls uvicorn by its name. The model brings its own code along.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"MLFLOW_TRACKING_URI": store.uri, "PYTHONPATH": "", "PATH": path}
+    # One thread, as in the tests' own process: by another number sums are rounded elsewhere.
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": store.uri,
+        "PYTHONPATH": "",
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+    }
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)],
