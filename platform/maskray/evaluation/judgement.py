@@ -20,7 +20,7 @@ from maskray.data.shards import Dataset
 from maskray.data.stream import walk
 from maskray.errors import DataError
 from maskray.evaluation.features import Features, Images, pixel_features, pooled_features
-from maskray.evaluation.linear_probe import Accuracy, few_label_accuracy, full_accuracy
+from maskray.evaluation.linear_probe import Accuracy, few_label_correct, full_accuracy
 from maskray.models.build import build_normalize, initial_model
 from maskray.models.foreign import load_weights
 
@@ -68,10 +68,10 @@ def judge(config: RunConfig, weights: Path, device: torch.device) -> Judgement |
 
     def scores(features: Callable[[Images], Features]) -> Scores:
         inputs: tuple[Any, ...] = (features(train[0]), train[1], features(test[0]), test[1])
-        few = few_label_accuracy(
+        few = few_label_correct(
             *inputs, labels_per_class=config.probe.labels_per_class, num_draws=config.probe.draws, seed=config.seed
         )
-        return Scores(few, full_accuracy(*inputs))
+        return Scores(Accuracy.of(few), full_accuracy(*inputs))
 
     model = initial_model(config).to(device)
     normalize = build_normalize(config, dataset.manifest).to(device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,29 +37,11 @@ class Accuracy(NamedTuple):
     std: float
     """Between draws (unbiased); 0 for one draw."""
 
-
-def few_label_accuracy(
-    train_features: Features,
-    train_labels: Labels,
-    test_features: Features,
-    test_labels: Labels,
-    *,
-    labels_per_class: int,
-    num_draws: int,
-    seed: int,
-) -> Accuracy:
-    """Accuracy with `labels_per_class` labels of each class, over stratified draws. As `few_label_correct`."""
-    correct = few_label_correct(
-        train_features,
-        train_labels,
-        test_features,
-        test_labels,
-        labels_per_class=labels_per_class,
-        num_draws=num_draws,
-        seed=seed,
-    )
-    scores = [float(each.mean()) for each in correct]
-    return Accuracy(float(np.mean(scores)), float(np.std(scores, ddof=1)) if num_draws > 1 else 0.0)
+    @staticmethod
+    def of(correct: Sequence[Correct]) -> Accuracy:
+        """From whether each test row was named rightly, draw by draw."""
+        shares = [float(each.mean()) for each in correct]
+        return Accuracy(float(np.mean(shares)), float(np.std(shares, ddof=1)) if len(shares) > 1 else 0.0)
 
 
 def few_label_correct(

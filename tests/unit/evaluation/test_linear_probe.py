@@ -6,7 +6,7 @@ import torch
 
 from maskray.errors import DataError
 from maskray.evaluation import linear_probe
-from maskray.evaluation.linear_probe import Accuracy, few_label_accuracy, full_accuracy
+from maskray.evaluation.linear_probe import Accuracy, few_label_correct, full_accuracy
 
 
 def blobs(rows, spread, seed=0, classes=4, dimensions=8):
@@ -27,7 +27,7 @@ def data():
 
 
 def few(data, **changes):
-    return few_label_accuracy(*data, **{"labels_per_class": 5, "num_draws": 6, "seed": 0} | changes)
+    return Accuracy.of(few_label_correct(*data, **{"labels_per_class": 5, "num_draws": 6, "seed": 0} | changes))
 
 
 def test_separable_features_are_read_without_a_mistake():
