@@ -82,8 +82,8 @@ def tiny(digits: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 def digits_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an exported encoder for the digits, untrained."""
     from maskray.models.build import build_model
+    from maskray.models.encoder import save_encoder
     from maskray.models.normalize import Normalize
-    from maskray.publish.export import save_encoder
 
     folder = tmp_path_factory.mktemp("encoder")
     config = parse(RunConfig, TINY)

@@ -11,8 +11,8 @@ from maskray.config.load import parse
 from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig
 from maskray.models.build import build_model
+from maskray.models.encoder import save_encoder
 from maskray.models.normalize import Normalize
-from maskray.publish.export import save_encoder
 from maskray.tracking.mlflow_store import Store
 
 MODEL = "tiny"

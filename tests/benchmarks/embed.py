@@ -46,13 +46,13 @@ from maskray.data.mapper import thread_mapper
 from maskray.data.portions import Images, of_split
 from maskray.data.shards import Dataset
 from maskray.data.stream import walk
+from maskray.embedding.table import prepare
+from maskray.evaluation.blocks import compute
+from maskray.evaluation.pictures import BATCH, encode
 from maskray.models.build import build_model, build_normalize
+from maskray.models.encoder import Encoder, load_encoder, save_encoder
 from maskray.on_ray.embed import embed
 from maskray.on_ray.features import blocks_on_ray
-from maskray.publish.embedding import prepare
-from maskray.publish.export import Encoder, load_encoder, save_encoder
-from maskray.publish.features import compute
-from maskray.publish.pictures import BATCH, encode
 
 ROOT = Path(__file__).parents[2]
 CORES = len(os.sched_getaffinity(0))

@@ -15,7 +15,7 @@ import yaml
 
 from maskray.config.embedding import EmbedConfig
 from maskray.config.load import load_as
-from maskray.publish.embedding import embed_here, prepare
+from maskray.embedding.table import embed_here, prepare
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import ray
 
+from maskray import appraisal
 from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import parse
 from maskray.config.schema import ClusterConfig
 from maskray.data import portions
 from maskray.data.shards import Dataset
 from maskray.errors import ClusterError, DataError
+from maskray.evaluation.blocks import blocks_here
+from maskray.models.encoder import load_encoder
 from maskray.on_ray import evaluate, features
 from maskray.on_ray.features import blocks_on_ray, feature_blocks
-from maskray.publish import appraisal
-from maskray.publish.export import load_encoder
-from maskray.publish.features import blocks_here
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -108,8 +108,8 @@ def test_a_folder_of_pictures_is_embedded_to_the_bytes_of_threads(digits_encoder
 
     from maskray.config.embedding import EmbedConfig
     from maskray.config.load import parse
+    from maskray.embedding.table import embed_here, prepare
     from maskray.on_ray.embed import embed
-    from maskray.publish.embedding import embed_here, prepare
 
     (tmp_path / "in").mkdir()
     for i in range(40):
@@ -129,8 +129,8 @@ def test_a_folder_of_pictures_is_embedded_to_the_bytes_of_threads(digits_encoder
 def test_more_than_the_cluster_has_is_refused_before_anything_starts(digits, digits_encoder, tmp_path):
     from maskray.config.embedding import EmbedConfig
     from maskray.config.load import parse
+    from maskray.embedding.table import prepare
     from maskray.on_ray.embed import embed
-    from maskray.publish.embedding import prepare
 
     asked = {"encoder": str(digits_encoder), "images": str(digits), "destination": str(tmp_path / "out")}
     for cluster, says in (({"workers": 7}, "1 CPU short"), ({"gpus_per_worker": 1}, "1 GPU short")):

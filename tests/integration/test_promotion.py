@@ -17,8 +17,8 @@ from maskray.cli.promote import REFUSED
 from maskray.config.schema import TrackingConfig
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
+from maskray.models.encoder import load_encoder
 from maskray.publish.decisions import Decision, Records
-from maskray.publish.export import load_encoder
 from maskray.publish.promotion import promote
 from maskray.publish.registry import ModelCard, register_encoder
 from maskray.publish.versions import RegisteredModel

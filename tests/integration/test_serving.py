@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from maskray.config.schema import TrackingConfig
-from maskray.publish.export import load_encoder, resize
+from maskray.models.encoder import load_encoder, resize
 from maskray.publish.registry import ModelCard, register_encoder
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard, ensure_run
 from maskray.tracking.mlflow_store import open_store

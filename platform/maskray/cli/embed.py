@@ -25,15 +25,15 @@ def add(commands: Any) -> None:
 
 def _embed(arguments: argparse.Namespace) -> int:
     config = load_as(EmbedConfig, arguments.config, arguments.set)
-    from maskray.publish import embedding
+    from maskray.embedding import table
 
-    prepared = embedding.prepare(config)  # what is wrong is said before a cluster is started
+    prepared = table.prepare(config)  # what is wrong is said before a cluster is started
     console = Console(highlight=False)
     if prepared.is_finished:
         console.print("These embeddings are finished: nothing to do.")
     with Bar() as bar:
         if prepared.is_finished or arguments.launcher == "torch":
-            manifest = embedding.embed_here(prepared, bar.update)
+            manifest = table.embed_here(prepared, bar.update)
         else:
             from maskray.on_ray.cluster import connected
             from maskray.on_ray.embed import embed
@@ -47,7 +47,7 @@ def _embed(arguments: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     if arguments.figures > 0:
-        from maskray.publish import sights
+        from maskray.embedding import sights
 
         for place in sights.draw(prepared, arguments.figures):
             console.print(f"look at it: {place}", soft_wrap=True)

@@ -14,7 +14,7 @@ from maskray.config.load import load_as
 from maskray.errors import StorageError
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
-    from maskray.publish.appraisal import Appraisal
+    from maskray.appraisal import Appraisal
 
 OF_FEATURES = ("model", "untrained", "raw pixels")
 
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     config = load_as(EvaluateConfig, arguments.config, arguments.set)
-    from maskray.publish import appraisal
+    from maskray import appraisal
 
     prepared = appraisal.prepare(config)  # what is wrong is said before a cluster is started
     if arguments.out is not None:

@@ -7,12 +7,12 @@ from typing import Any
 
 from maskray.data.mapper import Progress
 from maskray.data.portions import Images
+from maskray.embedding import table
+from maskray.embedding.table import Prepared
+from maskray.evaluation.blocks import FeatureBlock
+from maskray.models.encoder import Encoder
 from maskray.on_ray.cluster import check_embed
 from maskray.on_ray.features import blocks_on_ray
-from maskray.publish import embedding
-from maskray.publish.embedding import Prepared
-from maskray.publish.export import Encoder
-from maskray.publish.features import FeatureBlock
 
 
 def embed(prepared: Prepared, report: Progress) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def embed(prepared: Prepared, report: Progress) -> dict[str, Any]:
     Raises:
         ClusterError: the cluster cannot hold the workers, not all nodes see the images, or workers are lost again and
             again.
-        MaskrayError: as `embedding.embed` does.
+        MaskrayError: as `table.embed` does.
     """
     config = prepared.config
     check_embed(config)
@@ -29,4 +29,4 @@ def embed(prepared: Prepared, report: Progress) -> dict[str, Any]:
     def blocks(images: Images, encoder: Encoder) -> Generator[FeatureBlock]:
         return blocks_on_ray(images, encoder, config.cluster, config.batch, config.precision)
 
-    return embedding.embed(prepared, blocks, report)
+    return table.embed(prepared, blocks, report)

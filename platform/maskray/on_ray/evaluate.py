@@ -7,19 +7,19 @@ from collections.abc import Iterator
 import ray
 import torch
 
+from maskray import appraisal
+from maskray.appraisal import Appraisal, Prepared
 from maskray.config.schema import RunConfig
 from maskray.data.manifest import SplitName
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.evaluation import judgement
+from maskray.evaluation.blocks import FeatureBlock
 from maskray.evaluation.judgement import Judgement
+from maskray.models.encoder import Encoder
 from maskray.on_ray.cluster import check_workers
 from maskray.on_ray.features import feature_blocks
 from maskray.pretrain import settle
-from maskray.publish import appraisal
-from maskray.publish.appraisal import Appraisal, Prepared
-from maskray.publish.export import Encoder
-from maskray.publish.features import FeatureBlock
 from maskray.training import checkpoint
 
 

@@ -26,10 +26,10 @@ from maskray.data.manifest import SplitName
 from maskray.data.portions import Images, Portion
 from maskray.data.shards import Dataset
 from maskray.errors import ClusterError, MaskrayError
-from maskray.publish import features
-from maskray.publish.export import Encoder, load_encoder
-from maskray.publish.features import FeatureBlock as FeatureBlock
-from maskray.publish.pictures import BATCH, Precision
+from maskray.evaluation import blocks
+from maskray.evaluation.blocks import FeatureBlock as FeatureBlock
+from maskray.evaluation.pictures import BATCH, Precision
+from maskray.models.encoder import Encoder, load_encoder
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def blocks_on_ray(
 ) -> Generator[FeatureBlock]:
     """A block for each portion of images, in their order. Raises as `feature_blocks` and `images.read` do."""
     threads = max(1, int(cluster.cpus_per_worker))
-    compute = partial(features.compute, batch=batch, threads=threads, precision=precision)
+    compute = partial(blocks.compute, batch=batch, threads=threads, precision=precision)
     held = ray.put((copy.deepcopy(encoder).cpu(), partial(compute, read=images.read)))
     on_gpu = cluster.gpus_per_worker > 0
     actor = ray.remote(_Worker).options(

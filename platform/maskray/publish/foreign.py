@@ -23,10 +23,10 @@ from maskray.config.models import AnyModel, SparseConvConfig, TimmVitConfig, Tra
 from maskray.config.schema import RunConfig
 from maskray.data.storage import TEMPORARY
 from maskray.errors import ConfigError, StorageError
+from maskray.models.encoder import Encoder
 from maskray.models.foreign import WEIGHTS_FILE, save_weights
 from maskray.models.parameter_names import DECODER, FORMATS, Format
 from maskray.models.vit import LAYER_NORM_EPS
-from maskray.publish.export import Encoder
 from maskray.publish.graphs import GRAPH_FILES, INPUT, GraphFormat, check_installed, write_graph
 from maskray.publish.proof import PROOF, Proof, prove
 from maskray.publish.subject import Subject

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from maskray.errors import ConfigError
-from maskray.publish.export import Encoder
+from maskray.models.encoder import Encoder
 
 GraphFormat = Literal["onnx", "pt2"]
 GRAPH_FILES: dict[GraphFormat, str] = {"onnx": "model.onnx", "pt2": "model.pt2"}

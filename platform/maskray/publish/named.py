@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from maskray.config.schema import TrackingConfig
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, StorageError, TrackingError
-from maskray.publish.export import CARD, WEIGHTS, Encoder, load_encoder
+from maskray.models.encoder import CARD, WEIGHTS, Encoder, load_encoder
 from maskray.publish.registry import ENCODER, STEP_TAG
 from maskray.tracking.mlflow_store import has_embedded_store, open_store, refuse_missing, shown
 from maskray.training import checkpoint

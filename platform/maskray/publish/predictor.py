@@ -16,8 +16,8 @@ from mlflow.pyfunc import PythonModel
 from torch import Tensor
 
 from maskray.data.decode import UndecodableError, is_image, measure
-from maskray.publish.export import Encoder, load_encoder, resize
-from maskray.publish.pictures import encode, picture_of
+from maskray.evaluation.pictures import encode, picture_of
+from maskray.models.encoder import Encoder, load_encoder, resize
 
 MAX_PIXELS = 178_956_970
 """Height × width of a larger image are not believed: Pillow's own limit, and ingest's."""

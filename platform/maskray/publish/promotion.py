@@ -23,8 +23,8 @@ from maskray.evaluation.classification import Labelled, check_classes
 from maskray.evaluation.features import Features
 from maskray.evaluation.linear_probe import Correct, Labels, full_correct
 from maskray.evaluation.paired import gain
+from maskray.models.encoder import Encoder
 from maskray.publish.decisions import Comparison, Decision, EvaluationSet, Kind, Records, champions, packed, yardstick
-from maskray.publish.export import Encoder
 from maskray.publish.versions import RECORDS_TAG, RegisteredModel, Version, tag_of
 from maskray.tracking import mlflow_store
 

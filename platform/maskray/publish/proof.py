@@ -24,9 +24,9 @@ from torch import Tensor
 from maskray.errors import CheckpointError
 from maskray.evaluation.samples import pieces
 from maskray.models.base import MaskedAutoencoder
+from maskray.models.encoder import Encoder
 from maskray.models.foreign import load_weights
 from maskray.models.parameter_names import Format
-from maskray.publish.export import Encoder
 from maskray.publish.graphs import GRAPH_FILES, INPUT, GraphFormat
 
 PROOF = "proof.json"

@@ -26,7 +26,7 @@ from mlflow.types.schema import AnyType
 
 from maskray.data import decode
 from maskray.errors import TrackingError
-from maskray.publish import export
+from maskray.models.encoder import load_encoder
 from maskray.publish.card import MODEL_ID, VERSION
 from maskray.tracking.mlflow_store import shown
 
@@ -97,7 +97,7 @@ def register_encoder(uri: str, run_id: str, folder: Path, name: str, card: Model
     Args:
         uri: of MLflow, tracking and registry.
         run_id: the run that the encoder comes from. Its status is left alone.
-        folder: what `export.save_encoder` wrote.
+        folder: what `save_encoder` wrote.
         name: of the registered model; made where there is none.
         card: what is told of it.
 
@@ -168,7 +168,7 @@ def save_pyfunc(
         CheckpointError: the folder holds no encoder.
     """
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells what it does, step by step
-    encoder = export.load_encoder(folder)
+    encoder = load_encoder(folder)
     signature = ModelSignature(
         inputs=Schema([ColSpec(AnyType())]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, encoder.width))]),

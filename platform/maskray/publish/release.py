@@ -19,9 +19,10 @@ from maskray.evaluation.judgement import Judgement
 from maskray.evaluation.reconstruction import reconstruct
 from maskray.models.build import build_normalize, initial_model, weightless_model
 from maskray.models.cost import cost
+from maskray.models.encoder import save_encoder
 from maskray.models.foreign import load_weights
 from maskray.objective import Objective
-from maskray.publish import card, export, registry
+from maskray.publish import card, registry
 from maskray.publish.card import Data, Lineage, Score, Trained
 from maskray.publish.registry import ModelCard
 from maskray.tracking import mlflow_runs
@@ -83,7 +84,7 @@ def release(run: TrainedRun, weights: Path, images: Images, judgement: Judgement
         example=images.transpose(0, 2, 3, 1),
     )
     with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
-        export.save_encoder(Path(folder), model, normalize, config)
+        save_encoder(Path(folder), model, normalize, config)
         return lineage, registry.register_encoder(run.store.uri, run.run_id, Path(folder), run.registered_as, told)
 
 

@@ -15,9 +15,9 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
 from maskray.models.base import MaskedAutoencoder
 from maskray.models.build import build_normalize, initial_model
+from maskray.models.encoder import CARD, Encoder, encoder_only
 from maskray.models.foreign import load_weights
 from maskray.models.normalize import Normalize
-from maskray.publish.export import CARD, Encoder, encoder_only
 from maskray.publish.named import NoEncoderError, open_encoder
 from maskray.training import checkpoint
 

@@ -13,8 +13,8 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from maskray.errors import TrackingError
+from maskray.models.encoder import Encoder
 from maskray.publish.decisions import Decision
-from maskray.publish.export import Encoder
 from maskray.publish.named import registered_encoder
 from maskray.tracking.mlflow_runs import DATASET_PARAM, JUDGED_TAG, add_note
 from maskray.tracking.mlflow_store import shown

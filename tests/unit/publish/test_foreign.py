@@ -18,10 +18,10 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, ConfigError, DataError, StorageError
 from maskray.models.base import MaskedAutoencoder
 from maskray.models.build import initial_model
+from maskray.models.encoder import CARD, load_encoder, save_encoder
 from maskray.models.foreign import WEIGHTS_FILE, load_weights
 from maskray.models.normalize import IMAGENET_MEAN, Normalize
 from maskray.publish import foreign
-from maskray.publish.export import CARD, load_encoder, save_encoder
 from maskray.publish.foreign import CONFIG, EXPORT_FORMATS, PROCESSOR
 from maskray.publish.proof import BATCHES, LIMIT, PROOF
 from maskray.publish.subject import open_subject

@@ -9,7 +9,7 @@ import torch
 
 from maskray.config.schema import TrackingConfig
 from maskray.errors import CheckpointError, MaskrayError, TrackingError
-from maskray.publish.export import load_encoder
+from maskray.models.encoder import load_encoder
 from maskray.publish.named import open_encoder
 from maskray.publish.registry import ModelCard, register_encoder, save_pyfunc
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard, ensure_run

@@ -12,7 +12,7 @@ import torch
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from maskray.publish.export import load_encoder, resize
+from maskray.models.encoder import load_encoder, resize
 from maskray.publish.registry import save_pyfunc
 
 ARRAYS = [np.random.default_rng(i).integers(0, 256, (8 + i, 14 - i, 1), dtype=np.uint8) for i in range(4)]

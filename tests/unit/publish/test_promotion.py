@@ -12,9 +12,9 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, ConfigError, DataError, RunConflictError, StorageError, TrackingError
 from maskray.evaluation.linear_probe import Correct
 from maskray.evaluation.paired import Gain
+from maskray.models.encoder import Encoder
 from maskray.publish import promotion
 from maskray.publish.decisions import Comparison, EvaluationSet, Records
-from maskray.publish.export import Encoder
 from maskray.publish.promotion import promote, rollback, show
 from maskray.publish.versions import RegisteredModel
 from maskray.tracking.mlflow_runs import datasets_in_use

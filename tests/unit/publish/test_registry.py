@@ -14,8 +14,8 @@ from maskray.config.load import parse
 from maskray.config.schema import RunConfig
 from maskray.errors import CheckpointError, TrackingError
 from maskray.models.build import build_model
+from maskray.models.encoder import load_encoder, save_encoder
 from maskray.models.normalize import Normalize
-from maskray.publish.export import load_encoder, save_encoder
 from maskray.publish.registry import ModelCard, register_encoder
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard, close_run, ensure_run
 from maskray.tracking.mlflow_store import Store

@@ -13,10 +13,10 @@ from maskray.data.embeddings import Floats
 from maskray.data.manifest import SplitName
 from maskray.data.overview import thumbnail
 from maskray.data.storage import Storage
+from maskray.embedding.table import Prepared
 from maskray.errors import DataError
 from maskray.evaluation import similarity
 from maskray.figures import Neighbour
-from maskray.publish.embedding import Prepared
 
 NEIGHBOURS, MAP = "_neighbours.png", "_map.png"
 """Beside the embeddings."""

@@ -21,16 +21,16 @@ from maskray.data.shards import ColumnsJob, Dataset, read_columns
 from maskray.data.storage import Storage
 from maskray.data.stream import walk
 from maskray.errors import CheckpointError, ConfigError, DataError
+from maskray.evaluation.blocks import FeatureBlock, blocks_here
 from maskray.evaluation.classification import Labelled, check_classes, classify
 from maskray.evaluation.features import Images, pixel_features
 from maskray.evaluation.likeness import Likeness, likeness
 from maskray.evaluation.linear_probe import Labels
+from maskray.evaluation.pictures import BATCH
 from maskray.evaluation.reconstruction import Reconstruction, reconstruct
 from maskray.evaluation.scores import Score
+from maskray.models.encoder import Encoder
 from maskray.objective import Objective
-from maskray.publish.export import Encoder
-from maskray.publish.features import FeatureBlock, blocks_here
-from maskray.publish.pictures import BATCH
 from maskray.publish.subject import Subject, WithDecoder, open_subject
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_store import Store, has_embedded_store, open_store, refuse_missing

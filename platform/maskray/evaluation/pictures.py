@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskray.data import decode
-from maskray.publish.export import Encoder, resize
+from maskray.models.encoder import Encoder, resize
 
 Features = np.ndarray[Any, np.dtype[np.float32]]
 Precision = Literal["fp32", "bf16"]

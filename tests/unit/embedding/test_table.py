@@ -14,8 +14,8 @@ from maskray.config.load import parse
 from maskray.data import embeddings
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
+from maskray.embedding.table import embed_here, prepare
 from maskray.errors import DataError, MaskrayError
-from maskray.publish.embedding import embed_here, prepare
 
 
 def no_report(done, total, phase):
@@ -71,8 +71,8 @@ def test_every_image_of_all_splits_is_one_row_of_a_table_that_any_reader_opens(c
 
 def test_what_is_read_back_is_what_was_computed(config):
     from maskray.data import portions
-    from maskray.publish.export import load_encoder
-    from maskray.publish.features import blocks_here
+    from maskray.evaluation.blocks import blocks_here
+    from maskray.models.encoder import load_encoder
 
     embed_here(prepare(config()), no_report)
     read = list(embeddings.read_parts(Storage(config().destination)))

@@ -12,9 +12,9 @@ from maskray.config.load import parse
 from maskray.config.schema import RunConfig
 from maskray.errors import CheckpointError, DataError
 from maskray.models.build import build_model
+from maskray.models.encoder import CARD, WEIGHTS, load_encoder, resize, save_encoder
 from maskray.models.normalize import Normalize
 from maskray.models.vit import MaskedAutoencoderViT
-from maskray.publish.export import CARD, WEIGHTS, load_encoder, resize, save_encoder
 
 Made = tuple[RunConfig, MaskedAutoencoderViT, Normalize]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from maskray import cli
+from maskray.appraisal import _first_images, appraise_here, prepare, record
 from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import dump, parse
 from maskray.config.resolve import resolve
@@ -17,7 +18,6 @@ from maskray.data.shards import Dataset
 from maskray.data.stream import walk
 from maskray.errors import CheckpointError, ConfigError, DataError, MaskrayError
 from maskray.models.build import initial_model
-from maskray.publish.appraisal import _first_images, appraise_here, prepare, record
 from maskray.tracking.mlflow_runs import ensure_run
 from maskray.training import checkpoint
 from maskray.training.optim import build_optimizer

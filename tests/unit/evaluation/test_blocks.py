@@ -11,8 +11,8 @@ from maskray.data import portions
 from maskray.data.shards import Dataset
 from maskray.data.sources import open_source
 from maskray.data.stream import walk
-from maskray.publish.export import load_encoder
-from maskray.publish.features import blocks_here
+from maskray.evaluation.blocks import blocks_here
+from maskray.models.encoder import load_encoder
 
 MAX_PIXELS = 10**6
 
@@ -61,7 +61,7 @@ def test_a_folder_of_images_of_all_sizes_and_some_that_are_none(tmp_path: Path, 
 
 def test_batches_within_a_portion_are_fixed(digits: Path, digits_encoder: Path):
     """A row group may hold more images than the encoder can take at once."""
-    from maskray.publish.features import compute
+    from maskray.evaluation.blocks import compute
 
     images, encoder = portions.of_split(Dataset.open(str(digits)), "train", 64), load_encoder(digits_encoder)
     portion = next(images.portions())

@@ -28,8 +28,8 @@ from maskray.data.sources import is_shipped, open_source
 from maskray.data.storage import Storage
 from maskray.data.survey import read_threads
 from maskray.errors import DataError
-from maskray.publish.export import Encoder
-from maskray.publish.features import FeatureBlock, blocks_here
+from maskray.evaluation.blocks import FeatureBlock, blocks_here
+from maskray.models.encoder import Encoder
 from maskray.publish.named import open_encoder
 
 log = logging.getLogger(__name__)

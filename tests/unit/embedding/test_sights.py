@@ -8,10 +8,10 @@ from PIL import Image
 
 from maskray.config.embedding import EmbedConfig
 from maskray.config.load import parse
+from maskray.embedding import sights
+from maskray.embedding.table import embed_here, prepare
 from maskray.errors import DataError
-from maskray.publish import sights
-from maskray.publish.embedding import embed_here, prepare
-from maskray.publish.export import load_encoder
+from maskray.models.encoder import load_encoder
 
 
 def embedded(encoder, images, place, **values):
@@ -37,7 +37,7 @@ def test_both_pictures_lie_beside_the_embeddings_and_show_the_right_images(
     assert [len(row) for row in rows] == [1 + sights.NUM_NEIGHBOURS] * 4
     encoder, by_key = load_encoder(digits_encoder), {}
     from maskray.data.sources import open_source
-    from maskray.publish.pictures import encode, picture_of
+    from maskray.evaluation.pictures import encode, picture_of
 
     source = open_source("digits")
     for entry in source.entries:

@@ -20,8 +20,8 @@ from maskray.data.embeddings import Undecodable
 from maskray.data.manifest import Ints, SplitName
 from maskray.data.mapper import thread_mapper
 from maskray.data.portions import Encoded, Images, Portion
-from maskray.publish.export import Encoder
-from maskray.publish.pictures import BATCH, Features, Precision, encode, picture_of
+from maskray.evaluation.pictures import BATCH, Features, Precision, encode, picture_of
+from maskray.models.encoder import Encoder
 
 
 class FeatureBlock(NamedTuple):

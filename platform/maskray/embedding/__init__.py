@@ -1,0 +1,1 @@
+"""Whole datasets to tables of embeddings, and what is seen in them."""
