@@ -25,7 +25,7 @@ from maskray.evaluation.blocks import FeatureBlock, blocks_here
 from maskray.evaluation.classification import Labelled, check_classes, classify
 from maskray.evaluation.features import Images, pixel_features
 from maskray.evaluation.likeness import Likeness, likeness
-from maskray.evaluation.linear_probe import Labels
+from maskray.evaluation.logistic import Labels
 from maskray.evaluation.pictures import BATCH
 from maskray.evaluation.reconstruction import Reconstruction, reconstruct
 from maskray.evaluation.scores import Score

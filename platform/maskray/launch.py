@@ -27,7 +27,7 @@ from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, ConfigError, MaskrayError, StorageError, TrackingError
 from maskray.evaluation.judgement import Judgement, Scores
-from maskray.evaluation.linear_probe import Accuracy
+from maskray.evaluation.logistic import Accuracy
 from maskray.models.build import build_normalize, initial_model, weightless_model
 from maskray.models.foreign import weights_digest
 from maskray.pretrain import first_images

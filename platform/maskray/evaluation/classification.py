@@ -13,7 +13,7 @@ from maskray.errors import DataError
 from maskray.evaluation.features import Features
 from maskray.evaluation.knn import knn_probabilities
 from maskray.evaluation.linear_heads import HeadsRecipe, HeadsResult, train_heads
-from maskray.evaluation.linear_probe import (
+from maskray.evaluation.logistic import (
     Correct,
     Labels,
     check_labels,

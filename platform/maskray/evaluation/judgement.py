@@ -20,7 +20,7 @@ from maskray.data.shards import Dataset
 from maskray.data.stream import walk
 from maskray.errors import DataError
 from maskray.evaluation.features import Features, Images, pixel_features, pooled_features
-from maskray.evaluation.linear_probe import Accuracy, few_label_correct, full_accuracy
+from maskray.evaluation.logistic import Accuracy, few_label_correct, full_accuracy
 from maskray.models.build import build_normalize, initial_model
 from maskray.models.foreign import load_weights
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from maskray.errors import ConfigError
 from maskray.evaluation.features import Features
-from maskray.evaluation.linear_probe import Labels
+from maskray.evaluation.logistic import Labels
 
 _CHUNK_VALUES = 2**25
 """Similarities that are held at once."""

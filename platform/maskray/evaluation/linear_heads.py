@@ -1,6 +1,6 @@
 """Linear heads on frozen features, trained by SGD: a grid of learning rates in one pass (He et al. 2022, Appendix A).
 
-The features are standardised first (`linear_probe.standardised`): what a batch normalisation without scale and shift
+The features are standardised first (`logistic.standardised`): what a batch normalisation without scale and shift
 before the head comes to, once its running statistics are those of all training features, those without a label
 included. The heads of a grid read the same batches, and none knows of the others.
 
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from maskray import draws
 from maskray.evaluation.features import Features
-from maskray.evaluation.linear_probe import Labels, check_labels
+from maskray.evaluation.logistic import Labels, check_labels
 
 HELD_BACK = 0.2
 """Share of the training rows on which the learning rate is chosen."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maskray import draws
-from maskray.evaluation.linear_probe import Correct
+from maskray.evaluation.logistic import Correct
 
 
 class Gain(NamedTuple):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from maskray.evaluation.linear_probe import Correct
+from maskray.evaluation.logistic import Correct
 
 CONFIDENCE = 0.95
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from maskray.data.storage import Storage
 from maskray.errors import StorageError
-from maskray.evaluation.linear_probe import Correct
+from maskray.evaluation.logistic import Correct
 from maskray.evaluation.paired import Gain
 
 SCHEMA_VERSION = 1

@@ -21,7 +21,7 @@ from maskray.data.stream import walk
 from maskray.errors import CheckpointError, ConfigError, DataError, RunConflictError, TrackingError
 from maskray.evaluation.classification import Labelled, check_classes
 from maskray.evaluation.features import Features
-from maskray.evaluation.linear_probe import Correct, Labels, full_correct
+from maskray.evaluation.logistic import Correct, Labels, full_correct
 from maskray.evaluation.paired import gain
 from maskray.models.encoder import Encoder
 from maskray.publish.decisions import Comparison, Decision, EvaluationSet, Kind, Records, champions, packed, yardstick

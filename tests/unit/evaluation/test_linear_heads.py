@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 
 from maskray.errors import DataError
 from maskray.evaluation.linear_heads import HeadsRecipe, train_heads
-from maskray.evaluation.linear_probe import standardised
+from maskray.evaluation.logistic import standardised
 
 
 def rows(num, seed, num_classes=4, width=12, noise=2.0):

@@ -10,7 +10,7 @@ from maskray.bare import BareLauncher
 from maskray.config.load import load
 from maskray.config.schema import RunConfig
 from maskray.evaluation.judgement import Judgement, Scores
-from maskray.evaluation.linear_probe import Accuracy
+from maskray.evaluation.logistic import Accuracy
 from maskray.models.build import weightless_model
 from maskray.models.cost import cost
 from maskray.publish.card import CONFIG, FIGURE, LINEAGE, Lineage, markdown, short

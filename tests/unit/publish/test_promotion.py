@@ -10,7 +10,7 @@ from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, ConfigError, DataError, RunConflictError, StorageError, TrackingError
-from maskray.evaluation.linear_probe import Correct
+from maskray.evaluation.logistic import Correct
 from maskray.evaluation.paired import Gain
 from maskray.models.encoder import Encoder
 from maskray.publish import promotion
@@ -409,7 +409,7 @@ def test_the_probe_is_that_of_the_runs_own_judgement_and_draws_nothing(registere
     from maskray.data.shards import Dataset
     from maskray.data.stream import walk
     from maskray.evaluation.features import pooled_features
-    from maskray.evaluation.linear_probe import full_accuracy
+    from maskray.evaluation.logistic import full_accuracy
 
     registered.add(16)
     model = RegisteredModel(registered.store.uri, MODEL)

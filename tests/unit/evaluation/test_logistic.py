@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from maskray.errors import DataError
-from maskray.evaluation import linear_probe
-from maskray.evaluation.linear_probe import Accuracy, few_label_correct, full_accuracy
+from maskray.evaluation import logistic
+from maskray.evaluation.logistic import Accuracy, few_label_correct, full_accuracy
 
 
 def blobs(rows, spread, seed=0, classes=4, dimensions=8):
@@ -85,7 +85,7 @@ def test_no_rows_and_one_class_are_refused(data):
 
 
 def test_a_probe_that_does_not_converge_is_a_log_line_and_no_warning(data, monkeypatch, caplog):
-    monkeypatch.setattr(linear_probe, "MAX_ITERATIONS", 1)
+    monkeypatch.setattr(logistic, "MAX_ITERATIONS", 1)
     with caplog.at_level(logging.INFO):
         full_accuracy(*data)
     assert "before it converged" in caplog.text
