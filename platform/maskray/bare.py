@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -12,13 +13,17 @@ import torch.distributed as dist
 
 from maskray.config.schema import RunConfig
 from maskray.errors import CheckpointError, ClusterError, ConfigError, StorageError
-from maskray.evaluation.judgement import Judgement, judge
+from maskray.evaluation import judgement
+from maskray.evaluation.judgement import Verdict
 from maskray.launch import Prepared, Summary, launch, unstored_metrics
 from maskray.pretrain import pretrain
 from maskray.tracking.base import Fanout, Observer, Tracker
 from maskray.tracking.console import ProgressLine
 from maskray.tracking.mlflow_tracker import MlflowTracker
 from maskray.training.context import LocalContext
+from maskray.training.folders import PROBE
+
+log = logging.getLogger(__name__)
 
 
 class BareLauncher:
@@ -82,15 +87,30 @@ class BareLauncher:
                 raise CheckpointError("the run has no checkpoint", found=prepared.run.uri)
             yield folder
 
-    def judge(self, prepared: Prepared) -> Judgement | None:
+    def judge(self, prepared: Prepared) -> Verdict:
         """In this process."""
         with self.newest_checkpoint(prepared) as folder:
-            return judge(prepared.config, folder, self._device(prepared.config))
+            return judgement.judge(prepared.config, folder, self._device(prepared.config))
 
     def _pretrain(self, prepared: Prepared, tracker: Tracker) -> None:
-        pretrain(prepared.config, self._context(prepared), tracker)
+        first = True
 
-    def _context(self, prepared: Prepared) -> LocalContext:
+        def probe(folder: Path) -> None:
+            nonlocal first
+            try:
+                found = judgement.probe(prepared.config, folder, self._device(prepared.config), first=first)
+                (folder / PROBE).write_bytes(judgement.note(prepared.config, found[-1]))
+            except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+                log.warning("The probe of %s came to nothing: %r", folder.name, error)
+                tracker.event("probe_failed", f"{folder.name}: {error!r}")
+                return
+            first = False
+            for each in found:
+                each.tell(tracker)
+
+        pretrain(prepared.config, self._context(prepared, probe), tracker)
+
+    def _context(self, prepared: Prepared, probe: Callable[[Path], None] | None = None) -> LocalContext:
         return LocalContext(
             Path(prepared.run.uri),
             prepared.config.data,
@@ -98,6 +118,7 @@ class BareLauncher:
             world_size=self._world_size,
             device=self._device(prepared.config),
             keep_checkpoints=prepared.config.storage.keep_checkpoints,
+            probe=probe,
         )
 
     @staticmethod

@@ -26,11 +26,10 @@ from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, ConfigError, MaskrayError, StorageError, TrackingError
-from maskray.evaluation.judgement import Judgement, Scores
+from maskray.evaluation.judgement import Judgement, Scores, Verdict, first_images
 from maskray.evaluation.logistic import Accuracy
 from maskray.models.build import build_normalize, initial_model, weightless_model
 from maskray.models.foreign import weights_digest
-from maskray.pretrain import first_images
 from maskray.publish.release import TrainedRun, release
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
@@ -43,7 +42,7 @@ FINISHED, LAUNCHER, DATASET = "finished.json", "launcher", "dataset"
 HOST_TAG = "maskray.host"
 _CHECKED_BYTES = 2**30
 _CREDENTIALS = re.compile(r"secret_key=|//[^/@]*:[^/@]*@")
-_SUMMARY_VERSION = 1
+_SUMMARY_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ class Launcher(Protocol):
         """The run's newest checkpoint as a folder on this machine."""
         ...
 
-    def judge(self, prepared: Prepared) -> Judgement | None:
-        """The first judgement, on the hardware of a worker."""
+    def judge(self, prepared: Prepared) -> Verdict | None:
+        """The last judgement, on the hardware of a worker."""
         ...
 
 
@@ -120,8 +119,7 @@ class Summary:
         judged = raw["judgement"]
         if judged is not None:
             for name in (n for n in ("before", "after", "pixels") if judged[n] is not None):
-                few, every = judged[name]["few_labels"], judged[name]["all_labels"]
-                judged[name] = Scores(Accuracy(*few), every)
+                judged[name] = Scores(**judged[name] | {"few_labels": Accuracy(*judged[name]["few_labels"])})
             raw["judgement"] = Judgement(**judged)
         return Summary(**(raw | {"already_finished": True}))
 
@@ -214,10 +212,10 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
             start = time.monotonic()
             launcher.train(prepared, run_id)
             seconds = time.monotonic() - start
-            judgement = launcher.judge(prepared) if prepared.config.probe.enabled else None
-            if judgement is not None:
-                _log_start(prepared, run_id, judgement)
-            summary = _release(prepared, launcher, run_id, judgement, seconds)
+            verdict = launcher.judge(prepared) if prepared.config.probe.enabled else None
+            if verdict is not None:
+                _tell(prepared, run_id, verdict)
+            summary = _release(prepared, launcher, run_id, verdict and verdict.judgement, seconds)
         # Last of all: a launch that is killed before it does what is left again, and all of that can be done twice.
         prepared.run.write_bytes(FINISHED, summary.dump())
         return summary
@@ -325,16 +323,14 @@ def _release(
     )
 
 
-def _scores(scores: Scores) -> dict[str, float]:
-    return {"probe/few_labels": scores.few_labels.mean, "probe/all_labels": scores.all_labels}
-
-
-def _log_start(prepared: Prepared, run_id: str, judgement: Judgement) -> None:
-    """The first points of the probe's curves; the last ones are logged with the model."""
-    of_pixels = _scores(judgement.pixels) if judgement.pixels is not None else {}
-    pixels = {f"{name}_raw_pixels": value for name, value in of_pixels.items()}
+def _tell(prepared: Prepared, run_id: str, verdict: Verdict) -> None:
+    """The ends of the probe's curves and of the series of figures, and what is read from the pixels."""
     tracker = MlflowTracker(prepared.store.uri, run_id)
-    tracker.log(_scores(judgement.before) | pixels, 0)
+    if verdict.judgement is not None and verdict.judgement.pixels is not None:
+        tracker.log(verdict.judgement.pixels.metrics("_raw_pixels"), 0)
+    before, after = verdict.findings
+    before.tell(tracker)
+    after._replace(scores=None).tell(tracker)  # its scores are logged with the model
     if not tracker.close():
         raise unstored_metrics()
 

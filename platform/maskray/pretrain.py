@@ -13,12 +13,9 @@ from maskray import masking
 from maskray.config.load import dump
 from maskray.config.resolve import resolve
 from maskray.config.schema import RunConfig, TrainingConfig
-from maskray.data.manifest import SplitName
 from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
-from maskray.data.stream import Batch, walk
-from maskray.evaluation.features import Images
-from maskray.evaluation.reconstruction import reconstruct
+from maskray.data.stream import Batch
 from maskray.models.base import MaskedAutoencoder
 from maskray.models.build import build_normalize, initial_model
 from maskray.models.cost import cost
@@ -69,12 +66,6 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
     def snapshot(done: int) -> Snapshot | None:
         return checkpoint.taken(context.rank, model, optimizer, facts(done), dump(config))
 
-    def probe(done: int) -> None:
-        if context.rank == 0 or config.training.shard:  # a sharded model runs on all workers or on none
-            picture = reconstruct(model, normalize, objective, fixed_images, config.mask, config.seed)
-        if context.rank == 0:
-            tracker.figure("pretrain/reconstruction", picture.figure(f"{plan.run_name}, step {done}"), done)
-
     start_step, rates = 0, dict[str, float]()
     with context.latest_checkpoint() as folder:
         if folder is not None:
@@ -87,7 +78,6 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
     if on not in rates:  # once a run: measured again, it would be another, and MFU's curve would jump
         rates[on] = matmul_rate(context.device, config.training.precision)
     tracker.tag("maskray.mfu_of", f"{rates[on]:.4g} FLOP/s in a matrix product ({on})")
-    fixed_images = first_images(dataset, config)
     costs = [
         cost(model, num, masking.num_target(config.objective, spec.grid_HW, num)).training_flops
         for num in spec.visible_counts
@@ -98,7 +88,7 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         schedule=schedule,
         meter=Meter(plan.global_batch, context.world_size, sum(costs) / len(costs), rates[on]),
         snapshot=snapshot,
-        probe=probe,
+        probe_steps=config.training.probe_steps if config.probe.enabled else None,
         ledger=_ledger(config.training.ledger, context.rank),
     )
     return loop.run(parts, config.training, context, tracker, start_step)
@@ -132,6 +122,12 @@ def settle(config: RunConfig) -> int:
     return threads
 
 
+def settle_probe(config: RunConfig) -> None:
+    """As `settle`, in a process that judges beside those that train."""
+    settle(config)
+    torch.set_num_threads(max(1, int(config.probe.cpus)))
+
+
 def zero_batch(spec: StreamSpec) -> Batch:
     """One black row group under real masks, for the warm-up."""
     rows, num_visible = torch.arange(spec.views_per_group), spec.num_visible(0)
@@ -147,13 +143,6 @@ def zero_batch(spec: StreamSpec) -> Batch:
         weights_B=torch.ones(len(rows)),
         keys=[],
     )
-
-
-def first_images(dataset: Dataset, config: RunConfig) -> Images:
-    """The first held-out images (of training, where none were held out), (N, C, H, W) uint8: always the same."""
-    split: SplitName = "held_out" if dataset.num_rows("held_out") else "train"
-    walked = walk(dataset, split, config.data.image_size, config.data.channels, config.probe.figure_images)
-    return torch.cat([group.images_BCHW for group in walked]).numpy()
 
 
 def _ledger(folder: str | None, rank: int) -> Path | None:

@@ -92,13 +92,15 @@ def program() -> str:
 
 
 def _accuracies(judged: Judgement) -> Table:
-    table = Table(title=f"Accuracy of a linear probe on {judged.num_test} held-out images", title_justify="left")
+    table = Table(title=f"Accuracy on {judged.num_test} held-out images, frozen features", title_justify="left")
     columns = {"before pretraining": judged.before, "after": judged.after, "raw pixels": judged.pixels}
     shown = {heading: scores for heading, scores in columns.items() if scores is not None}
-    table.add_column("labels")
+    table.add_column("read by")
     for heading in shown:
         table.add_column(heading, justify="right")
     few = [f"{100 * s.few_labels.mean:.1f} ± {100 * s.few_labels.std:.1f} %" for s in shown.values()]
-    table.add_row(f"{judged.labels_per_class} a class, mean ± std of the draws", *few)
-    table.add_row(f"all {judged.num_train:,}", *(f"{100 * s.all_labels:.1f} %" for s in shown.values()))
+    table.add_row(f"logistic regression, {judged.labels_per_class} labels a class, mean ± std of draws", *few)
+    every = [f"{100 * s.all_labels:.1f} %" for s in shown.values()]
+    table.add_row(f"logistic regression, all {judged.num_train:,} labels", *every)
+    table.add_row(f"{judged.k} nearest neighbours", *(f"{100 * s.knn:.1f} %" for s in shown.values()))
     return table

@@ -199,7 +199,7 @@ class TrainingConfig(Section):
     checkpoint_steps: PositiveInt = operational(200)
     """Steps between two checkpoints: a multiple of `log_steps`."""
     probe_steps: PositiveInt | None = operational(None)
-    """Steps between two reconstruction figures: a multiple of `checkpoint_steps`. None: at the start and end only."""
+    """Steps between two probes of the encoder: a multiple of `checkpoint_steps`. None: at the end only."""
     ledger: str | None = operational(None)
     """Folder on the workers' disks for a record of the positions and keys of each step; None keeps none."""
 
@@ -219,13 +219,28 @@ class TrainingConfig(Section):
 
 
 class ProbeConfig(Section):
-    """The first judgement of the encoder, before and after: logistic regression on frozen, mean-pooled features."""
+    """What the encoder is worth before training, at probe steps and at the end.
+
+    Logistic regression and nearest neighbours on frozen, mean-pooled features; and a figure of what the model paints.
+    On Ray, training does not wait for a probe, and one that fails, hangs or is killed is noted in MLflow and no more.
+    """
 
     enabled: bool = operational(default=True)
-    """Skipped by itself where the dataset has no labels."""
+    """Scores are left out where the dataset has no labels."""
+    cpus: Annotated[float, Field(ge=0)] = operational(1.0)
+    """Set aside for probes while the workers train. 0: they share the workers'."""
+    gpus: Annotated[float, Field(ge=0)] = operational(0.0)
+    """Set aside too; a probe computes on it."""
+    limit_seconds: Annotated[float, Field(gt=0)] = operational(900.0)
+    """A probe that takes longer is ended, and noted."""
+    best_by: Literal["few_labels", "all_labels", "knn"] = operational("few_labels")
+    """Score by which `storage.keep_checkpoints` checkpoints are kept, beside the newest."""
     labels_per_class: PositiveInt = operational(5)
     draws: PositiveInt = operational(10)
     """Stratified draws of `labels_per_class` labels whose accuracies are averaged."""
+    k: PositiveInt = operational(20)
+    """Neighbours, weighted by exp(cosine / `temperature`)."""
+    temperature: Annotated[float, Field(gt=0)] = operational(0.07)
     max_rows: PositiveInt = operational(5000)
     """Rows at most of each of the training and the held-out split."""
     figure_images: Annotated[int, Field(ge=1, le=16)] = operational(6)
@@ -262,6 +277,8 @@ class StorageConfig(Section):
     path: str = operational("runs")
     """Folder or `s3://bucket/prefix`: a folder for each run in it."""
     keep_checkpoints: PositiveInt = operational(2)
+    """The best by `probe.best_by`, those that no probe has judged last, the newest of them first; the newest of all is
+    kept in any case."""
 
 
 class TrackingConfig(Section):

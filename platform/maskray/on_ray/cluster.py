@@ -109,8 +109,17 @@ def _refuse_ray_client(address: str | None) -> None:
         )
 
 
-def preflight(config: RunConfig, storage: Storage, tracking_uri: str, *, streams_on_ray: bool) -> None:
+def preflight(
+    config: RunConfig, storage: Storage, tracking_uri: str, beside: list[dict[str, float]], *, streams_on_ray: bool
+) -> None:
     """Refuse in seconds what the cluster could never hold; wait, visibly, for what it can still get.
+
+    Args:
+        config: of the run.
+        storage: of all runs.
+        tracking_uri: of MLflow.
+        beside: bundles that are held beside the workers.
+        streams_on_ray: whether Ray Data decodes.
 
     Raises:
         ClusterError: too few CPUs or GPUs even at the autoscaler's largest; still too few after
@@ -119,18 +128,18 @@ def preflight(config: RunConfig, storage: Storage, tracking_uri: str, *, streams
     _refuse_job_folder(storage, "storage.path")
     _check_shared(storage, tracking_uri)
     cluster = config.cluster
-    bundles = _bundles(cluster, streams_on_ray=streams_on_ray)
-    _refuse_if_short(_total(bundles), _largest(), cluster)
+    bundles = _bundles(cluster, beside, streams_on_ray=streams_on_ray)
+    _refuse_if_short(_total(bundles), _largest(), cluster, beside)
     if not _can_grow():
-        _refuse_if_scattered(bundles, cluster)
+        _refuse_if_scattered(bundles, beside, cluster)
     if _wait_for(bundles, cluster):
         _check_shared(storage, tracking_uri)  # again: nodes may have come
 
 
-def _bundles(cluster: ClusterConfig, *, streams_on_ray: bool) -> list[dict[str, float]]:
-    """What must lie on one node each: workers, and tasks of Ray Data, which take a whole CPU."""
+def _bundles(cluster: ClusterConfig, beside: list[dict[str, float]], *, streams_on_ray: bool) -> list[dict[str, float]]:
+    """What must lie on one node each: workers, what is beside them, and tasks of Ray Data, which take a whole CPU."""
     worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    return [worker] * cluster.workers + [{"CPU": 1.0}] * (cluster.data_cpus if streams_on_ray else 0)
+    return [worker] * cluster.workers + beside + [{"CPU": 1.0}] * (cluster.data_cpus if streams_on_ray else 0)
 
 
 def _total(bundles: list[dict[str, float]]) -> dict[str, float]:
@@ -162,20 +171,24 @@ def _wait_for(bundles: list[dict[str, float]], cluster: ClusterConfig) -> bool:
     return waited
 
 
-def _refuse_if_scattered(bundles: list[dict[str, float]], cluster: ClusterConfig) -> None:
+def _refuse_if_scattered(
+    bundles: list[dict[str, float]], beside: list[dict[str, float]], cluster: ClusterConfig
+) -> None:
     """Whether each bundle fits on one node; the sums may be enough where no node is."""
     unplaced = _unplaced(bundles, [n["Resources"] for n in _nodes()])
     if not unplaced:
         return
-    lost = sum(bundle is bundles[0] for bundle in unplaced)
-    workers, of_data = cluster.workers, len(bundles) - cluster.workers
-    data = f" and for {of_data - len(unplaced) + lost} of Ray Data's {of_data} CPUs" if of_data else ""
+    lost = {id(bundle): sum(each is bundle for each in unplaced) for bundle in bundles}
+    workers, of_data = cluster.workers, len(bundles) - cluster.workers - len(beside)
+    room = [f"{workers - lost[id(bundles[0])]} of {workers} workers"]
+    room += [f"{1 - lost[id(bundle)]} of 1 probe" for bundle in beside]
+    room += [f"{of_data - lost[id(bundles[-1])]} of Ray Data's {of_data} CPUs"] if of_data else []
     raise ClusterError(
-        f"the nodes have room for {workers - lost} of {workers} workers{data}",
+        f"the nodes have room for {' and for '.join(room)}",
         key="cluster.cpus_per_worker",
-        found=f"{_shown(bundles[0])} for each worker",
+        found=f"{_shown(bundles[0])} for each worker" + "".join(f", {_shown(each)} for a probe" for each in beside),
         allowed="what one node has: a worker lies on one node, and so does each whole CPU of cluster.data_cpus",
-        fix="ask for smaller workers, or for fewer",
+        fix="ask for smaller workers, or for fewer" + (", or let probes share: probe.cpus=0" if beside else ""),
     )
 
 
@@ -210,17 +223,24 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _refuse_if_short(needed: Mapping[str, float], largest: Mapping[str, float], cluster: ClusterConfig) -> None:
+def _refuse_if_short(
+    needed: Mapping[str, float],
+    largest: Mapping[str, float],
+    cluster: ClusterConfig,
+    beside: Sequence[Mapping[str, float]] = (),
+) -> None:
     short = _shortage(needed, largest)
     if not short:
         return
     parts = f"{cluster.workers} workers with {cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs each"
+    parts += "".join(f", {_shown(each)} for a probe" for each in beside)
     raise ClusterError(
         f"the cluster can never hold this run: {_shown(short)} short",
         key="cluster.workers",
         found=f"{_shown(needed)} asked for ({parts}; the rest of the CPUs is for Ray Data)",
         allowed=f"{_shown(largest)} at most",
-        fix="lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or take a larger cluster",
+        fix="lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or take a larger cluster"
+        + (", or let probes share what there is: probe.cpus=0" if beside else ""),
     )
 
 
@@ -262,10 +282,10 @@ def check_embed(config: EmbedConfig) -> None:
 
 def check_workers(cluster: ClusterConfig, images: str, key: str, command: str) -> None:
     """As `check_embed`, of workers that read what `images`, the value of `key`, names. Raises as it does."""
-    bundles = _bundles(cluster, streams_on_ray=False)
+    bundles = _bundles(cluster, [], streams_on_ray=False)
     _refuse_if_short(_total(bundles), _largest(), cluster)
     if not _can_grow():
-        _refuse_if_scattered(bundles, cluster)
+        _refuse_if_scattered(bundles, [], cluster)
     _wait_for(bundles, cluster)
     _refuse_if_not_everywhere(images, key, command)
 

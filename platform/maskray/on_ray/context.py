@@ -65,7 +65,7 @@ class RayContext:
         with found.as_directory() as folder:
             yield Path(folder)
 
-    def report(self, step: int, snapshot: Snapshot | None) -> float:
+    def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:
         """Hand the snapshot to Train's upload thread; at most one is on its way, a second waits for it."""
         start = time.perf_counter()
         self._uploaded.wait()
@@ -88,12 +88,13 @@ class RayContext:
                 self._uploaded.set()
 
         ray.train.report(
-            {"step": step},
+            {"step": step, folders.SCORE: folders.NO_SCORE},
             checkpoint=reported,
             checkpoint_dir_name=folders.folder_name(step, self._attempt),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
             delete_local_checkpoint_after_upload=True,
+            validation=probed and reported is not None,
         )
         return waited
 

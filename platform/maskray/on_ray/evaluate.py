@@ -15,7 +15,7 @@ from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.evaluation import judgement
 from maskray.evaluation.blocks import FeatureBlock
-from maskray.evaluation.judgement import Judgement
+from maskray.evaluation.judgement import Verdict
 from maskray.models.encoder import Encoder
 from maskray.on_ray.cluster import check_workers
 from maskray.on_ray.features import feature_blocks
@@ -23,8 +23,8 @@ from maskray.pretrain import settle
 from maskray.training import checkpoint
 
 
-def judge(config: RunConfig, weights: Storage) -> Judgement | None:
-    """The first judgement of the checkpoint at `weights`, with the resources of a worker."""
+def judge(config: RunConfig, weights: Storage) -> Verdict:
+    """The last judgement, of the checkpoint at `weights`, with the resources of a worker."""
     cluster = config.cluster
     # cuBLAS wants it where kernels are deterministic.
     environment = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
@@ -33,7 +33,7 @@ def judge(config: RunConfig, weights: Storage) -> Judgement | None:
     return ray.get(task.remote(config, weights))  # type: ignore[no-any-return]
 
 
-def _judge(config: RunConfig, weights: Storage) -> Judgement | None:
+def _judge(config: RunConfig, weights: Storage) -> Verdict:
     settle(config)
     device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
     with checkpoint.on_disk(weights) as folder:

@@ -19,7 +19,7 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.training import checkpoint
-from maskray.training.folders import FOLDER_PREFIX, step_of
+from maskray.training.folders import FOLDER_PREFIX, SCORE, score_of, step_of
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +68,11 @@ def _made_again(run: Storage, folders: list[str], problem: str) -> set[str]:
             allowed="a record, or at least one folder whose files are as its state.json says",
             fix=f"restore one of them from a copy, or delete {run.uri} to begin anew",
         )
-    results = [Result(checkpoint_dir_name=name, metrics={"step": step_of(name)}) for name in whole]
+    results = [Result(checkpoint_dir_name=name, metrics=_metrics(run, name)) for name in whole]
+    by_score = sorted(results, key=lambda result: result.metrics[SCORE])  # stable: of equals the newest is the last
     state = State(
-        checkpoint_results=results,
-        checkpoint_report_indices=list(range(len(results))),
+        checkpoint_results=by_score,
+        checkpoint_report_indices=[results.index(result) for result in by_score],
         latest_checkpoint_result=results[-1] if results else None,
         pending_training_results=[],
         pending_validation_specs=[],
@@ -84,6 +85,10 @@ def _made_again(run: Storage, folders: list[str], problem: str) -> set[str]:
     newest = f"its newest whole checkpoint, {whole[-1]}" if whole else "the start"
     log.warning("Ray Train's record of the checkpoints could not be read; the run goes on from %s", newest)
     return set(whole)
+
+
+def _metrics(run: Storage, name: str) -> dict[str, float]:
+    return {"step": step_of(name), SCORE: score_of(run.child(name).read_bytes)}
 
 
 def _is_whole(folder: Storage) -> bool:

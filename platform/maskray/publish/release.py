@@ -157,14 +157,16 @@ def _trained(config: RunConfig, plan: RunPlan, flops_per_view: float, rate: Curv
 
 
 def _scores(judgement: Judgement) -> tuple[Score, ...]:
-    few = f"linear probe, {judgement.labels_per_class} labels a class, mean ± std of draws"
-    full = f"linear probe, all {judgement.num_train:,} labels"
+    few = f"logistic regression, {judgement.labels_per_class} labels a class, mean ± std of draws"
+    full = f"logistic regression, all {judgement.num_train:,} labels"
+    knn = f"{judgement.k} nearest neighbours, weighted"
     out = []
     for of, scores in (("before", judgement.before), ("after", judgement.after), ("pixels", judgement.pixels)):
         if scores is not None:
             out += [
                 Score("probe/few_labels", few, of, scores.few_labels.mean, scores.few_labels.std),
                 Score("probe/all_labels", full, of, scores.all_labels),
+                Score("probe/knn", knn, of, scores.knn),
             ]
     return tuple(out)
 

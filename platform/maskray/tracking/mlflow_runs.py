@@ -135,6 +135,15 @@ def find_run(store: Store, fingerprint: str) -> str | None:
     return str(runs[0].info.run_id) if runs else None
 
 
+def has_metric(uri: str, run_id: str, key: str) -> bool:
+    """Whether a run has a point of a metric; no, where MLflow does not answer."""
+    try:
+        return key in MlflowClient(tracking_uri=uri, registry_uri=uri).get_run(run_id).data.metrics
+    except MlflowException as error:
+        log.warning("MLflow does not say what it has: %s", shown(str(error)))
+        return False
+
+
 def add_evaluation(
     store: Store, run_id: str, folder: str, metrics: Mapping[str, float], step: int, files: Mapping[str, bytes]
 ) -> None:

@@ -35,8 +35,13 @@ class RunContext(Protocol):
         """The folder of the run's newest valid checkpoint, on this machine while the context lasts."""
         ...
 
-    def report(self, step: int, snapshot: Snapshot | None) -> float:
+    def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:
         """A checkpoint, from all ranks together: rank 0 brings the snapshot, the others None.
+
+        Args:
+            step: steps done.
+            snapshot: what the checkpoint holds.
+            probed: whether it is judged.
 
         Returns:
             Seconds that training waited for an earlier checkpoint to end.
@@ -55,7 +60,8 @@ class LocalContext:
         rank: of this process.
         world_size: processes in all.
         device: the CPU if None.
-        keep_checkpoints: older ones are deleted.
+        keep_checkpoints: the best by their probe's score, of the others the newest, and always the newest of all.
+        probe: judges the checkpoint in a folder, here: training waits. None: none is judged.
     """
 
     def __init__(
@@ -67,10 +73,11 @@ class LocalContext:
         world_size: int = 1,
         device: torch.device | None = None,
         keep_checkpoints: int = 2,
+        probe: Callable[[Path], None] | None = None,
     ) -> None:
         self.run_folder, self.rank, self.world_size = run_folder, rank, world_size
         self.device = device or torch.device("cpu")
-        self._data, self._keep = data, keep_checkpoints
+        self._data, self._keep, self._probe = data, keep_checkpoints, probe
 
     def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
         """The in-process walk."""
@@ -82,7 +89,7 @@ class LocalContext:
         """The newest folder whose files are all there, as its `state.json` says."""
         yield next((f for f in self._folders() if checkpoint.is_whole(f)), None)
 
-    def report(self, step: int, snapshot: Snapshot | None) -> float:
+    def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:
         """Write at once: nothing to wait for."""
         if snapshot is not None:
             folder = self.run_folder / folders.folder_name(step, "local")
@@ -92,9 +99,17 @@ class LocalContext:
             snapshot(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-            for old in self._folders()[self._keep :]:
+            if probed and self._probe is not None:
+                self._probe(folder)
+            for old in self._not_worth_keeping():
                 shutil.rmtree(old)
         return 0.0
+
+    def _not_worth_keeping(self) -> list[Path]:
+        newest, *others = self._folders()
+        # Stable: among equals the newest come first, as they stand there.
+        best = sorted([newest, *others], key=lambda f: -folders.score_of(lambda name: (f / name).read_bytes()))
+        return [folder for folder in others if folder not in best[: self._keep]]
 
     def _folders(self) -> list[Path]:
         found = self.run_folder.glob(f"{folders.FOLDER_PREFIX}*")

@@ -30,8 +30,8 @@ class Parts:
     meter: Meter
     snapshot: Callable[[int], Snapshot | None]
     """A checkpoint's content after so many steps; None on all workers but the first. Each of them must ask."""
-    probe: Callable[[int], None]
-    """Draws the reconstruction figure after so many steps."""
+    probe_steps: int | None
+    """Steps between two checkpoints that are judged; None: none is, on the way."""
     ledger: Path | None
     """File that this worker writes each step's positions and keys to."""
 
@@ -43,8 +43,6 @@ def run(parts: Parts, config: TrainingConfig, context: RunContext, tracker: Trac
         NonFiniteError: a loss or gradient norm was not finite; no update was applied from that step on.
     """
     total = parts.spec.total_steps
-    if _is_probe_step(start_step, total, config):  # again after a resume: a kill may have come before the figure
-        parts.probe(start_step)
     with context.units(parts.spec, start_step) as units:
         for step in _timed(_steps(parts, config, context, units, start_step), parts.meter):
             parts.step(step.number, step.batches)
@@ -56,14 +54,10 @@ def run(parts: Parts, config: TrainingConfig, context: RunContext, tracker: Trac
                 _stop_if_not_finite(report, parts.spec, done, tracker)
                 tracker.log(_metrics(report, parts, step.number), done)
             if done % config.checkpoint_steps == 0 or done == total:
-                parts.meter.checkpoint_wait_seconds += context.report(done, parts.snapshot(done))
-            if _is_probe_step(done, total, config):
-                parts.probe(done)
+                probed = parts.probe_steps is not None and done % parts.probe_steps == 0 and done < total
+                waited = context.report(done, parts.snapshot(done), probed=probed)
+                parts.meter.checkpoint_wait_seconds += waited
     return total
-
-
-def _is_probe_step(done: int, total: int, config: TrainingConfig) -> bool:
-    return done in (0, total) or (config.probe_steps is not None and done % config.probe_steps == 0)
 
 
 def _steps(

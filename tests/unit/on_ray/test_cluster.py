@@ -17,7 +17,7 @@ from maskray.on_ray import cluster
 def refuse(monkeypatch, nodes: list[dict[str, float]], *, streams: bool = True, **settings: float) -> None:
     monkeypatch.setattr(cluster, "_nodes", lambda: [{"Resources": node} for node in nodes])
     config = ClusterConfig(**settings)
-    cluster._refuse_if_scattered(cluster._bundles(config, streams_on_ray=streams), config)
+    cluster._refuse_if_scattered(cluster._bundles(config, [], streams_on_ray=streams), [], config)
 
 
 def test_a_worker_lies_on_one_node(monkeypatch):

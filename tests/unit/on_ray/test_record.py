@@ -1,6 +1,7 @@
 """What a killed launch leaves of Train's record, and what the next makes of it. Train's own reader is the judge."""
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,16 @@ from maskray.errors import CheckpointError
 from maskray.on_ray import record
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.training.checkpoint import STATE, WEIGHTS, Facts, HostCopy
-from maskray.training.folders import FOLDER_PREFIX, step_of
+from maskray.training.folders import FOLDER_PREFIX, NO_SCORE, PROBE, SCORE, step_of
 
 OLD, NEW, UNFINISHED = "step_000000004-a", "step_000000008-b", "step_000000012-c"
+SCORES = {OLD: 0.75, NEW: NO_SCORE}
 
 
 def train_reads(run: Path) -> CheckpointManager:
     """Train's record, as its controller opens it at a start."""
-    return CheckpointManager(CheckpointConfig(num_to_keep=2), StorageContext(str(run.parent), run.name))
+    config = CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE)
+    return CheckpointManager(config, StorageContext(str(run.parent), run.name))
 
 
 @pytest.fixture
@@ -35,12 +38,13 @@ def run(tmp_path: Path) -> Path:
         facts = Facts(step_of(name), "0123", 1, 1, {}, [])
         HostCopy(model, torch.optim.AdamW(model.parameters()), facts, "name: digits").write(run / name)
     (run / UNFINISHED / STATE).unlink()
+    (run / OLD / PROBE).write_text(json.dumps({"score": SCORES[OLD]}))
 
     async def register() -> None:
         train = train_reads(run)
         for name in (OLD, NEW):
-            report = {"checkpoint": Checkpoint(str(run / name)), "metrics": {"step": step_of(name)}}
-            train.register_checkpoint(_TrainingReport(**report, validation=False))
+            metrics = {"step": step_of(name), SCORE: SCORES[name]}
+            train.register_checkpoint(_TrainingReport(Checkpoint(str(run / name)), metrics, validation=False))
 
     asyncio.run(register())
     return run
@@ -53,8 +57,9 @@ def folders(run: Path) -> list[str]:
 def newest(run: Path) -> str:
     result = train_reads(run).latest_checkpoint_result
     assert result is not None
-    assert result.metrics == {"step": step_of(Path(result.checkpoint.path).name)}
-    return Path(result.checkpoint.path).name
+    name = Path(result.checkpoint.path).name
+    assert result.metrics == {"step": step_of(name), SCORE: SCORES[name]}
+    return name
 
 
 def test_what_is_not_on_record_is_removed(run):
@@ -78,6 +83,7 @@ def test_a_record_that_was_cut_short_is_made_again(run, kept: int, caplog):
     assert folders(run) == [OLD, NEW]
     assert newest(run) == NEW
     assert f"goes on from its newest whole checkpoint, {NEW}" in caplog.text
+    assert Path(train_reads(run).best_checkpoint_results[-1].checkpoint.path).name == OLD
 
 
 def test_a_damaged_checkpoint_is_not_gone_on_from(run):

@@ -1,5 +1,7 @@
 """The context of bare torch: folders that appear whole, and only the newest are kept."""
 
+import json
+
 import pytest
 
 from maskray.config.resolve import resolve
@@ -40,7 +42,22 @@ def test_no_checkpoint_yet(tmp_path):
 def test_the_newest_are_kept(tmp_path, snapshot, keep, kept):
     context = LocalContext(tmp_path, DATA, keep_checkpoints=keep)
     for step in (4, 8, 12, 100):
-        assert context.report(step, snapshot(step)) == 0.0
+        assert context.report(step, snapshot(step), probed=False) == 0.0
+    assert steps_in(context) == kept
+    assert newest(context) == 100
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [8, 100]), (2, [4, 8, 100]), (3, [4, 8, 16, 100])])
+def test_the_best_by_their_probe_are_kept_then_the_newest_and_the_newest_of_all(tmp_path, snapshot, keep, kept):
+    scores = {4: 0.5, 8: 0.7, 12: None, 16: 0.2}
+
+    def probe(folder):
+        score = scores[folders.step_of(folder.name)]
+        (folder / folders.PROBE).write_text(json.dumps({"score": score}))
+
+    context = LocalContext(tmp_path, DATA, keep_checkpoints=keep, probe=probe)
+    for step in (4, 8, 12, 16, 100):
+        context.report(step, snapshot(step), probed=step in scores)
     assert steps_in(context) == kept
     assert newest(context) == 100
 
@@ -48,19 +65,19 @@ def test_the_newest_are_kept(tmp_path, snapshot, keep, kept):
 def test_a_step_that_is_trained_again_replaces_its_checkpoint(tmp_path, snapshot):
     context = LocalContext(tmp_path, DATA)
     for _ in range(2):
-        context.report(4, snapshot(4))
+        context.report(4, snapshot(4), probed=False)
     assert steps_in(context) == [4]
 
 
 def test_other_ranks_write_nothing(tmp_path):
     context = LocalContext(tmp_path / "run", DATA, rank=1, world_size=2)
-    assert context.report(4, None) == 0.0
+    assert context.report(4, None, probed=False) == 0.0
     assert not context.run_folder.exists()
 
 
 def test_a_write_that_breaks_off_leaves_the_last_checkpoint(tmp_path, snapshot):
     context = LocalContext(tmp_path, DATA, keep_checkpoints=1)
-    context.report(4, snapshot(4))
+    context.report(4, snapshot(4), probed=False)
 
     def breaks_off(folder):
         snapshot(8)(folder)
@@ -68,9 +85,9 @@ def test_a_write_that_breaks_off_leaves_the_last_checkpoint(tmp_path, snapshot):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        context.report(8, breaks_off)
+        context.report(8, breaks_off, probed=False)
     assert (newest(context), steps_in(context)) == (4, [4])
-    context.report(8, snapshot(8))
+    context.report(8, snapshot(8), probed=False)
     assert (newest(context), steps_in(context)) == (8, [8])
     assert [f.suffix for f in tmp_path.iterdir()] == [""]
 
@@ -78,7 +95,7 @@ def test_a_write_that_breaks_off_leaves_the_last_checkpoint(tmp_path, snapshot):
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, snapshot):
     context = LocalContext(tmp_path, DATA, keep_checkpoints=3)
     for step in (4, 8, 12):
-        context.report(step, snapshot(step))
+        context.report(step, snapshot(step), probed=False)
     (tmp_path / folders.folder_name(12, "local") / WEIGHTS).write_bytes(b"")
     (tmp_path / folders.folder_name(8, "local") / STATE).unlink()
     assert newest(context) == 4

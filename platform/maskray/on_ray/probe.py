@@ -1,0 +1,128 @@
+"""Judging checkpoints while training goes on: by Ray Train's validation hook, on resources that are set aside.
+
+The hook is a task that waits, and no more: what judges is a child of it. A child may be killed, raise or hang, and what
+comes of it is a note; a hook that died so would end the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from maskray.config.schema import RunConfig
+from maskray.data.storage import Storage
+from maskray.training import folders
+
+_STORE_SECONDS = 60.0
+
+Judge = Callable[[RunConfig, Storage, "Told"], float]
+"""Judges the checkpoint at a place; the score that it is kept by."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """Where a run is tracked, and shown."""
+
+    tracking_uri: str
+    run_id: str
+    board: Any
+
+
+def judge(config: RunConfig, weights: Storage, told: Told) -> float:
+    """Judge a checkpoint, tell MLflow and leave a note beside it."""
+    import torch
+
+    from maskray.evaluation import judgement
+    from maskray.on_ray.worker import tell_driver
+    from maskray.pretrain import settle_probe
+    from maskray.tracking import mlflow_runs
+    from maskray.tracking.mlflow_tracker import MlflowTracker
+    from maskray.training import checkpoint
+
+    tell_driver(told.board)
+    settle_probe(config)
+    device = torch.device("cuda" if config.probe.gpus else "cpu")
+    first = not mlflow_runs.has_metric(told.tracking_uri, told.run_id, f"probe/{config.probe.best_by}")
+    with checkpoint.on_disk(weights) as folder:
+        found = judgement.probe(config, folder, device, first=first)
+    weights.write_bytes(folders.PROBE, judgement.note(config, found[-1]))
+    tracker = MlflowTracker(told.tracking_uri, told.run_id)
+    for each in found:
+        each.tell(tracker)
+    tracker.close(_STORE_SECONDS)
+    return folders.score_of(weights.read_bytes)
+
+
+@dataclass(frozen=True)
+class Hook:
+    """The validation function."""
+
+    config: Mapping[str, Any]
+    """Of the run, as plain data."""
+    run: Storage
+    """Its folder."""
+    told: Told
+    place: PlacementGroup | None
+    """None: on whatever is free."""
+    judge: Judge
+
+    def __call__(self, checkpoint: ray.train.Checkpoint) -> dict[str, float]:
+        """Have it judged. Whatever comes of that is no error."""
+        name, config = Path(checkpoint.path).name, RunConfig.model_validate(self.config)
+        task = ray.remote(
+            num_cpus=config.probe.cpus,
+            num_gpus=config.probe.gpus,
+            max_retries=0,
+            scheduling_strategy="DEFAULT" if self.place is None else PlacementGroupSchedulingStrategy(self.place),
+            # cuBLAS wants it where kernels are deterministic.
+            runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}},
+        )(self.judge)
+        child = task.options(name=f"maskray-probe-{name}").remote(config, self.run.child(name), self.told)
+        try:
+            done, _ = ray.wait([child], timeout=config.probe.limit_seconds)
+            if not done:
+                ray.cancel(child, force=True)
+                raise TimeoutError(f"not ended within {config.probe.limit_seconds:g} s (probe.limit_seconds)")
+            return {folders.SCORE: float(ray.get(child))}
+        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+            self._note(folders.step_of(name), error)
+            return {}
+
+    def _note(self, step: int, error: Exception) -> None:
+        from maskray.tracking.mlflow_tracker import MlflowTracker
+
+        cause = getattr(error, "cause", None) or error  # without the traceback of another process
+        text = f"The probe at step {step} came to nothing: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        self.told.board.warn.remote(text)
+        tracker = MlflowTracker(self.told.tracking_uri, self.told.run_id)
+        tracker.event("probe_failed", text)
+        tracker.close(_STORE_SECONDS)
+
+
+def bundles(config: RunConfig) -> list[dict[str, float]]:
+    """What is set aside for probes, as Ray has it; none where there are none on the way, or they share."""
+    wanted = {"CPU": config.probe.cpus, "GPU": config.probe.gpus}
+    none = config.training.probe_steps is None or not config.probe.enabled
+    return [] if none or not any(wanted.values()) else [wanted]
+
+
+@contextmanager
+def set_aside(config: RunConfig) -> Iterator[PlacementGroup | None]:
+    """What the config sets aside for probes, held while the block runs: Ray Data would take any CPU that is free."""
+    wanted = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles(config)]
+    if not wanted:
+        yield None
+        return
+    group = placement_group(wanted)
+    try:
+        yield group
+    finally:
+        remove_placement_group(group)
