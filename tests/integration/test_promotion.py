@@ -54,7 +54,7 @@ config = PromotionConfig.model_validate_json(sys.argv[1])
 
 def contend(number, barrier):
     torch.set_num_threads(1)
-    _, probe = promotion.open_set(config.data)
+    _, probe = promotion.open_set(config)
     waited = []
     def judge(encoder):
         correct = probe(encoder)

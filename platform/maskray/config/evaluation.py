@@ -56,9 +56,9 @@ class ReconstructionEvaluation(Section):
     figure_images: Annotated[int, Field(ge=1, le=16)] = 4
 
 
-Evaluation = Annotated[
-    KnnEvaluation | LogisticEvaluation | LinearEvaluation | ReconstructionEvaluation, Field(discriminator="kind")
-]
+FeatureEvaluation = KnnEvaluation | LogisticEvaluation | LinearEvaluation
+"""What reads frozen features."""
+Evaluation = Annotated[FeatureEvaluation | ReconstructionEvaluation, Field(discriminator="kind")]
 
 
 class EvaluationData(Section):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from maskray.config.section import Fraction, PositiveInt, Section
+from maskray.config.evaluation import FeatureEvaluation, KnnEvaluation, LinearEvaluation, LogisticEvaluation
+from maskray.config.section import Fraction, PositiveInt, Section, of_kind
+from maskray.errors import ConfigError
 
 
 def _as_text(value: Any) -> Any:
@@ -24,8 +26,7 @@ class FrozenSetConfig(Section):
     version: str | None = None
     """Fingerprint of its version; None takes the newest, and refuses it where the champion was judged on another."""
     max_rows: PositiveInt = 5000
-    """Rows at most of each of the training split, whose labels the probe is fitted to, and the held-out split, which is
-    what it is judged on."""
+    """Rows at most of each of the training split, whose labels are used, and the held-out split, which is judged."""
     rejudge: bool = False
     """Go over to these rows though the champion was judged on others: it is judged anew, and the decision says so."""
 
@@ -67,6 +68,9 @@ class PromotionConfig(Section):
     alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] = "champion"
     """Which leads to the model in use."""
     data: FrozenSetConfig
+    evaluation: Annotated[FeatureEvaluation, Field(discriminator="kind"), of_kind("logistic")] = LogisticEvaluation()
+    """What names the held-out rows: the same for both, one value of it, and every training label. That of a champion's
+    last promotion; another is another yardstick, as other rows are (`data.rejudge`)."""
     gate: GateConfig = GateConfig()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the bootstrap."""
@@ -77,3 +81,19 @@ class PromotionConfig(Section):
     `storage.path`."""
     storage: RunsConfig = RunsConfig()
     tracking: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="after")
+    def _one_answer_for_each_row(self) -> PromotionConfig:
+        match self.evaluation:
+            case (
+                KnnEvaluation(k=(_,))
+                | LogisticEvaluation(labels_per_class=None)
+                | LinearEvaluation(label_shares=(1.0,))
+            ):
+                return self
+        raise ConfigError(
+            "a promotion compares row by row: it wants one evaluation that uses every training label",
+            key="evaluation",
+            found=self.evaluation.model_dump(mode="json", exclude_defaults=True) | {"kind": self.evaluation.kind},
+            allowed="knn with one k, logistic with labels_per_class null, or linear with label_shares [1]",
+        )

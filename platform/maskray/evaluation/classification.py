@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from maskray.config.evaluation import KnnEvaluation, LinearEvaluation, LogisticEvaluation
+from maskray.config.evaluation import FeatureEvaluation, KnnEvaluation, LinearEvaluation, LogisticEvaluation
 from maskray.errors import DataError
 from maskray.evaluation.features import Features
 from maskray.evaluation.knn import knn_probabilities
@@ -56,8 +56,18 @@ def check_classes(train_labels: Labels, test_labels: Labels, names: list[str]) -
         )
 
 
+class Named(NamedTuple):
+    """What one evaluation made of the test rows."""
+
+    evaluation: str
+    """Such as `knn, k 20`."""
+    draws: list[Correct]
+    """(M,) whether each was named rightly, for each draw of labels."""
+    note: str = ""
+
+
 def classify(
-    evaluation: KnnEvaluation | LogisticEvaluation | LinearEvaluation,
+    evaluation: FeatureEvaluation,
     rows: Labelled,
     *,
     features: str,
@@ -77,6 +87,14 @@ def classify(
         DataError: too few rows of a class.
         ConfigError: fewer rows than neighbours.
     """
+    for named in name_rows(evaluation, rows, seed=seed, device=device):
+        yield score(named.evaluation, features, named.draws, named.note)
+
+
+def name_rows(
+    evaluation: FeatureEvaluation, rows: Labelled, *, seed: int, device: torch.device | None = None
+) -> Iterator[Named]:
+    """Name the test rows, once for each value that the evaluation lists. Arguments and errors as of `classify`."""
     match evaluation:
         case KnnEvaluation():
             classes = np.unique(rows.train_labels)
@@ -89,24 +107,19 @@ def classify(
                     temperature=evaluation.temperature,
                     device=device,
                 )
-                yield score(f"knn, k {k}", features, [classes[votes_MK.argmax(axis=1)] == rows.test_labels])
+                yield Named(f"knn, k {k}", [classes[votes_MK.argmax(axis=1)] == rows.test_labels])
         case LogisticEvaluation(labels_per_class=None):
-            yield score("logistic, all labels", features, [full_correct(*rows)])
+            yield Named("logistic, all labels", [full_correct(*rows)])
         case LogisticEvaluation(labels_per_class=int(each)):
             correct = few_label_correct(*rows, labels_per_class=each, num_draws=evaluation.draws, seed=seed)
-            yield score(f"logistic, {each} labels a class", features, correct)
+            yield Named(f"logistic, {each} labels a class", correct)
         case LinearEvaluation():
-            yield from (_linear(evaluation, rows, share, features, seed, device) for share in evaluation.label_shares)
+            yield from (_linear(evaluation, rows, share, seed, device) for share in evaluation.label_shares)
 
 
 def _linear(
-    evaluation: LinearEvaluation,
-    rows: Labelled,
-    share: float,
-    features: str,
-    seed: int,
-    device: torch.device | None,
-) -> Score:
+    evaluation: LinearEvaluation, rows: Labelled, share: float, seed: int, device: torch.device | None
+) -> Named:
     recipe = HeadsRecipe(evaluation.learning_rates, evaluation.epochs, evaluation.batch)
     train, test = standardised(rows.train_features, rows.test_features)
     correct, rates = list[Correct](), set[float]()
@@ -118,4 +131,4 @@ def _linear(
         correct.append(result.predicted_M == rows.test_labels)
         rates.add(result.learning_rate)
     note = "learning rate " + ", ".join(f"{rate:g}" for rate in sorted(rates))
-    return score(f"linear, {100 * share:g} % of the labels", features, correct, note)
+    return Named(f"linear, {100 * share:g} % of the labels", correct, note)

@@ -15,14 +15,16 @@ import torch
 from maskray.config.promotion import FrozenSetConfig, PromotionConfig
 from maskray.config.schema import TrackingConfig
 from maskray.data.manifest import SplitName
+from maskray.data.portions import of_split
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
-from maskray.data.stream import walk
 from maskray.errors import CheckpointError, ConfigError, DataError, RunConflictError, TrackingError
-from maskray.evaluation.classification import Labelled, check_classes
+from maskray.evaluation.blocks import blocks_here
+from maskray.evaluation.classification import Labelled, check_classes, name_rows
 from maskray.evaluation.features import Features
-from maskray.evaluation.logistic import Correct, Labels, full_correct
+from maskray.evaluation.logistic import Correct, Labels
 from maskray.evaluation.paired import gain
+from maskray.evaluation.pictures import BATCH
 from maskray.models.encoder import Encoder
 from maskray.publish.decisions import Comparison, Decision, EvaluationSet, Kind, Records, champions, packed, yardstick
 from maskray.publish.versions import RECORDS_TAG, RegisteredModel, Version, tag_of
@@ -136,7 +138,7 @@ def promote(config: PromotionConfig, judge: Judge | None = None) -> Decision | N
 
     Args:
         config: of the promotion.
-        judge: other than a linear probe on the rows that the config names.
+        judge: other than the evaluation and the rows that the config names.
 
     Raises:
         MaskrayError: no such model, version or files; a dataset that cannot be judged on, or is not the one that the
@@ -144,8 +146,8 @@ def promote(config: PromotionConfig, judge: Judge | None = None) -> Decision | N
     """
     desk = Desk.open(config)
     challenger = desk.model.find(config.challenger)
-    evaluation, by_probe = open_set(config.data, config.device)
-    bench = _Bench(desk.model, evaluation, judge or by_probe)
+    evaluation, by_config = open_set(config)
+    bench = _Bench(desk.model, evaluation, judge or by_config)
     _say_what_it_may_have_seen(challenger, evaluation)
     while True:
         history = desk.settled()
@@ -212,13 +214,14 @@ def show(config: PromotionConfig) -> tuple[list[Decision], str | None]:
 # ------------------------------------------------------------------------------------------------------ the frozen set
 
 
-def open_set(config: FrozenSetConfig, device: str = "cpu") -> tuple[EvaluationSet, Judge]:
-    """The frozen rows, and the linear probe on them.
+def open_set(config: PromotionConfig) -> tuple[EvaluationSet, Judge]:
+    """The frozen rows, and what names them by an encoder.
 
     Raises:
         DataError: no such dataset, or it has no labels or no held-out rows.
     """
-    dataset = Dataset.open(config.path, config.version)
+    data = config.data
+    dataset = Dataset.open(data.path, data.version)
     if not dataset.manifest.class_names or not dataset.num_rows("held_out"):
         raise DataError(
             "nothing can be judged on this dataset",
@@ -226,33 +229,43 @@ def open_set(config: FrozenSetConfig, device: str = "cpu") -> tuple[EvaluationSe
             found=f"{dataset.storage.uri}, without {'held-out rows' if dataset.manifest.class_names else 'labels'}",
             fix="ingest pictures in class folders, with held_out_fraction above 0",
         )
-    train, test = (min(dataset.num_rows(split), config.max_rows) for split in ("train", "held_out"))
+    train, test = (min(dataset.num_rows(split), data.max_rows) for split in ("train", "held_out"))
 
     def judge(encoder: Encoder) -> Correct:
-        placed = encoder.to(device)
+        placed = encoder.to(config.device)
         rows = Labelled(*_features(placed, dataset, "train", train), *_features(placed, dataset, "held_out", test))
         check_classes(rows.train_labels, rows.test_labels, list(dataset.manifest.class_names))
-        return full_correct(*rows)
+        (named,) = name_rows(config.evaluation, rows, seed=config.seed, device=torch.device(config.device))
+        (correct,) = named.draws
+        return correct
 
-    return EvaluationSet(dataset.manifest.fingerprint, test, train, "linear probe"), judge
+    return EvaluationSet(dataset.manifest.fingerprint, test, train, _measure(config)), judge
+
+
+def _measure(config: PromotionConfig) -> str:
+    """What is done, with all that it depends on and that is not as it is by default."""
+    told = config.evaluation.model_dump(mode="json", exclude_defaults=True, exclude={"kind"})
+    if config.evaluation.kind == "linear":
+        told["seed"] = config.seed
+    return ", ".join([config.evaluation.kind, *(f"{key} {value}" for key, value in told.items())])
 
 
 def _features(encoder: Encoder, dataset: Dataset, split: SplitName, num_rows: int) -> tuple[Features, Labels]:
     """Features (N, D) and labels (N,) of a split's first rows, at the size and with the channels of the encoder."""
-    device = next(encoder.parameters()).device
+    images = of_split(dataset, split, BATCH, num_rows)
     features, labels = [], []
-    for group in walk(dataset, split, encoder.image_size, encoder.channels, num_rows):
-        with torch.inference_mode():
-            features.append(encoder(group.images_BCHW.to(device)).cpu().numpy())
-        labels.append(group.labels)
-    if sum(map(len, features)) != num_rows:
-        raise DataError(
-            "images of the frozen set cannot be decoded, and a set without them is another one",
-            key="data.path",
-            found=f"{sum(map(len, features))} of {num_rows} {split} rows of {dataset.storage.uri}",
-            fix="restore the shards (maskray data check names what is damaged)",
-        )
-    return np.concatenate(features), np.concatenate([some for some in labels if some is not None])
+    for block in blocks_here(images, encoder, torch.get_num_threads()):
+        for bad in block.undecodable:
+            raise DataError(
+                "an image of the frozen set cannot be decoded, and a set without it is another one",
+                key="data.path",
+                found=f"{bad.key}, {split} row {bad.row} of {dataset.storage.uri}: {bad.reason}",
+                fix="restore the shards (maskray data check names what is damaged)",
+            )
+        assert block.labels is not None, "it has classes"
+        features.append(block.features)
+        labels.append(block.labels)
+    return np.concatenate(features), np.concatenate(labels)
 
 
 # -------------------------------------------------------------------------------------------------------- the decision

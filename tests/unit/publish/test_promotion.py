@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maskray.config.load import parse
 from maskray.config.promotion import PromotionConfig
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
@@ -112,6 +113,32 @@ def test_mlflow_shows_what_was_decided(registered: Registered):
     assert run.data.metrics["promotion/champion/gain"] < 0
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "measure"),
+    [
+        ({"kind": "knn", "k": [5]}, "knn, k [5]"),
+        ({"kind": "linear", "label_shares": [1.0], "epochs": 5}, "linear, label_shares [1.0], epochs 5, seed 0"),
+    ],
+)
+def test_the_config_says_what_names_the_rows(registered: Registered, evaluation: dict, measure: str):
+    better, worse = registered.add(64), registered.add(8)
+    assert promote(registered.config(better, evaluation=evaluation)).kind == "promoted"
+    decision = promote(registered.config(worse, evaluation=evaluation))
+    assert decision.kind == "refused"
+    assert decision.comparison.evaluation.measure == measure
+    with pytest.raises(ConfigError, match="judged on the same rows"):
+        promote(registered.config(worse))
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [{"kind": "knn", "k": [5, 20]}, {"labels_per_class": 5}, {"kind": "linear", "label_shares": [0.1]}],
+)
+def test_a_promotion_compares_one_answer_for_each_row(evaluation: dict):
+    with pytest.raises(ConfigError, match=r"^evaluation: a promotion compares row by row"):
+        parse(PromotionConfig, {"model": "m", "data": {"path": "unused"}, "evaluation": evaluation})
+
+
 def test_a_promotion_that_is_repeated_decides_nothing_new(registered: Registered, caplog: pytest.LogCaptureFixture):
     registered.add(16)
     assert promote(registered.config()) == promote(registered.config())
@@ -122,7 +149,7 @@ def test_a_promotion_that_is_repeated_decides_nothing_new(registered: Registered
 def test_a_promoter_that_loses_compares_anew_with_the_new_champion(registered: Registered):
     """While version 1 is judged, a better one becomes champion: that there was none is no longer true."""
     worse, better = registered.add(8), registered.add(64)
-    _, probe = promotion.open_set(registered.config().data)
+    _, probe = promotion.open_set(registered.config())
     judged = []
 
     def slow(encoder: Encoder) -> Correct:
@@ -140,7 +167,7 @@ def test_a_promoter_that_loses_compares_anew_with_the_new_champion(registered: R
 
 def test_a_loser_that_still_wins_names_whom_it_beat(registered: Registered):
     worse, better = registered.add(8), registered.add(64)
-    _, probe = promotion.open_set(registered.config().data)
+    _, probe = promotion.open_set(registered.config())
     judged = []
 
     def slow(encoder: Encoder) -> Correct:
@@ -414,7 +441,7 @@ def test_the_probe_is_that_of_the_runs_own_judgement_and_draws_nothing(registere
     registered.add(16)
     model = RegisteredModel(registered.store.uri, MODEL)
     encoder = model.encoder(model.find(None))
-    evaluation, judge = promotion.open_set(registered.config().data)
+    evaluation, judge = promotion.open_set(registered.config())
     before = np.random.get_state()[1].copy()  # noqa: NPY002  (what must not move)
     correct = judge(encoder)
     np.testing.assert_array_equal(before, np.random.get_state()[1])  # noqa: NPY002
