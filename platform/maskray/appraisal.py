@@ -31,6 +31,8 @@ from maskray.evaluation.reconstruction import Reconstruction, reconstruct
 from maskray.evaluation.scores import Score
 from maskray.models.encoder import Encoder
 from maskray.objective import Objective
+from maskray.publish.card import percent, table
+from maskray.publish.named import note_section
 from maskray.publish.subject import Subject, WithDecoder, open_subject
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_store import Store, has_embedded_store, open_store, refuse_missing
@@ -89,6 +91,17 @@ class Appraisal:
             at = f"evaluation/{self.name}/reconstruction/ratio_{like.ratio:g}"
             out |= {f"{at}/{name}": value for name, value in of_ratio.items()}
         return out
+
+    def markdown(self) -> str:
+        """The accuracies, for people."""
+        kinds = dict.fromkeys(score.features for score in self.scores)
+        cells: dict[str, dict[str, str]] = {}
+        for s in self.scores:
+            shown = percent(s.accuracy, s.low, s.high, s.std_of_draws)
+            cells.setdefault(s.evaluation, {})[s.features] = shown
+        rows = [(name, *(row.get(kind, "") for kind in kinds)) for name, row in cells.items()]
+        said = f"Accuracy on {self.num_test:,} held-out images of the dataset `{self.dataset}`, as above."
+        return f"{said}\n\n{table(('', *kinds), rows)}"
 
     def dump(self) -> str:
         """As JSON, without the figures."""
@@ -303,7 +316,8 @@ def record(prepared: Prepared, appraisal: Appraisal) -> str | None:
     """Tell MLflow's run of the model what came out; its id, or None where MLflow has no such run.
 
     Metrics are those of the model's step, the newest value of each is shown; table and figures are in `evaluation/NAME`
-    among the artifacts, and replace those of an earlier evaluation of that name.
+    among the artifacts, and replace those of an earlier evaluation of that name. So does the table in the card of a
+    registered version.
 
     Raises:
         TrackingError: MLflow is away, or does not take it all.
@@ -311,6 +325,8 @@ def record(prepared: Prepared, appraisal: Appraisal) -> str | None:
     subject = prepared.subject
     if prepared.store is None:
         return None
+    if appraisal.scores:
+        note_section(prepared.store.uri, subject.name, f"Evaluation {appraisal.name}", appraisal.markdown())
     run_id = subject.run_id
     if subject.checkpoint is not None:
         run_id = mlflow_runs.find_run(prepared.store, subject.checkpoint.facts.fingerprint)

@@ -21,6 +21,7 @@ from maskray.models.build import initial_model
 from maskray.tracking.mlflow_runs import ensure_run
 from maskray.training import checkpoint
 from maskray.training.optim import build_optimizer
+from registered import MODEL, Registered
 
 ALL = [
     {"kind": "knn", "k": [5, 20]},
@@ -145,6 +146,24 @@ def test_another_evaluation_of_that_name_replaces_the_first(config, checkpoint_f
     assert found[0].scores[0].accuracy != found[1].scores[0].accuracy
     metrics = store.client().get_run(run_id).data.metrics
     assert metrics["evaluation/digits/knn/k_20"] == pytest.approx(found[1].scores[0].accuracy)
+
+
+def test_the_card_of_a_registered_version_gets_the_table(config, store, tmp_path, digits):
+    registered = Registered(store, tmp_path, digits)
+    number = registered.add(16)
+    store.client().update_model_version(MODEL, number, "What it is.\n\n## How it was trained\n\nLong.")
+    for k in (5, 20):
+        prepared = prepare(config([{"kind": "knn", "k": [k]}], model=f"models:/{MODEL}/{number}", untrained=False))
+        found = appraise_here(prepared)
+        record(prepared, found)
+    card = store.client().get_model_version(MODEL, number).description
+    assert card.startswith(
+        "What it is.\n\n## How it was trained\n\nLong.\n\n## Evaluation digits\n\nAccuracy on 324 held-out"
+    )
+    score = found.scores[0]
+    shown = f"{100 * score.accuracy:.1f} % ({100 * score.low:.1f} to {100 * score.high:.1f})"
+    assert f"| knn, k 20 | {shown} |" in card
+    assert "knn, k 5" not in card
 
 
 def test_a_model_that_mlflow_does_not_know_is_judged_all_the_same(config, checkpoint_folder):

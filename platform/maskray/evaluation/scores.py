@@ -42,14 +42,20 @@ def score(evaluation: str, features: str, draws: Sequence[Correct], note: str = 
     """From whether each test row was named rightly, (M,), in each draw of labels."""
     shares = [float(each.mean()) for each in draws]
     accuracy, num_rows = float(np.mean(shares)), len(draws[0])
-    interval = binomtest(round(accuracy * num_rows), num_rows).proportion_ci(CONFIDENCE, method="wilson")
+    low, high = interval(accuracy, num_rows)
     return Score(
         evaluation=evaluation,
         features=features,
         accuracy=accuracy,
-        low=float(interval.low),
-        high=float(interval.high),
+        low=low,
+        high=high,
         std_of_draws=float(np.std(shares, ddof=1)) if len(shares) > 1 else None,
         num_rows=num_rows,
         note=note,
     )
+
+
+def interval(accuracy: float, num_rows: int) -> tuple[float, float]:
+    """95 % interval of an accuracy over test rows as these (Wilson 1927)."""
+    found = binomtest(round(accuracy * num_rows), num_rows).proportion_ci(CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)

@@ -29,7 +29,11 @@ class Score:
     of: str
     """One of `SUBJECTS`."""
     value: float
+    low: float
+    high: float
+    """95 % interval over held-out images as these."""
     std: float | None = None
+    """Between draws of labels."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def markdown(lineage: Lineage) -> str:
             head,
             *_scores(lineage),
             "## How it was trained",
-            _table(("", ""), _training(lineage)),
+            table(("", ""), _training(lineage)),
             "## How to load it",
             _loading(lineage),
             "## What it paints",
@@ -156,12 +160,21 @@ def _scores(lineage: Lineage) -> list[str]:
         found = {score.of: score for score in lineage.scores if score.measure == measure}
         cells = [_percent(found[s]) if s in found else "" for s in subjects]
         rows.append((f"{meaning} (`{measure}`)", *cells))
-    said = f"Accuracy on {lineage.scored_rows:,} held-out images, which pretraining never saw."
-    return [heading, said, _table(("", *(SUBJECTS[s] for s in subjects)), rows)]
+    said = (
+        f"Accuracy on {lineage.scored_rows:,} held-out images, which pretraining never saw; in brackets the 95 % "
+        "interval over such images."
+    )
+    return [heading, said, table(("", *(SUBJECTS[s] for s in subjects)), rows)]
 
 
 def _percent(score: Score) -> str:
-    return f"{100 * score.value:.1f}" + (f" ± {100 * score.std:.1f} %" if score.std is not None else " %")
+    return percent(score.value, score.low, score.high, score.std)
+
+
+def percent(value: float, low: float, high: float, std: float | None) -> str:
+    """An accuracy with its interval, and its spread between draws where there are several."""
+    drawn = "" if std is None else f" ± {100 * std:.1f}"
+    return f"{100 * value:.1f}{drawn} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _training(lineage: Lineage) -> list[tuple[str, str]]:
@@ -207,6 +220,7 @@ def _mask(mask: Mapping[str, Any]) -> str:
     return ", ".join([f"{mask['kind']}, {mask['ratio']} hidden", *others])
 
 
-def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """In Markdown."""
     lines = [heads, ("---",) * len(heads), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import tempfile
 from pathlib import Path
@@ -16,13 +17,16 @@ from maskray.config.schema import TrackingConfig
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, StorageError, TrackingError
 from maskray.models.encoder import CARD, WEIGHTS, Encoder, load_encoder
-from maskray.publish.registry import ENCODER, STEP_TAG
+from maskray.publish.registry import ENCODER, MAX_DESCRIPTION, STEP_TAG
 from maskray.tracking.mlflow_store import has_embedded_store, open_store, refuse_missing, shown
 from maskray.training import checkpoint
+
+log = logging.getLogger(__name__)
 
 MODELS = "models:/"
 KEY = "encoder"
 _NAMED = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@:]+))")
+_SECTION = re.compile(r"^(?=## )", re.MULTILINE)
 _AS_MLFLOW_KEEPS_IT = f"artifacts/{ENCODER}"
 
 
@@ -122,6 +126,34 @@ def tag_version(called: str, tag: str, text: str, tracking: TrackingConfig, runs
     except MlflowException as error:
         raise TrackingError("MLflow does not take a tag", found=f"{tag}: {shown(str(error))}") from error
     return True
+
+
+def note_section(uri: str, called: str, heading: str, text: str) -> None:
+    """Put a section into the card of a registered version, in place of the one of its heading; of others there is none.
+
+    Args:
+        uri: of MLflow.
+        called: as `open_encoder` has named it.
+        heading: of the section.
+        text: Markdown.
+
+    Raises:
+        TrackingError: MLflow is away or refuses.
+    """
+    match = _NAMED.fullmatch(called)
+    if match is None:
+        return
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        card = str(client.get_model_version(match["name"], match["version"]).description or "")
+        sections = [s for s in _SECTION.split(card) if s and not s.startswith(f"## {heading}\n")]
+        longer = "\n\n".join(s.strip() for s in [*sections, f"## {heading}\n\n{text}"])
+        if len(longer) > MAX_DESCRIPTION:
+            log.warning("The card of %s is full: %s is with its run alone", called, heading)
+            return
+        client.update_model_version(match["name"], match["version"], longer)
+    except MlflowException as error:
+        raise TrackingError("MLflow does not take a section", found=f"{heading}: {shown(str(error))}") from error
 
 
 def _in_folder(storage: Storage, shown_as: str) -> NamedEncoder:

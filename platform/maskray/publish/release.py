@@ -17,6 +17,7 @@ from maskray.data.shards import Dataset
 from maskray.evaluation.features import Images
 from maskray.evaluation.judgement import Judgement
 from maskray.evaluation.reconstruction import reconstruct
+from maskray.evaluation.scores import interval
 from maskray.models.build import build_normalize, initial_model, weightless_model
 from maskray.models.cost import cost
 from maskray.models.encoder import save_encoder
@@ -157,17 +158,17 @@ def _trained(config: RunConfig, plan: RunPlan, flops_per_view: float, rate: Curv
 
 
 def _scores(judgement: Judgement) -> tuple[Score, ...]:
-    few = f"logistic regression, {judgement.labels_per_class} labels a class, mean ± std of draws"
-    full = f"logistic regression, all {judgement.num_train:,} labels"
-    knn = f"{judgement.k} nearest neighbours, weighted"
+    meanings = {
+        "probe/few_labels": f"logistic regression, {judgement.labels_per_class} labels a class, mean ± std of draws",
+        "probe/all_labels": f"logistic regression, all {judgement.num_train:,} labels",
+        "probe/knn": f"{judgement.k} nearest neighbours, weighted",
+    }
     out = []
     for of, scores in (("before", judgement.before), ("after", judgement.after), ("pixels", judgement.pixels)):
-        if scores is not None:
-            out += [
-                Score("probe/few_labels", few, of, scores.few_labels.mean, scores.few_labels.std),
-                Score("probe/all_labels", full, of, scores.all_labels),
-                Score("probe/knn", knn, of, scores.knn),
-            ]
+        for measure, value in scores.metrics().items() if scores is not None else ():
+            std = scores.few_labels.std if scores is not None and measure == "probe/few_labels" else None
+            low, high = interval(value, judgement.num_test)
+            out.append(Score(measure, meanings[measure], of, value, low, high, std))
     return tuple(out)
 
 

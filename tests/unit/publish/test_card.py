@@ -77,9 +77,10 @@ def test_programs_read_it(lineage: Lineage):
     assert raw["code"]["mlflow.source.git.commit"] == CODE["mlflow.source.git.commit"]
     assert raw["data"]["fingerprint"] == lineage.data.fingerprint
     assert (raw["data"]["train_rows"], raw["data"]["held_out_rows"]) == (1473, 324)
-    found = {(s["measure"], s["of"]): (s["value"], s["std"]) for s in raw["scores"]}
-    assert found["probe/few_labels", "after"] == (0.719, 0.03)
-    assert found["probe/all_labels", "pixels"] == (0.972, None)
+    found = {(s["measure"], s["of"]): s for s in raw["scores"]}
+    few, every = found["probe/few_labels", "after"], found["probe/all_labels", "pixels"]
+    assert (few["value"], few["std"], every["value"], every["std"]) == (0.719, 0.03, 0.972, None)
+    assert (every["low"], every["high"]) == pytest.approx((0.94806, 0.98532), abs=1e-5)  # Wilson's, of 315 in 324
     assert lineage.tags()["maskray.commit"] == CODE["mlflow.source.git.commit"]
     assert lineage.tags()["maskray.views"] == "768"
 
@@ -90,7 +91,7 @@ def test_people_read_it(lineage: Lineage):
     assert lines[0].startswith("tiny-")
     assert "|  | before pretraining | after | raw pixels |" in lines
     (few,) = [line for line in lines if "probe/few_labels" in line]
-    assert few.endswith("| 47.8 ± 2.5 % | 71.9 ± 3.0 % | 83.2 ± 2.9 % |")
+    assert few.endswith("| 47.8 ± 2.5 % (42.5 to 53.3) | 71.9 ± 3.0 % (66.8 to 76.5) | 83.2 ± 2.9 % (78.9 to 87.0) |")
     assert "Accuracy on 324 held-out images" in said
     assert 'load_model("models:/tiny/{version}")' in said
     assert f"commit `{CODE['mlflow.source.git.commit']}`, with uncommitted changes" in said
