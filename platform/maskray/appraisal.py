@@ -120,7 +120,7 @@ def prepare(config: EvaluateConfig) -> Prepared:
         MaskrayError: as `open_subject` does.
     """
     dataset = Dataset.open(config.data.path, config.data.version)
-    subject = open_subject(config.model, config.tracking, config.storage.path)
+    subject = open_subject(config.model, config.tracking, config.storage.path, "model")
     _check_bands(dataset, subject)
     prepared = Prepared(config, dataset, subject, _store_of(config))
     if prepared.reads_features:

@@ -190,10 +190,11 @@ def without_labels(tmp_path):
     ("values", "error", "match"),
     [
         ({"data": {"path": "nowhere"}}, DataError, r"data\.path: there is no such dataset"),
-        ({"model": "nowhere"}, CheckpointError, "neither a checkpoint nor an encoder"),
+        ({"model": "nowhere"}, CheckpointError, "^model: there is neither a checkpoint nor an encoder"),
         ({"evaluations": [PAINT]}, ConfigError, r"evaluations: an encoder alone paints nothing"),
         ({"evaluations": [{"kind": "knn", "k": [2000]}]}, ConfigError, r"Found: knn with k 2000\. Allowed: 1 to 1473"),
         ({"model": "models:/digits@champion"}, MaskrayError, "MLflow"),
+        ({"model": "models:/digits"}, MaskrayError, r"^model: this names no version"),
         ({"evaluations": [{"kind": "knn", "k": []}]}, ConfigError, r"evaluations\.0\.knn\.k"),
         ({"name": "a/b"}, ConfigError, "name"),
         ({"evaluations": [{"kind": "logistic", "labels_per_class": 900}]}, DataError, r"Allowed: 1 to 1\d\d"),

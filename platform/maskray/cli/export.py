@@ -36,7 +36,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from maskray.publish.subject import open_subject
 
     tracking = TrackingConfig(uri=arguments.tracking_uri)
-    subject = open_subject(arguments.source, tracking, arguments.storage)
+    subject = open_subject(arguments.source, tracking, arguments.storage, "source")
     done = export(subject, arguments.destination, arguments.format)
     console = Console(highlight=False)
     for line in (done.how_to_open, f"It takes {done.takes}.", f"Proof: {done.proof}."):

@@ -48,13 +48,14 @@ class NamedEncoder(NamedTuple):
     """Of that run, after which it was taken."""
 
 
-def open_encoder(text: str, tracking: TrackingConfig, runs: str) -> NamedEncoder:
+def open_encoder(text: str, tracking: TrackingConfig, runs: str, key: str = KEY) -> NamedEncoder:
     """The encoder of that name, on the CPU.
 
     Args:
         text: `models:/name@alias`, `models:/name/version`, or a folder or URI that holds an encoder.
         tracking: MLflow, for the first two.
         runs: beside which MLflow's store lies, where `tracking` does not say.
+        key: that asks for it, in the words of errors.
 
     Raises:
         TrackingError: MLflow is away, or has no such model, version or alias.
@@ -62,19 +63,19 @@ def open_encoder(text: str, tracking: TrackingConfig, runs: str) -> NamedEncoder
         StorageError: they cannot be read.
     """
     if not text.startswith(MODELS):
-        return _in_folder(Storage(text), text)
+        return _in_folder(Storage(text), text, key)
     match = _NAMED.fullmatch(text)
     if match is None:
         raise TrackingError(
             "this names no version of a registered model",
-            key=KEY,
+            key=key,
             found=text,
             allowed="models:/name@alias or models:/name/version",
         )
     uri = _uri(tracking, runs)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    version = _version(client, match["name"], match["version"], match["alias"])
-    return registered_encoder(uri, match["name"], version)
+    version = _version(client, match, key)
+    return registered_encoder(uri, match["name"], version, key)
 
 
 def registered_encoder(uri: str, name: str, version: str, key: str = KEY) -> NamedEncoder:
@@ -156,13 +157,13 @@ def note_section(uri: str, called: str, heading: str, text: str) -> None:
         raise TrackingError("MLflow does not take a section", found=f"{heading}: {shown(str(error))}") from error
 
 
-def _in_folder(storage: Storage, shown_as: str) -> NamedEncoder:
+def _in_folder(storage: Storage, shown_as: str, key: str) -> NamedEncoder:
     if not storage.exists(CARD) and storage.exists(f"{_AS_MLFLOW_KEEPS_IT}/{CARD}"):
         storage = storage.child(*_AS_MLFLOW_KEEPS_IT.split("/"))
     if not storage.exists(CARD):
         raise NoEncoderError(
             f"there is no encoder: no {CARD} in that folder",
-            key=KEY,
+            key=key,
             found=shown_as,
             allowed=f"a folder with {CARD} and {WEIGHTS}, as the registry keeps it; or models:/name@alias",
             fix="check the path",
@@ -192,24 +193,23 @@ def _uri(tracking: TrackingConfig, runs: str) -> str:
     return open_store(tracking, Storage(runs).uri).uri
 
 
-def _version(client: MlflowClient, name: str, version: str | None, alias: str | None) -> str:
+def _version(client: MlflowClient, asked: re.Match[str], key: str) -> str:
     """A version's number, once: the alias may move while the images are embedded."""
+    name, version, alias = asked["name"], asked["version"], asked["alias"]
     try:
         if alias is not None:
             return str(client.get_model_version_by_alias(name, alias).version)
         return str(client.get_model_version(name, str(version)).version)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise TrackingError("MLflow's registry cannot be read", key=KEY, found=shown(str(error))) from error
+            raise TrackingError("MLflow's registry cannot be read", key=key, found=shown(str(error))) from error
         wanted = f"@{alias}" if alias is not None else f"version {version}"
         raise TrackingError(
-            f"the registry has no {wanted} of a model {name}", key=KEY, found=_full(name, version, alias),
+            f"the registry has no {wanted} of a model {name}",
+            key=key,
+            found=asked[0],
             allowed=_listed(client, name),
-        ) from error  # fmt: skip
-
-
-def _full(name: str, version: str | None, alias: str | None) -> str:
-    return f"{MODELS}{name}@{alias}" if alias is not None else f"{MODELS}{name}/{version}"
+        ) from error
 
 
 def _listed(client: MlflowClient, name: str) -> str:

@@ -60,13 +60,14 @@ class Subject(NamedTuple):
         return fresh.eval().requires_grad_(requires_grad=False)
 
 
-def open_subject(text: str, tracking: TrackingConfig, runs: str) -> Subject:
+def open_subject(text: str, tracking: TrackingConfig, runs: str, key: str) -> Subject:
     """What `text` names, on the CPU.
 
     Args:
         text: folder or URI of a checkpoint, or what `named.open_encoder` takes.
         tracking: MLflow, for a registered model.
         runs: beside which MLflow's store lies, where `tracking` does not say.
+        key: that asks for it, in the words of errors.
 
     Raises:
         CheckpointError: there is neither checkpoint nor encoder, or its files are gone or damaged.
@@ -80,10 +81,11 @@ def open_subject(text: str, tracking: TrackingConfig, runs: str) -> Subject:
         encoder = Encoder(found.model, found.normalize, found.run.data.image_size, found.run.model).eval()
         return Subject(Storage(text).uri, encoder, found, None, found.facts.step)
     try:
-        named = open_encoder(text, tracking, runs)
+        named = open_encoder(text, tracking, runs, key)
     except NoEncoderError as error:
         raise CheckpointError(
             "there is neither a checkpoint nor an encoder",
+            key=key,
             found=text,
             allowed=f"a folder with {checkpoint.STATE}, as runs keep them, or with {CARD}; or models:/name@alias",
             fix="check the path",

@@ -55,7 +55,7 @@ MODELS = {
 
 
 def export(source: str | Path, destination: str | Path, kind: str) -> foreign.Export:
-    return foreign.export(open_subject(str(source), TrackingConfig(), str(source)), destination, kind)
+    return foreign.export(open_subject(str(source), TrackingConfig(), str(source), "source"), destination, kind)
 
 
 def config_of(**sections: object) -> RunConfig:
@@ -361,7 +361,7 @@ def test_what_gives_other_features_is_no_export_and_is_not_left_there(
 ):
     config = config_of()
     source = checkpoint_of(trained(config), config, tmp_path / "source")
-    subject = open_subject(str(source), TrackingConfig(), str(tmp_path))
+    subject = open_subject(str(source), TrackingConfig(), str(tmp_path), "source")
     wrong = copy.deepcopy(subject.encoder)
     with torch.no_grad():
         wrong.model.norm.bias[3] += 0.001
@@ -391,7 +391,7 @@ def test_the_command_line_knows_all_formats():
 def test_features_that_are_no_numbers_prove_nothing(wrong: float, tmp_path: Path):
     config = config_of()
     subject = open_subject(
-        str(checkpoint_of(trained(config), config, tmp_path / "source")), TrackingConfig(), str(tmp_path)
+        str(checkpoint_of(trained(config), config, tmp_path / "source")), TrackingConfig(), str(tmp_path), "source"
     )
     with torch.no_grad():
         subject.encoder.model.norm.bias[3] = wrong
