@@ -1,0 +1,106 @@
+"""What a probe beside it costs a training loop: runs with probes all the time and without any, in turns.
+
+    python tests/benchmarks/probe.py --repeats 5
+
+One worker of one core trains; one core is set aside for probes, of which a next one begins when the last has ended. The
+same run on the same images both times; images/s are those of the loop itself, as every run tells MLflow.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+from measure import Report, arguments, ratios
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # an embedded cluster of this process alone
+
+import numpy as np
+from mlflow import MlflowClient
+
+from maskray.config.load import parse
+from maskray.config.schema import ClusterConfig, IngestConfig, RunConfig
+from maskray.data.ingest import ingest
+from maskray.data.mapper import thread_mapper
+from maskray.launch import launch, prepare
+from maskray.on_ray.cluster import connected
+from maskray.on_ray.train import RayLauncher
+
+EVERY = 20
+RESAMPLES = 10_000
+
+
+def main() -> None:
+    parser = arguments(__doc__, repeats=5)
+    parser.add_argument("--steps", type=int, default=240, help="of a run (default: %(default)s)")
+    given = parser.parse_args()
+    if given.repeats < 2:
+        parser.error("one run of each kind says nothing of the noise")
+    report = Report("probe, beside a training loop", given.json)
+    with tempfile.TemporaryDirectory(prefix="maskray-") as text:
+        folder = Path(text)
+        digits = IngestConfig(source="digits", destination=str(folder / "digits"), group_rows=16, held_out_fraction=0.2)
+        ingest(digits, thread_mapper(1))
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        probes = list[float]()
+        with connected(ClusterConfig(embedded_cpus=2)):
+            trained(folder, "warm-up", 2 * EVERY, probed=True)
+            for number in range(given.repeats):
+                for probed in (number % 2 == 0, number % 2 == 1):
+                    rate, count = trained(folder, f"run-{number}-{probed}", given.steps, probed=probed)
+                    rates[probed].append(rate)
+                    if probed:
+                        probes.append(count)
+    beside = ratios(rates[True], of=rates[False])
+    report.add("without probes", rates[False], "images/s")
+    report.add("with probes", rates[True], "images/s")
+    report.add("with : without", beside, "")
+    report.add("95 % bootstrap interval of the median of it", interval(beside), "")
+    report.add("noise: without, a run : the one before", ratios(rates[False][1:], of=rates[False][:-1]), "")
+    report.add("probes in a run", probes, "")
+    report.show()
+
+
+def trained(folder: Path, name: str, steps: int, *, probed: bool) -> tuple[float, int]:
+    """Images/s of a run's loop: the median over its log steps but the first two; and how many probes it had."""
+    size = {"width": 192, "depth": 4, "heads": 3}
+    config = parse(
+        RunConfig,
+        {
+            "name": name,
+            "data": {
+                "path": str(folder / "digits"),
+                "image_size": 32,
+                "channels": 1,
+                "stream": "local",
+                "cache_folder": str(folder / "cache"),
+            },
+            "model": {"patch": 4, "decoder": {"width": 96, "depth": 1, "heads": 3}, **size},
+            "objective": {"norm_pix": False},
+            "optim": {"global_batch": 64, "steps": steps, "warmup_steps": 10},
+            "training": {"log_steps": 10, "checkpoint_steps": EVERY, "probe_steps": EVERY},
+            "probe": {"enabled": probed, "cpus": 1, "figure_images": 2},
+            "storage": {"path": str(folder / name)},
+            "tracking": {"system_metrics_seconds": None},
+        },
+    )
+    prepared = prepare(config)
+    summary = launch(prepared, RayLauncher())
+    client = MlflowClient(prepared.store.uri)
+    history = client.get_metric_history(summary.run_id, "throughput/images_per_second")
+    judged = client.get_metric_history(summary.run_id, "probe/knn") if probed else []
+    return statistics.median(point.value for point in history[2:]), len(judged)
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of a median."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(ratios, (RESAMPLES, len(ratios))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return float(low), float(high)
+
+
+if __name__ == "__main__":
+    main()
