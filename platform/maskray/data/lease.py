@@ -44,6 +44,7 @@ class Kind(NamedTuple):
 
 
 RUN = Kind("the run", "name", "wait for it, stop it, or give this run another name or seed")
+EVALUATION = Kind("the evaluation", "name", "wait for it, or stop it")
 INGEST = Kind("the ingest into", "destination", "wait for it, or stop it")
 
 

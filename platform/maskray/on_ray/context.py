@@ -24,36 +24,22 @@ from maskray.training import checkpoint, folders
 from maskray.training.context import Snapshot
 
 
-class RayContext:
-    """A Ray Train worker's `RunContext`.
+class RayWorkerContext:
+    """A Ray Train worker's `WorkerContext`.
 
     Args:
-        data: how the stream reaches the workers.
         run: the run's folder, Train's own.
-        on_ray: whether Ray Data decodes, or this worker's threads.
     """
 
-    def __init__(self, data: DataConfig, run: Storage, *, on_ray: bool) -> None:
+    def __init__(self, run: Storage) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
-        self._data, self._run, self._on_ray = data, run, on_ray
+        self._run = run
         # Every start of the workers writes folders of its own: no two ever write into one.
         self._attempt = uuid.uuid4().hex[:8]
         self._uploaded = threading.Event()
         self._uploaded.set()
-
-    @contextmanager
-    def units(self, spec: StreamSpec, start_step: int) -> Iterator[Iterator[Unit]]:
-        """This worker's share of the plan."""
-        data = self._data
-        if self._on_ray:
-            with closing(stream.units(spec, self.rank, self.world_size, data, start_step)) as units:
-                yield units
-            return
-        place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
-        with local.open_units(spec, data, self.device, **place) as units:
-            yield units
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
@@ -107,3 +93,29 @@ class RayContext:
                 shutil.copyfileobj(source, out)
         storage = ray.train.get_context().get_storage()
         return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
+
+
+class RayContext(RayWorkerContext):
+    """A Ray Train worker's `RunContext`.
+
+    Args:
+        data: how the stream reaches the workers.
+        run: the run's folder, Train's own.
+        on_ray: whether Ray Data decodes, or this worker's threads.
+    """
+
+    def __init__(self, data: DataConfig, run: Storage, *, on_ray: bool) -> None:
+        super().__init__(run)
+        self._data, self._on_ray = data, on_ray
+
+    @contextmanager
+    def units(self, spec: StreamSpec, start_step: int) -> Iterator[Iterator[Unit]]:
+        """This worker's share of the plan."""
+        data = self._data
+        if self._on_ray:
+            with closing(stream.units(spec, self.rank, self.world_size, data, start_step)) as units:
+                yield units
+            return
+        place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
+        with local.open_units(spec, data, self.device, **place) as units:
+            yield units

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ STATE = "state.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 CONFIG = "config.yaml"
+KIND = "kind"
 FILES = (CONFIG, WEIGHTS, OPTIMIZER)
 
 
@@ -58,8 +59,8 @@ class HostCopy:
     """Weights and optimiser state copied to the host between two steps."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Facts, config_yaml: str) -> None:
-        self._weights = {k: _to_host(v).contiguous() for k, v in model.state_dict().items()}
-        self._optimizer = _to_host(optimizer.state_dict())
+        self._weights = {k: on_host(v).contiguous() for k, v in model.state_dict().items()}
+        self._optimizer = on_host(optimizer.state_dict())
         self._facts, self._config_yaml = facts, config_yaml
 
     def write(self, folder: Path) -> None:
@@ -67,9 +68,7 @@ class HostCopy:
         (folder / CONFIG).write_text(self._config_yaml)
         save_file(self._weights, folder / WEIGHTS)
         torch.save(self._optimizer, folder / OPTIMIZER)
-        files = {name: _digest(folder / name) for name in FILES}
-        state = {"schema_version": SCHEMA_VERSION, **self._facts.__dict__, "files": files}
-        (folder / STATE).write_text(json.dumps(state, indent=1))
+        seal(folder, FILES, self._facts.__dict__)
 
 
 def taken(
@@ -87,20 +86,21 @@ def taken(
     return None
 
 
-def read_facts(folder: Path) -> Facts:
-    """The facts of a checkpoint whose files are all there and undamaged.
+def seal(folder: Path, names: Iterable[str], content: Mapping[str, Any]) -> None:
+    """Write `state.json`, by which a folder counts: what it says of itself, size and digest of each of its files."""
+    files = {name: _digest(folder / name) for name in names}
+    state = {"schema_version": SCHEMA_VERSION, **content, "files": files}
+    (folder / STATE).write_text(json.dumps(state, indent=1))
+
+
+def unsealed(folder: Path, names: Iterable[str] = ()) -> dict[str, Any]:
+    """What a folder says of itself; its files, and those of `names`, are all there and undamaged.
 
     Raises:
         CheckpointError: no `state.json`, another schema version, or a file that is missing or damaged.
     """
-    unreadable = CheckpointError(
-        "a folder without a readable state.json is no checkpoint", found=folder, fix="use an earlier checkpoint"
-    )
-    try:
-        state = json.loads((folder / STATE).read_bytes())
-        version = state.pop("schema_version", None)
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # not there, no JSON, no mapping
-        raise unreadable from error
+    state = _state(folder)
+    version = state.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise CheckpointError(
             "the checkpoint has another schema version",
@@ -110,21 +110,45 @@ def read_facts(folder: Path) -> Facts:
             fix="continue it with the maskray that wrote it, or start a new run with init_from",
         )
     try:
-        expected, facts = dict(state.pop("files")), Facts(**state)
+        expected = dict(state.pop("files"))
     except (KeyError, TypeError, ValueError) as error:
-        raise unreadable from error
-    for name in FILES:
+        raise _unreadable(folder) from error
+    for name in dict.fromkeys((*names, *expected)):
         if not (folder / name).is_file() or _digest(folder / name) != expected.get(name):
             raise CheckpointError(
                 "a file of the checkpoint is missing or damaged", found=folder / name, fix="use an earlier checkpoint"
             )
-    return facts
+    return state
+
+
+def read_facts(folder: Path) -> Facts:
+    """The facts of a run's checkpoint whose files are all there and undamaged. Raises as `unsealed` does."""
+    try:
+        return Facts(**unsealed(folder, FILES))
+    except TypeError as error:
+        raise _unreadable(folder) from error
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / STATE).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:  # not there, no JSON, no mapping
+        raise _unreadable(folder) from error
+
+
+def _unreadable(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        "a folder without a readable state.json is no checkpoint", found=folder, fix="use an earlier checkpoint"
+    )
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all files are there and undamaged. Another schema version is whole: refused later, by name."""
+    """Whether all files are there and undamaged. Another schema version is whole: refused later, by name.
+
+    A checkpoint that is not of a run says so by a `kind`.
+    """
     try:
-        read_facts(folder)
+        _ = unsealed(folder) if KIND in _state(folder) else read_facts(folder)
     except CheckpointError as error:
         return error.key == "schema_version"
     return True
@@ -178,7 +202,8 @@ def on_disk(storage: Storage) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _to_host(state: Any) -> Any:
+def on_host(state: Any) -> Any:
+    """A copy on the host of a state's tensors, in whatever dictionaries and lists they are."""
     return _each(state, lambda tensor: whole(tensor.detach()).to("cpu", copy=True))
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -20,16 +20,12 @@ Snapshot = Callable[[Path], None]
 """A checkpoint to be: fills a folder, on any thread. It holds copies, so training goes on."""
 
 
-class RunContext(Protocol):
-    """What a launcher gives to each training process."""
+class WorkerContext(Protocol):
+    """What a launcher gives to each training process, whatever it trains."""
 
     rank: int
     world_size: int
     device: torch.device
-
-    def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
-        """This worker's row groups from `start_step` on, in the plan's order."""
-        ...
 
     def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
         """The folder of the run's newest valid checkpoint, on this machine while the context lasts."""
@@ -49,14 +45,21 @@ class RunContext(Protocol):
         ...
 
 
-class LocalContext:
+class RunContext(WorkerContext, Protocol):
+    """What it gives to those of a pretraining run."""
+
+    def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
+        """This worker's row groups from `start_step` on, in the plan's order."""
+        ...
+
+
+class LocalWorkerContext:
     """Bare torch: one process, or one of torchrun's. Checkpoints are folders below `run_folder`.
 
     Also the double in tests: it trains, checkpoints and resumes for real.
 
     Args:
         run_folder: of the run.
-        data: how the stream reaches this process.
         rank: of this process.
         world_size: processes in all.
         device: the CPU if None.
@@ -67,7 +70,6 @@ class LocalContext:
     def __init__(
         self,
         run_folder: Path,
-        data: DataConfig,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -77,12 +79,7 @@ class LocalContext:
     ) -> None:
         self.run_folder, self.rank, self.world_size = run_folder, rank, world_size
         self.device = device or torch.device("cpu")
-        self._data, self._keep, self._probe = data, keep_checkpoints, probe
-
-    def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
-        """The in-process walk."""
-        place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
-        return local.open_units(spec, self._data, self.device, **place)
+        self._keep, self._probe = keep_checkpoints, probe
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
@@ -114,3 +111,22 @@ class LocalContext:
     def _folders(self) -> list[Path]:
         found = self.run_folder.glob(f"{folders.FOLDER_PREFIX}*")
         return sorted((f for f in found if f.suffix != ".partial"), reverse=True)
+
+
+class LocalContext(LocalWorkerContext):
+    """A `LocalWorkerContext` of a pretraining run.
+
+    Args:
+        run_folder: of the run.
+        data: how the stream reaches this process.
+        options: as `LocalWorkerContext` takes them.
+    """
+
+    def __init__(self, run_folder: Path, data: DataConfig, **options: Any) -> None:
+        super().__init__(run_folder, **options)
+        self._data = data
+
+    def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
+        """The in-process walk."""
+        place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
+        return local.open_units(spec, self._data, self.device, **place)

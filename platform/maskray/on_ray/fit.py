@@ -1,0 +1,120 @@
+"""Ray Train's `fit` as everything that trains uses it: its settings, and what is survived."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from maskray.config.schema import ClusterConfig
+from maskray.data.storage import Storage
+from maskray.errors import TrainingError
+from maskray.on_ray import background, failures, record
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS, _READ_SECONDS = 0.5, 5.0
+
+
+def trainer(
+    function: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
+    cluster: ClusterConfig,
+    root: Storage,
+    name: str,
+    checkpoints: ray.train.CheckpointConfig,
+    **data: Any,
+) -> TorchTrainer:
+    """A trainer.
+
+    Args:
+        function: what each worker runs.
+        settings: that it gets.
+        cluster: workers, and what each takes.
+        root: where runs are kept.
+        name: of the run, and of its folder there.
+        checkpoints: which are kept.
+        data: what else `TorchTrainer` takes: `datasets`, `dataset_config` and `validation_config`.
+    """
+    on_gpu = cluster.gpus_per_worker > 0
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if on_gpu else {})
+    return TorchTrainer(
+        function,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers, use_gpu=on_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=root.uri,
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=checkpoints,
+            callbacks=[failures.StopAtMistakes()],
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            # cuBLAS reads it before its first product; without it, deterministic kernels are refused.
+            worker_runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if on_gpu else None,
+        ),
+        **data,
+    )
+
+
+def fitted(make: Callable[[], TorchTrainer], run: Storage, max_failures: int) -> Any:
+    """What the first worker returned. Lost workers are Train's to restart; a lost controller is ours.
+
+    Args:
+        make: the trainer, anew for each start.
+        run: folder of the run.
+        max_failures: times that the controller may be lost.
+
+    Raises:
+        MaskrayError: a mistake that only the workers could see (a damaged shard, a checkpoint that does not fit).
+        TrainingError: the workers, or the controller, were lost too often.
+    """
+    for left in reversed(range(max_failures + 1)):
+        record.settle(run)  # each time: a controller that died may have torn it
+        try:
+            # In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0.
+            return background.call("maskray-fit", make().fit).result().return_value
+        except ray.exceptions.ActorDiedError as error:
+            if left == 0:
+                raise TrainingError(f"Ray Train's controller died too often: {error}") from error
+            log.warning("Ray Train's controller died; starting again from the latest checkpoint")
+        except ray.train.TrainingFailedError as error:
+            raise failures.explained(error, max_failures) from error
+    raise AssertionError("the last try returns or raises")
+
+
+@contextmanager
+def followed(board: Any, show: Callable[[int, Mapping[str, float]], object]) -> Iterator[None]:
+    """What workers post to a board, shown, and what they warn of, said, while the block runs."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        last, seen, ending = 0, 0, False
+        while not ending:
+            ending = stop.wait(_POLL_SECONDS)  # and looks once more
+            try:
+                step, metrics, warnings = ray.get(board.read.remote(seen), timeout=_READ_SECONDS)
+            except ray.exceptions.RayError:  # a line that cannot be read must not end a run
+                continue
+            for warning in warnings:
+                log.warning("%s", warning)
+            seen += len(warnings)
+            if step != last:
+                last = step
+                show(step, metrics)
+
+    thread = threading.Thread(target=follow, name="maskray-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
