@@ -1,4 +1,4 @@
-"""A model through a list of evaluations: features once, then all that is read from them; and what it paints.
+"""A model through a list of evaluations: features once, then all that is read from them; fine-tuning; what it paints.
 
 Features are computed wherever blocks are made, here or on a cluster. What is read from them does not take long, and is
 read in this process.
@@ -9,21 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from maskray.config.evaluation import EvaluateConfig, KnnEvaluation, ReconstructionEvaluation
+from maskray.config.evaluation import EvaluateConfig, FinetuneEvaluation, KnnEvaluation, ReconstructionEvaluation
 from maskray.data.embeddings import Undecodable
 from maskray.data.manifest import SplitName
 from maskray.data.portions import of_split
-from maskray.data.shards import ColumnsJob, Dataset, read_columns
+from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import walk
 from maskray.errors import CheckpointError, ConfigError, DataError
 from maskray.evaluation.blocks import FeatureBlock, blocks_here
 from maskray.evaluation.classification import Labelled, check_classes, classify
 from maskray.evaluation.features import Images, pixel_features
+from maskray.evaluation.finetune import Finetuning, Train, finetuned
 from maskray.evaluation.likeness import Likeness, likeness
 from maskray.evaluation.logistic import Labels
 from maskray.evaluation.pictures import BATCH
@@ -36,10 +38,13 @@ from maskray.publish.named import note_section
 from maskray.publish.subject import Subject, WithDecoder, open_subject
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_store import Store, has_embedded_store, open_store, refuse_missing
+from maskray.training import courses
 
 MAX_PIXEL_VALUES = 4096
 TRAIN: SplitName = "train"
 TEST: SplitName = "held_out"
+TRAINED = "evaluations"
+"""Folder beside the runs, for what is trained to judge a model."""
 
 Blocks = Callable[[Dataset, SplitName, Encoder], Iterator[FeatureBlock]]
 """Features of a split's rows by an encoder, each row once, in order."""
@@ -58,7 +63,17 @@ class Prepared:
     @property
     def reads_features(self) -> bool:
         """Whether any evaluation does."""
+        return any(each.kind not in ("reconstruction", "finetune") for each in self.config.evaluations)
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether any evaluation does."""
         return any(each.kind != "reconstruction" for each in self.config.evaluations)
+
+    def encoders(self) -> dict[str, Encoder]:
+        """What is judged, by what it is called."""
+        untrained = {"untrained": self.subject.untrained(self.config.seed)} if self.config.untrained else {}
+        return {"model": self.subject.encoder} | untrained
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,7 @@ def prepare(config: EvaluateConfig) -> Prepared:
     subject = open_subject(config.model, config.tracking, config.storage.path, "model")
     _check_bands(dataset, subject)
     prepared = Prepared(config, dataset, subject, _store_of(config))
-    if prepared.reads_features:
+    if prepared.reads_labels:
         _check_labels(config, dataset)
     if subject.checkpoint is None and any(each.kind == "reconstruction" for each in config.evaluations):
         raise ConfigError(
@@ -165,7 +180,7 @@ def _check_labels(config: EvaluateConfig, dataset: Dataset) -> None:
             found=config.data.path,
             fix="ingest images in class folders (or with a label column), or evaluate the reconstruction alone",
         )
-    train, test = (_labels(dataset, split, config.data.max_rows) for split in (TRAIN, TEST))
+    train, test = (dataset.labels(split, config.data.max_rows) for split in (TRAIN, TEST))
     check_classes(train, test, list(names))
     _check_draws(config, train)
     most = max((max(each.k) for each in config.evaluations if isinstance(each, KnnEvaluation)), default=0)
@@ -180,26 +195,25 @@ def _check_labels(config: EvaluateConfig, dataset: Dataset) -> None:
 
 
 def _check_draws(config: EvaluateConfig, train: Labels) -> None:
-    wanted = [each.labels_per_class or 0 for each in config.evaluations if each.kind == "logistic"]
+    wanted: list[tuple[int, str]] = [(0, "")]
+    for each in config.evaluations:
+        if each.kind == "logistic":
+            wanted.append((each.labels_per_class or 0, each.kind))
+        elif each.kind == "finetune":
+            wanted += [(num, each.kind) for num in each.labels_per_class]
+    most, kind = max(wanted)
     smallest = int(np.unique(train, return_counts=True)[1].min())
-    if max(wanted, default=0) > smallest:
+    if most > smallest:
         raise DataError(
             "a class has fewer training rows than labels to draw from it",
             key="evaluations",
-            found=f"logistic with labels_per_class {max(wanted)}",
+            found=f"{kind} with labels_per_class {most}",
             allowed=f"1 to {smallest}",
             fix="lower it, or raise data.max_rows",
         )
 
 
-def _labels(dataset: Dataset, split: SplitName, max_rows: int | None) -> Labels:
-    shards = dataset.manifest.splits[split].shards
-    tables = [read_columns(ColumnsJob(dataset.storage, shard, ("label",))) for shard in shards]
-    labels = [table["label"].to_numpy() for table in tables]
-    return np.concatenate([*labels, np.empty(0, np.int64)])[:max_rows].astype(np.int64)
-
-
-def appraise(prepared: Prepared, blocks: Blocks) -> Appraisal:
+def appraise(prepared: Prepared, blocks: Blocks, train: Train) -> Appraisal:
     """Run the evaluations.
 
     Neighbours are sought and heads trained in this process: on its GPU, where workers have some and it has one too.
@@ -207,20 +221,29 @@ def appraise(prepared: Prepared, blocks: Blocks) -> Appraisal:
     Args:
         prepared: by `prepare`.
         blocks: where features come from.
+        train: who trains what is not frozen.
 
     Raises:
         MaskrayError: a shard is damaged, or workers are lost again and again.
+        TrainingError: a fine-tuning went wrong, or its workers were lost too often.
     """
     config, subject = prepared.config, prepared.subject
-    on_gpu = config.cluster.gpus_per_worker > 0 and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = _device(config)
     scores, undecodable, counts = list[Score](), dict[tuple[str, int], Undecodable](), (0, 0)
     kinds = _kinds_of_features(prepared, blocks, undecodable) if prepared.reads_features else iter(())
     for name, rows in kinds:
         counts = len(rows.train_labels), len(rows.test_labels)
         for evaluation in config.evaluations:
-            if not isinstance(evaluation, ReconstructionEvaluation):
+            if not isinstance(evaluation, ReconstructionEvaluation | FinetuneEvaluation):
                 scores += classify(evaluation, rows, features=name, seed=config.seed, device=device)
+    for evaluation in config.evaluations:
+        if isinstance(evaluation, FinetuneEvaluation):
+            data = (prepared.dataset, config.data.max_rows)
+            threads = max(1, int(config.cluster.cpus_per_worker))
+            found = finetuned(Finetuning(evaluation, prepared.encoders(), *data, config.seed, threads), train)
+            scores += found.scores
+            undecodable |= {(TEST, each.row): each for each in found.undecodable}
+            counts = found.num_train, found.num_test
     likenesses, figures = list[Likeness](), dict[str, bytes]()
     for evaluation in config.evaluations:
         if isinstance(evaluation, ReconstructionEvaluation):
@@ -245,22 +268,29 @@ def appraise(prepared: Prepared, blocks: Blocks) -> Appraisal:
 
 
 def appraise_here(prepared: Prepared) -> Appraisal:
-    """As `appraise`, with features from threads of this process, as many as a worker has CPUs."""
+    """As `appraise`, with features from threads of this process, as many as a worker has CPUs, that trains too."""
     config = prepared.config
 
     def blocks(dataset: Dataset, split: SplitName, encoder: Encoder) -> Iterator[FeatureBlock]:
         images = of_split(dataset, split, BATCH, config.data.max_rows)
         return blocks_here(images, encoder, max(1, int(config.cluster.cpus_per_worker)))
 
-    return appraise(prepared, blocks)
+    root = Storage(config.storage.path).child(TRAINED)
+    train = partial(courses.run_all_here, root=root, prefix=config.name, device=_device(config))
+    return appraise(prepared, blocks, train)
+
+
+def _device(config: EvaluateConfig) -> torch.device:
+    """This process's, where workers have one."""
+    on_gpu = config.cluster.gpus_per_worker > 0 and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _kinds_of_features(
     prepared: Prepared, blocks: Blocks, undecodable: dict[tuple[str, int], Undecodable]
 ) -> Iterator[tuple[str, Labelled]]:
     config, subject = prepared.config, prepared.subject
-    encoders = {"model": subject.encoder} | ({"untrained": subject.untrained(config.seed)} if config.untrained else {})
-    for name, encoder in encoders.items():
+    for name, encoder in prepared.encoders().items():
         sides = [_collected(blocks, prepared.dataset, split, encoder, undecodable) for split in (TRAIN, TEST)]
         rows = Labelled(*sides[0], *sides[1])
         # Again: of what could be decoded.

@@ -42,6 +42,7 @@ class Stream(IntEnum):
     PROBE = 7
     TARGET = 8
     BOOTSTRAP = 9
+    COURSE = 10
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

@@ -1,120 +1,137 @@
-"""Courses on Ray Train: a worker killed in the middle of one changes nothing, and what is done is not done again."""
+"""Fine-tunings on Ray Train: a killed worker changes nothing, what is done is not done again, what is wrong stops."""
 
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
+from maskray.config.evaluation import FinetuneEvaluation
+from maskray.config.load import parse
 from maskray.config.schema import ClusterConfig
+from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.errors import NonFiniteError, TrainingError
+from maskray.evaluation.finetune import Asked, Finetuning
+from maskray.models.encoder import load_encoder
 from maskray.on_ray import courses
-from maskray.training.context import LocalWorkerContext
-from maskray.training.courses import run_all, summed, summed_gradients
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
-STEPS = 8
+PACKAGE = str(Path(__file__).parents[2] / "platform")
+STEPS, CHECKPOINT_STEPS = 8, 2
 TWO = ClusterConfig(workers=2, max_failures=3)
+ONE, OTHER, WRONG = (Asked("model", 5, 1.0, draw) for draw in range(3))
+# The same on bare torch: two processes of torchrun's.
+QUIET = """
+import pickle, sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from maskray.training.context import LocalWorkerContext
+from maskray.training.courses import run_all
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+build, asked = pickle.loads(Path(sys.argv[1]).read_bytes())
+context = LocalWorkerContext(Path(sys.argv[2]), rank=dist.get_rank(), world_size=2)
+results = run_all(build, asked, context, fingerprint="f", checkpoint_steps=2)
+if dist.get_rank() == 0:
+    torch.save(results, sys.argv[3])
+dist.destroy_process_group()
+"""
 
 
-class Line:
-    """A course on two workers: each has the gradient of its own points."""
-
-    total_steps = STEPS
-
-    def __init__(self, asked, context):
-        self.name, self.folder, self.rank = *asked, context.rank
-        self.x = torch.randn(STEPS, 2, 4, generator=torch.Generator().manual_seed(ord(self.name)))
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.model = torch.nn.Linear(4, 1)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-
-    def step(self, number):
-        if self.name == "x":
-            raise NonFiniteError("course x is not finite")
-        self.gradients(number)
-        summed_gradients(self.model)
-        self.optimizer.step()
-        with (self.folder / f"{self.name}-{self.rank}").open("a") as file:
-            file.write(f"{number} {os.getpid()}\n")
-        time.sleep(0.3)
-
-    def gradients(self, number):
-        self.optimizer.zero_grad()
-        x = self.x[number, self.rank]
-        (self.model(x) - x.sum()).square().sum().backward()
-        return [parameter.grad.clone() for parameter in self.model.parameters()]
-
-    def state(self):
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load(self, state):
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def result(self):
-        return {"weight": self.model.weight.detach().clone(), "ranks": summed(torch.tensor(self.rank))}
+@pytest.fixture
+def what(digits, digits_encoder):
+    recipe = {"kind": "finetune", "epochs": 1, "least_steps": STEPS, "unit_rows": 8, "base_lr": 0.05}
+    encoders = {"model": load_encoder(digits_encoder)}
+    return Finetuning(parse(FinetuneEvaluation, recipe), encoders, Dataset.open(str(digits)), None, 0, threads=1)
 
 
-def trained(folder, name):
-    path = folder / name
-    return [tuple(map(int, line.split())) for line in path.read_text().splitlines()] if path.exists() else []
+@dataclass
+class Watched:
+    """Fine-tunings that take their time, and say which process has done which step."""
+
+    what: Finetuning
+    folder: Path
+
+    def __call__(self, asked, context):
+        if asked == WRONG:
+            raise NonFiniteError("a loss was not finite")
+        course = self.what(asked, context)
+        step, path = course.step, self.folder / f"{asked.draw}-{context.rank}"
+
+        def slow(number):
+            step(number)
+            with path.open("a") as file:
+                file.write(f"{number} {os.getpid()}\n")
+            time.sleep(0.3)
+
+        course.step = slow
+        return course
+
+    def done(self, asked, rank):
+        """(step, process) in the order in which they were done."""
+        path = self.folder / f"{asked.draw}-{rank}"
+        return [tuple(map(int, line.split())) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def kill_a_worker(self, asked, moment):
+        """SIGKILL of the second one, once it has done a step."""
+
+        def kill():
+            while not any(number == moment for number, _ in self.done(asked, 1)):
+                time.sleep(0.01)
+            os.kill(self.done(asked, 1)[-1][1], signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        return killer
 
 
-def go(folder, storage, names):
-    asked = [(name, folder) for name in names]
-    place = {"root": Storage(storage), "name": "courses-f"}
-    return courses.run_all(Line, asked, TWO, **place, fingerprint="f", checkpoint_steps=2)
-
-
-class Alone(Line):
-    """Both workers' part, by one: of two gradients there is but one sum."""
-
-    def step(self, number):
-        parts = []
-        for rank in range(2):
-            self.rank = rank
-            parts.append(self.gradients(number))
-        for parameter, *both in zip(self.model.parameters(), *parts, strict=True):
-            parameter.grad = sum(both)
-        self.optimizer.step()
-
-
-def kill_when(folder, name, number):
-    """SIGKILL of the second worker at a step of a course."""
-
-    def kill():
-        while not any(done == number for done, _ in trained(folder, f"{name}-1")):
-            time.sleep(0.01)
-        os.kill(trained(folder, f"{name}-1")[-1][1], signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    return thread
-
-
-def test_a_worker_killed_in_the_middle_of_a_course_changes_nothing_and_what_is_done_is_kept(tmp_path):
-    context = LocalWorkerContext(tmp_path / "alone")
-    quiet = run_all(Alone, [(name, tmp_path) for name in "ab"], context, fingerprint="f", checkpoint_steps=2)
-    folder = tmp_path / "killed"
+def uninterrupted(what, folder):
+    """Results of two processes that nobody disturbed."""
     folder.mkdir()
-    killer = kill_when(folder, "b", 5)
-    with pytest.raises(TrainingError, match="course x is not finite"):  # and is not tried again
-        go(folder, tmp_path / "runs", "abx")
-    killer.join()
-    steps = {name: [number for number, _ in trained(folder, f"{name}-0")] for name in "ab"}
-    assert len(steps["a"] + steps["b"]) > 2 * STEPS, "the kill came to nothing"
-    assert len({pid for _, pid in trained(folder, "b-1")}) == 2
-    assert steps["a"].count(0) == 1, "it began anew"
+    (folder / "build").write_bytes(pickle.dumps((what, [ONE, OTHER])))
+    (folder / "quiet.py").write_text(QUIET)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    places = [folder / name for name in ("quiet.py", "build", "run", "results.pt")]
+    environment = {**os.environ, "PYTHONPATH": PACKAGE, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *map(str, places)], env=environment, check=True, timeout=120, capture_output=True)
+    return torch.load(folder / "results.pt", weights_only=True)
 
-    # The same without the course that goes wrong: what is on record needs no workers.
+
+def test_a_worker_killed_in_the_middle_changes_nothing_and_what_is_done_is_not_done_again(what, tmp_path):
+    quiet = uninterrupted(what, tmp_path / "quiet")
+    watched = Watched(what, tmp_path / "ledger")
+    watched.folder.mkdir()
+
+    def train(asked):
+        place = {"cluster": TWO, "root": Storage(tmp_path / "runs"), "prefix": "digits"}
+        return courses.run_all(watched, asked, "f", CHECKPOINT_STEPS, **place)
+
+    killer = watched.kill_a_worker(OTHER, 5)
+    with pytest.raises(TrainingError, match="a loss was not finite"):  # and it is not tried again
+        train([ONE, OTHER, WRONG])
+    killer.join()
+    one, other = ([number for number, _ in watched.done(asked, 0)] for asked in (ONE, OTHER))
+    assert len(one + other) > 2 * STEPS, "the kill came to nothing"
+    assert len({pid for _, pid in watched.done(OTHER, 1)}) == 2
+    assert one.count(0) == 1, "it began anew"
+
+    # Without the one that goes wrong: what is on record needs no workers.
     start = time.monotonic()
-    found = go(folder, tmp_path / "runs", "ab")
-    assert time.monotonic() - start < 2
-    assert all(torch.equal(each["weight"], other["weight"]) for each, other in zip(found, quiet, strict=True))
-    assert [int(each["ranks"]) for each in found] == [1, 1]
+    found = train([ONE, OTHER])
+    assert time.monotonic() - start < 3
+    assert [each["steps"] for each in found] == [STEPS, STEPS]
+    assert [each["weights"] for each in found] == [each["weights"] for each in quiet]
+    assert all(torch.equal(a["named_M"], b["named_M"]) for a, b in zip(found, quiet, strict=True))

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from maskray.config.models import Ratio
-from maskray.config.schema import ClusterConfig, StorageConfig, TrackingConfig
-from maskray.config.section import PositiveInt, Section
+from maskray.config.schema import ClusterConfig, Crop, RandomResizedCrop, StorageConfig, TrackingConfig
+from maskray.config.section import Fraction, PositiveInt, Section, operational
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -46,6 +46,65 @@ class LinearEvaluation(Section):
     batch: PositiveInt = 1024
 
 
+class FinetuneEvaluation(Section):
+    """Encoder and a linear head trained together on labels, by the MAE authors' recipe (He et al. 2022, Table 9).
+
+    Beside it, where `untrained` asks for it, the same network from scratch: the same recipe, without layer decay.
+    Images are judged whole, as by the other evaluations.
+    """
+
+    kind: Literal["finetune"] = "finetune"
+    labels_per_class: tuple[PositiveInt, ...] = ()
+    """Labels of each class that are trained with; each number is reported."""
+    label_shares: tuple[Share, ...] = (0.01, 0.1, 1.0)
+    """Shares of the labels of each class, one at least, that are trained with; each is reported."""
+    draws: PositiveInt = 3
+    """Draws of labels whose accuracies are averaged, where not all are taken. The rows are those that the other
+    evaluations draw."""
+    epochs: PositiveFloat = 100.0
+    """Passes over the labels."""
+    least_steps: PositiveInt = 200
+    """Steps at least: passes are added where labels are few."""
+    batch: Annotated[int, Field(ge=2)] = 1024
+    """Rows of a step, or all of them where there are fewer."""
+    base_lr: PositiveFloat = 5e-4
+    """The learning rate is base_lr × batch / 256: the authors' for ViT-B; 1e-3 for larger ones."""
+    min_lr: Annotated[float, Field(ge=0)] = 1e-6
+    """Where the cosine ends."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.65
+    """Of the learning rate, from each layer to the one before it: the authors' for ViT-B; 0.75 for larger ones."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    warmup_fraction: Fraction = 0.05
+    """Share of the steps in which the learning rate rises."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Chance that the last residual block is left out for an image; it rises from 0 with the depth."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    mixup: Annotated[float, Field(ge=0)] = 0.8
+    """Alpha of the Beta distribution by which images are mixed; 0: none."""
+    cutmix: Annotated[float, Field(ge=0)] = 1.0
+    """Likewise, of pieces put into each other. Where both are above 0, each is taken half of the time."""
+    crop: Crop = RandomResizedCrop(scale=(0.08, 1.0))
+    flip_probability: Fraction = 0.5
+    precision: Literal["fp32", "bf16"] = "fp32"
+    unit_rows: Annotated[int, Field(ge=2)] = 32
+    """Rows that a worker takes at once: they are mixed among each other, and batch normalisation, where the encoder has
+    it, takes its statistics over them. So what is learned does not depend on the number of workers."""
+    keep_bytes: PositiveInt = 2 * 2**30
+    """Images that a worker keeps in memory, if those that are trained on fit into so many; else they are read again in
+    each pass, a row group at a time."""
+    pass_units: PositiveInt = operational(8)
+    """Units in one forward and backward pass of a worker."""
+    checkpoint_steps: PositiveInt = operational(200)
+    """Steps between two checkpoints."""
+
+    @model_validator(mode="after")
+    def _something_to_learn_from(self) -> FinetuneEvaluation:
+        if not self.labels_per_class and not self.label_shares:
+            raise ValueError("give labels_per_class or label_shares: there is nothing to train with")
+        return self
+
+
 class ReconstructionEvaluation(Section):
     """What the decoder paints of fixed images under fixed masks: loss, PSNR and SSIM by ratio, and a figure."""
 
@@ -58,7 +117,7 @@ class ReconstructionEvaluation(Section):
 
 FeatureEvaluation = KnnEvaluation | LogisticEvaluation | LinearEvaluation
 """What reads frozen features."""
-Evaluation = Annotated[FeatureEvaluation | ReconstructionEvaluation, Field(discriminator="kind")]
+Evaluation = Annotated[FeatureEvaluation | FinetuneEvaluation | ReconstructionEvaluation, Field(discriminator="kind")]
 
 
 class EvaluationData(Section):

@@ -206,6 +206,18 @@ class Dataset:
         """Full row groups of a split: what a pass is made of."""
         return self.num_rows(split) // self.manifest.group_rows
 
+    def groups_of(self, rows: Ints, split: SplitName = "train") -> Ints:
+        """(N,) numbers of the row groups that hold rows of a split."""
+        shards = np.searchsorted(self._first_row[split], rows, side="right") - 1
+        within = (rows - np.array(self._first_row[split])[shards]) // self.manifest.group_rows
+        return np.array(self._first_group[split])[shards] + within  # type: ignore[no-any-return]
+
+    def labels(self, split: SplitName, max_rows: int | None = None) -> Ints:
+        """(N,) labels of a split's first `max_rows` rows, or of all. Raises as `read_columns` does."""
+        tables = [read_columns(ColumnsJob(self.storage, s, ("label",))) for s in self.manifest.splits[split].shards]
+        found = [table["label"].to_numpy() for table in tables]
+        return np.concatenate([*found, np.empty(0, np.int64)])[:max_rows].astype(np.int64)
+
     def read_group(self, group: int, split: SplitName = "train") -> Group:
         """One row group, by a read of its range alone; every page's checksum is verified.
 

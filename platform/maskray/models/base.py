@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+Part = nn.Module | nn.Parameter
+
 
 class MaskedAutoencoder(nn.Module, ABC):
     """A model of a config.
@@ -61,21 +63,33 @@ class MaskedAutoencoder(nn.Module, ABC):
         """All that the decoder gets of the images."""
 
     @abstractmethod
-    def feature_maps(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Features (B, D, h, w) at each scale of the encoder, finest first, for dense tasks. Nothing is masked here."""
+    def feature_maps(self, images_BCHW: Tensor, weights_B: Tensor | None = None) -> list[Tensor]:
+        """Features (B, D, h, w) at each scale of the encoder, finest first, for dense tasks. Nothing is masked here.
+
+        Args:
+            images_BCHW: normalised pixels.
+            weights_B: 0 for images that do not count in statistics over a batch; None: all count.
+        """
+
+    @abstractmethod
+    def layers(self) -> list[list[Part]]:
+        """All parts of the encoder, in layers from the pixels on: for learning rates that fall towards the pixels.
+
+        Each layer but the first is a residual block, where the encoder has such.
+        """
 
     def place(self, device: torch.device) -> Self:
         """Move to a device, in the form in which training is fastest there; the values are the same in any."""
         weights = self.gpu_format if device.type == "cuda" else torch.preserve_format
         return self.to(device, memory_format=weights)  # type: ignore[call-overload, no-any-return]
 
-    def encode(self, images_BCHW: Tensor) -> Tensor:
+    def encode(self, images_BCHW: Tensor, weights_B: Tensor | None = None) -> Tensor:
         """Features (B, L, D) of all cells in raster order, at the coarsest scale. Nothing is ever masked here."""
-        return self.feature_maps(images_BCHW)[-1].flatten(2).transpose(1, 2)
+        return self.feature_maps(images_BCHW, weights_B)[-1].flatten(2).transpose(1, 2)
 
-    def pooled(self, images_BCHW: Tensor) -> Tensor:
-        """One feature vector (B, D) an image: the mean over its cells."""
-        return self.encode(images_BCHW).mean(dim=1)
+    def pooled(self, images_BCHW: Tensor, weights_B: Tensor | None = None) -> Tensor:
+        """One feature vector (B, D) an image: the mean over its cells. Arguments as of `feature_maps`."""
+        return self.encode(images_BCHW, weights_B).mean(dim=1)
 
 
 def indices(chosen_BHW: Tensor, num: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from maskray.cells import patchify
 from maskray.config.models import ConvConfig
+from maskray.models.base import Part
 from maskray.models.sparse_layers import ConvolutionalAutoencoder, Seen
 
 
@@ -71,6 +72,10 @@ class ConvAutoencoder(ConvolutionalAutoencoder):
         """(B, D, h, w): the hidden map ⊙ visibility."""
         del num_visible
         return self.visible_maps(images_BCHW, visible_BHW)[-1]
+
+    def layers(self) -> list[list[Part]]:
+        """Each convolution."""
+        return [[layer] for layer in self.encoder]
 
     def _maps(self, images_BCHW: Tensor, seen: Seen) -> list[Tensor]:
         x = seen.shown(images_BCHW)

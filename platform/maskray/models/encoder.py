@@ -10,6 +10,7 @@ Shape letters: B images, C channels, H and W pixels down and across, D width of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -163,7 +164,21 @@ def encoder_only(config: AnyModel, image_size: tuple[int, int], channels: int) -
     """A model as it begins, without its decoder."""
     if isinstance(config, AnyVit):
         config = config.model_copy(update={"decoder": _SMALLEST_DECODER})
-    model = build_model(config, image_size, channels)
+    return without_decoder(build_model(config, image_size, channels))
+
+
+def without_decoder(model: MaskedAutoencoder) -> MaskedAutoencoder:
+    """The model, from which the decoder is taken."""
     for name in {name.split(".")[0] for name in model.state_dict() if name.startswith(DECODER)}:
         delattr(model, name)
     return model
+
+
+def digest(encoder: Encoder) -> str:
+    """SHA-256 of what its features hang on: parameters but those of a decoder, normalisation and image size."""
+    found = hashlib.sha256(repr(encoder.image_size).encode())
+    parts = encoder.model.state_dict() | {"mean": encoder.normalize.mean_C11, "std": encoder.normalize.std_C11}
+    for name in sorted(name for name in parts if not name.startswith(DECODER)):
+        found.update(name.encode())
+        found.update(parts[name].detach().cpu().numpy().tobytes())
+    return found.hexdigest()

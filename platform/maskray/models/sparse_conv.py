@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from maskray.cells import patchify
 from maskray.config.models import SparseConvConfig, UNetDecoder
 from maskray.errors import ConfigError
+from maskray.models.base import Part
 from maskray.models.sparse_layers import ConvolutionalAutoencoder, GroupBatchNorm2d, Seen, through, with_group_norms
 
 INIT_STD = 0.02
@@ -74,6 +75,17 @@ class SparseConvAutoencoder(ConvolutionalAutoencoder):
         """(B, all channels of all scales, flat): zero where nothing is visible."""
         del num_visible
         return torch.cat([each.flatten(1) for each in self._maps(images_BCHW, Seen(visible_BHW))], dim=1)
+
+    def layers(self) -> list[list[Part]]:
+        """The stem, and each block; with the first of a stage goes what makes its places fewer."""
+        net: Any = self.encoder
+        if isinstance(net, ResNet):
+            blocks = [[block] for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage]
+            return [[net.conv1, net.bn1], *blocks]
+        stages = [[[block] for block in stage.blocks] for stage in net.stages]
+        for stage, layers in zip(net.stages, stages, strict=True):
+            layers[0].append(stage.downsample)
+        return [[net.stem], *(layer for layers in stages for layer in layers)]
 
     def _maps(self, images_BCHW: Tensor, seen: Seen) -> list[Tensor]:
         x = seen.shown(images_BCHW)

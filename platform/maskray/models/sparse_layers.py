@@ -60,9 +60,9 @@ class ConvolutionalAutoencoder(MaskedAutoencoder):
         """The encoder's maps (B, D, h, w), finest first; zero where nothing is visible."""
         return self._maps(images_BCHW, Seen(visible_BHW))
 
-    def feature_maps(self, images_BCHW: Tensor) -> list[Tensor]:
+    def feature_maps(self, images_BCHW: Tensor, weights_B: Tensor | None = None) -> list[Tensor]:
         """As `MaskedAutoencoder.feature_maps`: one for each scale."""
-        return self._maps(images_BCHW, Seen(None))
+        return self._maps(images_BCHW, Seen(None, weights_B))
 
 
 class GroupBatchNorm2d(nn.BatchNorm2d):

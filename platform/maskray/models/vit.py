@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maskray.config.models import TimmVitConfig, TransformerSize, VitConfig, VitDecoder
 from maskray.errors import ConfigError
-from maskray.models.base import MaskedAutoencoder, indices, put, taken
+from maskray.models.base import MaskedAutoencoder, Part, indices, put, taken
 
 LAYER_NORM_EPS = 1e-6
 TOKEN_STD = 0.02
@@ -128,12 +128,21 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
                 module.fused_attn = device.type != "cpu"
         return super().place(device)
 
-    def encode(self, images_BCHW: Tensor) -> Tensor:
+    def encode(self, images_BCHW: Tensor, weights_B: Tensor | None = None) -> Tensor:
         """As `MaskedAutoencoder.encode`."""
+        del weights_B  # no statistics are kept
         return self._encode(images_BCHW, None)[:, self.num_prefix :]
 
-    def feature_maps(self, images_BCHW: Tensor) -> list[Tensor]:
+    def layers(self) -> list[list[Part]]:
+        """What makes tokens, each block, and the norm behind the last."""
+        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        first: list[Part] = [self.patch_embed, *tokens, self.pos_embed, self.norm_pre]
+        blocks: list[list[Part]] = [[block] for block in self.blocks]
+        return [first, *blocks, [self.norm]]
+
+    def feature_maps(self, images_BCHW: Tensor, weights_B: Tensor | None = None) -> list[Tensor]:
         """One scale alone, that of the patches."""
+        del weights_B
         return [self.encode(images_BCHW).transpose(1, 2).unflatten(2, self.grid_HW)]
 
     def _encode(self, images_BCHW: Tensor, index_BN: Tensor | None) -> Tensor:

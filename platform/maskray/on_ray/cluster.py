@@ -290,6 +290,16 @@ def check_workers(cluster: ClusterConfig, images: str, key: str, command: str) -
     _refuse_if_not_everywhere(images, key, command)
 
 
+def check_shared(storage: Storage) -> None:
+    """Refuse a place below `storage.path` that not all nodes see, or that goes with the job.
+
+    Raises:
+        ClusterError: it is such a one.
+    """
+    _refuse_job_folder(storage, "storage.path")
+    _refuse_if_not_shared(storage, "storage.path", [node["NodeID"] for node in _nodes()])
+
+
 def check_ingest(config: IngestConfig) -> None:
     """Refuse, before tasks on all nodes read and write, folders that only some of them see.
 

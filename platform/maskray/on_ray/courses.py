@@ -33,12 +33,12 @@ _MANY = 10**9  # steps: the board shows what has another number than before
 def run_all(
     build: Build[T],
     asked: Sequence[T],
-    cluster: ClusterConfig,
-    *,
-    root: Storage,
-    name: str,
     fingerprint: str,
     checkpoint_steps: int,
+    *,
+    cluster: ClusterConfig,
+    root: Storage,
+    prefix: str,
     tell: Tell | None = None,
 ) -> list[State]:
     """As `training.courses.run_all`, by workers of the cluster that is connected; what was done before is kept.
@@ -46,11 +46,11 @@ def run_all(
     Args:
         build: as there; it goes through the object store.
         asked: descriptions.
-        cluster: workers, and what each takes.
-        root: where runs are kept, as all nodes see it.
-        name: of the run's folder there; another one for whatever is trained differently.
         fingerprint: as there.
         checkpoint_steps: as there.
+        cluster: workers, and what each takes.
+        root: where runs are kept, as all nodes see it.
+        prefix: of the run's folder there.
         tell: as there, now and then.
 
     Raises:
@@ -58,6 +58,7 @@ def run_all(
         MaskrayError: a mistake that only the workers could see.
         TrainingError: a course went wrong, or the workers were lost too often.
     """
+    name = courses.run_name(prefix, fingerprint)
     run = root.child(name)
     with lease.hold(run, name, lease.EVALUATION):
         record.settle(run)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import ray
 import torch
 
 from maskray import appraisal
 from maskray.appraisal import Appraisal, Prepared
+from maskray.config.evaluation import FinetuneEvaluation
 from maskray.config.schema import RunConfig
 from maskray.data.manifest import SplitName
 from maskray.data.shards import Dataset
@@ -17,7 +19,8 @@ from maskray.evaluation import judgement
 from maskray.evaluation.blocks import FeatureBlock
 from maskray.evaluation.judgement import Verdict
 from maskray.models.encoder import Encoder
-from maskray.on_ray.cluster import check_workers
+from maskray.on_ray import courses
+from maskray.on_ray.cluster import check_shared, check_workers
 from maskray.on_ray.features import feature_blocks
 from maskray.pretrain import settle
 from maskray.training import checkpoint
@@ -41,11 +44,11 @@ def _judge(config: RunConfig, weights: Storage) -> Verdict:
 
 
 def appraise(prepared: Prepared) -> Appraisal:
-    """A model through its evaluations, features computed on the cluster that is connected.
+    """A model through its evaluations, on the cluster that is connected: features, and what is not frozen.
 
     Raises:
         ClusterError: the cluster cannot hold the workers, or they are lost again and again.
-        MaskrayError: as `appraisal.appraise` does.
+        MaskrayError, TrainingError: as `appraisal.appraise` does.
     """
     config = prepared.config
     check_workers(config.cluster, config.data.path, "data.path", "evaluate")
@@ -53,4 +56,8 @@ def appraise(prepared: Prepared) -> Appraisal:
     def blocks(dataset: Dataset, split: SplitName, encoder: Encoder) -> Iterator[FeatureBlock]:
         return feature_blocks(dataset, split, encoder, config.cluster, config.data.max_rows)
 
-    return appraisal.appraise(prepared, blocks)
+    root = Storage(config.storage.path).child(appraisal.TRAINED)
+    if any(isinstance(each, FinetuneEvaluation) for each in config.evaluations):
+        check_shared(root)
+    train = partial(courses.run_all, cluster=config.cluster, root=root, prefix=config.name)
+    return appraisal.appraise(prepared, blocks, train)

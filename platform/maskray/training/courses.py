@@ -10,6 +10,7 @@ middle of a course, with the results of those before it. A checkpoint of it is a
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from maskray.data import lease
+from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
 from maskray.training import checkpoint
-from maskray.training.context import Snapshot, WorkerContext
+from maskray.training.context import LocalWorkerContext, Snapshot, WorkerContext
 
 KIND = "courses"
 COURSE = "course.pt"
@@ -156,6 +159,44 @@ def run_all(
         progress.step, progress.number = 0, progress.number + 1
         report()
     return progress.results
+
+
+def run_all_here(
+    build: Build[T],
+    asked: Sequence[T],
+    fingerprint: str,
+    checkpoint_steps: int,
+    *,
+    root: Storage,
+    prefix: str,
+    device: torch.device,
+) -> list[State]:
+    """As `run_all`, in this process; what was done before is kept, where `root` is a local folder.
+
+    Args:
+        build: as there.
+        asked: descriptions.
+        fingerprint: as there.
+        checkpoint_steps: as there.
+        root: where runs are kept.
+        prefix: of the run's folder there.
+        device: of this process.
+
+    Raises:
+        RunConflictError: the same courses are running somewhere else.
+        MaskrayError, TrainingError: as `run_all` does.
+    """
+    with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
+        name = run_name(prefix, fingerprint)
+        run = (root if root.is_local else Storage(temporary)).child(name)
+        context = LocalWorkerContext(Path(run.uri), device=device, keep_checkpoints=1)
+        with lease.hold(run, name, lease.EVALUATION):
+            return run_all(build, asked, context, fingerprint=fingerprint, checkpoint_steps=checkpoint_steps)
+
+
+def run_name(prefix: str, fingerprint: str) -> str:
+    """Name and folder of a list of courses: another one for whatever is trained differently."""
+    return f"{prefix}-{fingerprint[:8]}"
 
 
 # ------------------------------------------------------------------------------------------------- for those who train

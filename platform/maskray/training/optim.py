@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,9 @@ class SkippingLamb(Lamb):
 
 Optimizer = FusedAdamW | SkippingLamb
 
+_NOT_DECAYED = ("pos_embed", "cls_token", "reg_token")
+"""In fine-tuning; in pretraining the authors decay them."""
+
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimiser in two groups: weight decay on tensors of two dimensions and more, none on biases and norms.
@@ -71,6 +74,29 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             for group in groups:
                 group["always_adapt"] = group["decays"]
             return SkippingLamb(groups, max_grad_norm=None, **options)  # `clip_norm` clips
+
+
+def build_layered_optimizer(
+    layers: Sequence[Iterable[tuple[str, nn.Parameter]]], betas: tuple[float, float], weight_decay: float, decay: float
+) -> FusedAdamW:
+    """AdamW whose learning rate falls from layer to layer towards the pixels (the MAE authors' `util/lr_decay.py`).
+
+    Biases, norms, positions and tokens of no cell are not decayed, as there.
+
+    Args:
+        layers: names and parameters of each, from the pixels on; the last one gets the whole rate.
+        betas: of AdamW.
+        weight_decay: of matrices.
+        decay: from a layer to the one before it. `Schedule.apply` reads `lr_scale` of the groups.
+    """
+    groups: list[dict[str, Any]] = []
+    for i, layer in enumerate(layers):
+        parameters, scale = list(layer), decay ** (len(layers) - 1 - i)
+        for decays in (True, False):
+            some = [p for name, p in parameters if (p.ndim > 1 and name.split(".")[-1] not in _NOT_DECAYED) == decays]
+            options = {} if decays else {"weight_decay": 0.0}
+            groups += [{"params": some, "decays": decays, "lr_scale": scale, **options}] if some else []
+    return FusedAdamW(groups, lr=0.0, betas=betas, weight_decay=weight_decay)
 
 
 @dataclass(frozen=True)
@@ -110,7 +136,7 @@ class Schedule:
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the optimiser's groups for a step."""
         for group in optimizer.param_groups:
-            group["lr"] = self.lr(step)
+            group["lr"] = self.lr(step) * group.get("lr_scale", 1.0)
             if group["decays"]:
                 group["weight_decay"] = self.decay(step)
 

@@ -1,0 +1,382 @@
+"""Fine-tuning: encoder and linear head trained together on labels (He et al. 2022, Table 9; the authors' FINETUNE.md).
+
+A step is `batch` rows, in units of equal size. A unit goes to one worker; its images are mixed among each other, and
+batch normalisation takes its statistics over them. Which rows a unit has, their crops and flips, and how they are mixed
+follow from (seed, pass, row) and (seed, step, unit) alone: not from the number of workers. Only which residual blocks
+are left out is each worker's own draw.
+
+Shape letters: B images of a batch, C channels, H and W pixels down and across, D width of a feature, K classes, N rows
+of a unit, R rows that are trained with, M test rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup, mixup_target
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskray import draws
+from maskray.config.evaluation import FinetuneEvaluation
+from maskray.config.load import fingerprint, identity
+from maskray.data import crop, portions
+from maskray.data.decode import UndecodableError, decode
+from maskray.data.embeddings import Undecodable
+from maskray.data.manifest import Ints, SplitName
+from maskray.data.mapper import thread_mapper
+from maskray.data.passes import Pictures
+from maskray.data.portions import Portion
+from maskray.data.shards import Dataset
+from maskray.errors import NonFiniteError
+from maskray.evaluation.classifier import Classifier
+from maskray.evaluation.logistic import Labels, drawn_rows
+from maskray.evaluation.pictures import BATCH, picture_of
+from maskray.evaluation.scores import Score, score
+from maskray.models.encoder import Encoder, digest
+from maskray.models.sparse_layers import group_norms, settle_statistics
+from maskray.training.context import WorkerContext
+from maskray.training.courses import Build, State, summed, summed_gradients
+from maskray.training.optim import Schedule, build_layered_optimizer
+from maskray.training.randomness import drawn_by
+
+TRAIN: SplitName = "train"
+TEST: SplitName = "held_out"
+_FIRST_VIEW = 0
+
+Train = Callable[[Build[Any], Sequence[Any], str, int], list[State]]
+"""Trains courses to their end: how one is made, descriptions, fingerprint of all that is trained, checkpoint steps."""
+
+
+class Asked(NamedTuple):
+    """One fine-tuning of a list."""
+
+    features: str
+    """Of which encoder: `model`, `untrained`."""
+    labels_per_class: int | None
+    share: float
+    """Of each class; 1 where `labels_per_class` says how many."""
+    draw: int
+
+    @property
+    def name(self) -> str:
+        """As scores are called."""
+        if self.labels_per_class is not None:
+            return f"fine-tuned, {self.labels_per_class} labels a class"
+        return f"fine-tuned, {100 * self.share:g} % of the labels"
+
+    def rows(self, labels_R: Labels, seed: int) -> Ints:
+        """Ascending numbers of the rows that are trained with."""
+        if self.labels_per_class is None and self.share == 1:
+            return np.arange(len(labels_R))
+        wanted, share = self.labels_per_class, self.share
+        return np.sort(drawn_rows(labels_R, lambda size: wanted or max(1, round(share * size)), seed, self.draw))
+
+
+def asked_of(evaluation: FinetuneEvaluation, features: list[str]) -> list[Asked]:
+    """All fine-tunings of an evaluation; those of the same labels follow each other."""
+    few = [(each, 1.0, draw) for each in evaluation.labels_per_class for draw in range(evaluation.draws)]
+    shares = [(None, s, draw) for s in evaluation.label_shares for draw in range(evaluation.draws if s < 1 else 1)]
+    return [Asked(name, *amount) for amount in (*few, *shares) for name in features]
+
+
+class Finetuned(NamedTuple):
+    """What came out."""
+
+    scores: list[Score]
+    undecodable: list[Undecodable]
+    """Test rows that count for nothing."""
+    num_train: int
+    """Rows of which labels were drawn."""
+    num_test: int
+
+
+def finetuned(what: Finetuning, train: Train) -> Finetuned:
+    """The scores of an evaluation.
+
+    Args:
+        what: is trained.
+        train: to its end, here or by the workers of a cluster.
+
+    Raises:
+        MaskrayError, TrainingError: as the training does.
+    """
+    asked = asked_of(what.evaluation, list(what.encoders))
+    results = train(what, asked, what.fingerprint(), what.evaluation.checkpoint_steps)
+    labels_M, num_train = what.dataset.labels(TEST, what.max_rows), len(what.dataset.labels(TRAIN, what.max_rows))
+    alike = dict[tuple[str, str], list[State]]()
+    for each, result in zip(asked, results, strict=True):
+        alike.setdefault((each.name, each.features), []).append(result)
+    seen_M, scores = np.ones(len(labels_M), bool), list[Score]()
+    for (name, features), found in alike.items():
+        named = [result["named_M"].numpy() for result in found]
+        seen_M = named[0] >= 0
+        note = f"{found[0]['rows']:,} labels, {found[0]['steps']:,} steps"
+        note += "; untrained: from scratch" * ("untrained" in what.encoders)
+        scores.append(score(name, features, [(each == labels_M)[seen_M] for each in named], note))
+    undecodable = [_why(what, int(row)) for row in np.flatnonzero(~seen_M)]
+    return Finetuned(scores, undecodable, num_train, int(seen_M.sum()))
+
+
+def _why(what: Finetuning, row: int) -> Undecodable:
+    """What is the matter with a test row's image."""
+    images = portions.of_split(what.dataset, TEST, 1)
+    portion = images.around(TEST, row)
+    found = images.read(portion)
+    try:
+        decode(found.images[row - portion.first], next(iter(what.encoders.values())).channels)  # type: ignore[arg-type]
+    except UndecodableError as error:
+        return Undecodable(row, found.keys[row - portion.first], str(error))
+    raise AssertionError("decoding is a function of the bytes")
+
+
+# --------------------------------------------------------------------------------------------------------------- course
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """What all fine-tunings of a list share, and how one is made of its description: a `courses.Build`."""
+
+    evaluation: FinetuneEvaluation
+    encoders: dict[str, Encoder]
+    """By what they are called."""
+    dataset: Dataset
+    max_rows: int | None
+    """Of each split."""
+    seed: int
+    threads: int
+    """A worker decodes with."""
+
+    def fingerprint(self) -> str:
+        """Of all that decides what comes out."""
+        return fingerprint(
+            {
+                "evaluation": identity(self.evaluation),
+                "encoders": {name: digest(encoder) for name, encoder in self.encoders.items()},
+                "dataset": self.dataset.manifest.fingerprint,
+                "max_rows": self.max_rows,
+                "seed": self.seed,
+            }
+        )
+
+    def __call__(self, asked: Asked, context: WorkerContext) -> FinetuneCourse:
+        """The course of a worker."""
+        return FinetuneCourse(self, asked, context)
+
+
+class FinetuneCourse:
+    """One fine-tuning, as a `courses.Course`."""
+
+    def __init__(self, what: Finetuning, asked: Asked, context: WorkerContext) -> None:
+        self._what, self._asked, self._context = what, asked, context
+        recipe, encoder = what.evaluation, what.encoders[asked.features]
+        self._seed = draws.word(what.seed, draws.Stream.COURSE, 1 + asked.draw)
+        self._labels_R = what.dataset.labels(TRAIN, what.max_rows)
+        rows = asked.rows(self._labels_R, what.seed)
+        self._pictures = Pictures(what.dataset, TRAIN, rows, encoder.channels, recipe.keep_bytes)
+        self._passes = self._pictures.passes(self._seed)
+        self._image_size, self._num_classes = encoder.image_size, len(what.dataset.manifest.class_names)
+        self.batch = min(recipe.batch, len(rows))
+        self.num_units = -(-self.batch // recipe.unit_rows)
+        in_a_unit = -(-self.batch // self.num_units)
+        self._unit_rows = in_a_unit + in_a_unit % 2  # even: they are mixed in pairs
+        self.total_steps = max(recipe.least_steps, round(recipe.epochs * len(rows) / self.batch))
+        with drawn_by(draws.word(self._seed, draws.Stream.COURSE, 0, 1)):
+            network = Classifier(encoder, self._num_classes, recipe.drop_path, self._unit_rows)
+        self._network = network.to(context.device)
+        network.model.place(context.device)
+        decay = recipe.layer_decay if asked.features == "model" else 1.0
+        self.optimizer = build_layered_optimizer(network.layers(), recipe.betas, recipe.weight_decay, decay)
+        assert decay == 1 or len({group["lr_scale"] for group in self.optimizer.param_groups}) == len(network.layers())
+        self._bad = torch.zeros((), device=context.device)
+        self.optimizer.found_inf = self._bad
+        self._schedule = Schedule(
+            peak_lr=recipe.base_lr * self.batch / 256,
+            min_lr=min(recipe.min_lr, recipe.base_lr * self.batch / 256),
+            warmup_steps=round(recipe.warmup_fraction * self.total_steps),
+            total_steps=self.total_steps,
+            weight_decay=recipe.weight_decay,
+            weight_decay_end=recipe.weight_decay,
+        )
+        self._batches: Iterator[list[Unit]] | None = None
+
+    # ------------------------------------------------------------------------------------------------------------ train
+
+    def step(self, number: int) -> None:
+        """As `Course.step`."""
+        if self._batches is None:
+            self._pictures.load()
+            self._batches = iter(thread_mapper(self._what.threads)(self.units, range(number, self.total_steps)))
+        units = next(self._batches)
+        self._network.train()
+        self.optimizer.zero_grad()
+        device, at_once = self._context.device, self._what.evaluation.pass_units
+        bad = torch.zeros((), device=device)
+        with drawn_by(draws.word(self._seed, draws.Stream.COURSE, 1 + number, 1 + self._context.rank), device):
+            for first in range(0, len(units), at_once):
+                loss = self._loss(number, units[first : first + at_once])
+                loss.backward()
+                bad += ~torch.isfinite(loss.detach())
+        summed_gradients(self._network)
+        settle_statistics(group_norms(self._network))
+        self._bad.add_(summed(bad)).clamp_(max=1)
+        self._schedule.apply(self.optimizer, number)
+        self.optimizer.step()
+
+    def units(self, number: int) -> list[Unit]:
+        """This worker's units of a step; one that has fewer than others repeats one with weight 0."""
+        drawn = self._passes.take(number * self.batch, self.batch)
+        pieces = np.array_split(np.arange(self.batch), self.num_units)
+        world, rank = self._context.world_size, self._context.rank
+        own = list(range(rank, self.num_units, world))
+        units = [self._unit(i, drawn.passes_N[pieces[i]], drawn.rows_N[pieces[i]]) for i in own or [0]]
+        spare = units[0]._replace(weights_N=torch.zeros_like(units[0].weights_N))
+        return (units if own else []) + [spare] * (-(-self.num_units // world) - len(own))
+
+    def _unit(self, number: int, passes_N: Ints, rows_N: Ints) -> Unit:
+        # Each image is mixed with the one as far from the other end. What is added to fill the unit stands in the
+        # middle and is the middle one: if that has no partner, it is mixed with itself.
+        num, half = len(rows_N), (len(rows_N) + 1) // 2
+        index = np.concatenate([np.arange(half), np.full(self._unit_rows - num, half - 1), np.arange(half, num)])
+        weights_N = torch.ones(self._unit_rows)
+        weights_N[half : half + self._unit_rows - num] = 0
+        pictures = [self._picture(int(p), int(r)) for p, r in zip(passes_N, rows_N, strict=True)]
+        blank = torch.zeros(self._network.model.channels, *self._image_size, dtype=torch.uint8)
+        images = torch.stack([blank if each is None else each for each in pictures])
+        weights_N *= torch.tensor([each is not None for each in pictures])[index]
+        return Unit(number, rows_N[index], images[index], torch.from_numpy(self._labels_R[rows_N[index]]), weights_N)
+
+    def _picture(self, pass_: int, row: int) -> Tensor | None:
+        """Cropped and flipped by key; None where the image cannot be decoded."""
+        whole = self._pictures.get(row)
+        if isinstance(whole, UndecodableError):
+            return None
+        recipe = self._what.evaluation
+        key = {"seed": self._seed, "pass_": pass_, "rows": np.array([row]), "views": np.array([_FIRST_VIEW])}
+        (box,) = crop.draw_boxes(recipe.crop, np.array([whole.shape[1:]]), **key)  # type: ignore[arg-type]
+        (flip,) = crop.draw_flips(recipe.flip_probability, **key)  # type: ignore[arg-type]
+        return crop.crop_resize(whole, box, self._image_size, flip=bool(flip))
+
+    def _loss(self, step: int, units: list[Unit]) -> Tensor:
+        """Σ weight · loss / batch over the rows of some units."""
+        mixed = [self._mixed(step, unit) for unit in units]
+        images_BCHW, targets_BK = (torch.cat(each) for each in zip(*mixed, strict=True))
+        weights_B = torch.cat([unit.weights_N for unit in units]).to(self._context.device)
+        with self._autocast():
+            logits_BK = self._network(images_BCHW, weights_B)
+        losses_B = F.cross_entropy(logits_BK.float(), targets_BK, reduction="none")
+        return (weights_B * losses_B).sum() / self.batch
+
+    def _mixed(self, step: int, unit: Unit) -> tuple[Tensor, Tensor]:
+        """Normalised images (N, C, H, W) and targets (N, K) of a unit, mixed by key."""
+        recipe, device = self._what.evaluation, self._context.device
+        images_NCHW = self._network.normalize(unit.images_NCHW.to(device))
+        labels_N = unit.labels_N.to(device)
+        if recipe.mixup == 0 and recipe.cutmix == 0:
+            return images_NCHW, mixup_target(labels_N, self._num_classes, smoothing=recipe.label_smoothing)
+        mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=self._num_classes)
+        with drawn_by(draws.word(self._seed, draws.Stream.COURSE, 1 + step, -1 - unit.number)):
+            return mix(images_NCHW, labels_N)  # type: ignore[no-any-return]
+
+    def _autocast(self) -> torch.autocast:
+        on = self._what.evaluation.precision == "bf16"
+        return torch.autocast(self._context.device.type, torch.bfloat16, enabled=on)
+
+    # ------------------------------------------------------------------------------------------------------------ state
+
+    def state(self) -> State:
+        """As `Course.state`.
+
+        Raises:
+            NonFiniteError: a loss was not finite.
+        """
+        self._stop_if_not_finite()
+        return {"network": self._network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: State) -> None:
+        """As `Course.load`."""
+        self._network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _stop_if_not_finite(self) -> None:
+        if self._bad:
+            raise NonFiniteError(
+                f"{self._asked.name}, {self._asked.features}: a loss was not finite, and no update was applied from "
+                "that step on. What to do: lower base_lr of this evaluation, or use precision: fp32."
+            )
+
+    # ----------------------------------------------------------------------------------------------------------- result
+
+    def result(self) -> State:
+        """What the test rows were taken for (`named_M`, -1 where an image cannot be decoded), and what it took.
+
+        Raises:
+            NonFiniteError: a loss was not finite.
+        """
+        self._stop_if_not_finite()
+        weights = hashlib.sha256()
+        for value in self._network.state_dict().values():
+            weights.update(value.cpu().numpy().tobytes())
+        return {
+            "named_M": self.named_test_rows(),
+            "rows": len(self._pictures.rows_R),
+            "steps": self.total_steps,
+            "weights": weights.hexdigest(),
+        }
+
+    def named_test_rows(self) -> Tensor:
+        """(M,) int64: each row is looked at by one worker, once."""
+        what, context = self._what, self._context
+        images = portions.of_split(what.dataset, TEST, BATCH, what.max_rows)
+        own = (p for i, p in enumerate(images.portions()) if i % context.world_size == context.rank)
+        read = partial(_test_pictures, images, self._network.model.channels, self._image_size)
+        named_M = torch.zeros(images.num_rows, dtype=torch.int64)
+        self._network.eval()
+        with torch.inference_mode():
+            for portion, found in thread_mapper(what.threads)(read, own):
+                for row, bytes_BCHW in _batches(portion, found):
+                    named_M[row] += 1 + self._named(bytes_BCHW)
+        return summed(named_M.to(context.device)).cpu() - 1
+
+    def _named(self, bytes_BCHW: Tensor) -> Tensor:
+        with self._autocast():
+            logits_BK = self._network(self._network.normalize(bytes_BCHW.to(self._context.device)))
+        return logits_BK.argmax(dim=1).cpu()  # type: ignore[no-any-return]
+
+
+class Unit(NamedTuple):
+    """Rows that are computed together, ready for the network."""
+
+    number: int
+    """In its step."""
+    rows_N: Ints
+    images_NCHW: Tensor
+    """uint8."""
+    labels_N: Tensor
+    weights_N: Tensor
+    """0 for what fills the unit, and for images that cannot be decoded."""
+
+
+def _test_pictures(
+    images: portions.Images, channels: int, size_HW: tuple[int, int], portion: Portion
+) -> tuple[Portion, list[Tensor | None]]:
+    def one(data: bytes | Exception) -> Tensor | None:
+        try:
+            return None if isinstance(data, Exception) else picture_of(data, channels, size_HW)
+        except UndecodableError:
+            return None
+
+    return portion, [one(data) for data in images.read(portion).images]
+
+
+def _batches(portion: Portion, found: list[Tensor | None]) -> Iterator[tuple[Tensor, Tensor]]:
+    good = [(portion.first + i, picture) for i, picture in enumerate(found) if picture is not None]
+    if good:
+        rows, pictures = zip(*good, strict=True)
+        yield torch.tensor(rows), torch.stack(pictures)
