@@ -35,7 +35,7 @@ OWNERS: dict[str, set[str]] = {
     "torchcodec": {"data"},
     "PIL": {"data"},
     "tifffile": {"data"},
-    "timm": {"models", "training/optim", "publish/proof"},
+    "timm": {"models", "training/optim", "evaluation/classifier", "evaluation/finetune", "publish/proof"},
     "sklearn": {"data/sources", "evaluation"},
     "skimage": {"evaluation"},
     "scipy": {"evaluation"},

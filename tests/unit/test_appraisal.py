@@ -29,6 +29,16 @@ ALL = [
     {"kind": "logistic"},
     {"kind": "linear", "label_shares": [0.1], "epochs": 3, "draws": 2},
 ]
+TUNE = {
+    "kind": "finetune",
+    "labels_per_class": [5],
+    "label_shares": [0.1],
+    "draws": 2,
+    "epochs": 2,
+    "least_steps": 4,
+    "crop": {"kind": "whole"},
+    "flip_probability": 0,
+}
 PAINT = {"kind": "reconstruction", "ratios": [0.5, 0.9], "images": 8, "figure_images": 2}
 
 
@@ -96,11 +106,13 @@ def test_what_is_painted_is_held_out(config, checkpoint_folder, digits):
     assert np.array_equal(_first_images(prepared, prepared.subject.checkpoint, 8), first)
 
 
-def test_it_is_the_same_each_time_and_leaves_the_generators_alone(config):
+def test_it_is_the_same_each_time_and_leaves_the_generators_alone(config, tmp_path):
     torch.manual_seed(3)
     np.random.seed(3)  # noqa: NPY002  (the global one is what must not be touched)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    one, same = (appraise_here(prepare(config(ALL))) for _ in range(2))
+    # Each with a record of its own, of what was fine-tuned.
+    places = [{"path": str(tmp_path / name)} for name in ("one", "same")]
+    one, same = (appraise_here(prepare(config([*ALL, TUNE], storage=place))) for place in places)
     assert one == same
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
@@ -113,6 +125,37 @@ def test_a_checkpoint_paints_too(config, checkpoint_folder):
     assert all(png.startswith(b"\x89PNG") for png in found.figures.values())
     assert len(found.figures) == 2
     assert {each.features for each in found.scores} == {"model", "untrained", "raw pixels"}
+
+
+def test_fine_tuning_stands_beside_the_others_and_alone(config):
+    both, alone = (appraise_here(prepare(config(each))) for each in ([{"kind": "knn"}, TUNE], [TUNE]))
+    assert [each.evaluation for each in alone.scores] == [
+        name for name in ("fine-tuned, 5 labels a class", "fine-tuned, 10 % of the labels") for _ in range(2)
+    ]
+    assert {each.features for each in alone.scores} == {"model", "untrained"}
+    assert both.scores[-4:] == alone.scores
+    assert (alone.num_train, alone.num_test) == (1473, 324)
+    assert alone.metrics()["evaluation/digits/fine-tuned/5_labels_a_class"] == alone.scores[0].accuracy
+    assert json.loads(alone.dump())["scores"][0]["std_of_draws"] == alone.scores[0].std_of_draws
+
+
+def test_without_untrained_nothing_is_trained_from_scratch(config):
+    found = appraise_here(prepare(config([TUNE], untrained=False)))
+    assert {each.features for each in found.scores} == {"model"}
+    assert "scratch" not in found.scores[0].note
+
+
+def test_a_checkpoints_decoder_plays_no_part(config, checkpoint_folder):
+    """The checkpoint and the encoder that is taken from it are one and the same."""
+    from maskray.models.encoder import load_encoder, save_encoder
+
+    prepared = prepare(config([TUNE], model=str(checkpoint_folder)))
+    found = prepared.subject.checkpoint
+    save_encoder(checkpoint_folder.parent / "encoder", found.model, found.normalize, found.run)
+    assert load_encoder(checkpoint_folder.parent / "encoder").width == 16
+    of_encoder = prepare(config([TUNE], model=str(checkpoint_folder.parent / "encoder")))
+    assert appraise_here(of_encoder).scores == appraise_here(prepared).scores
+    assert len(list((checkpoint_folder.parent / "evaluations").iterdir())) == 1
 
 
 def test_mlflows_run_of_the_model_is_told(config, checkpoint_folder, store, tiny):
@@ -198,6 +241,9 @@ def without_labels(tmp_path):
         ({"evaluations": [{"kind": "knn", "k": []}]}, ConfigError, r"evaluations\.0\.knn\.k"),
         ({"name": "a/b"}, ConfigError, "name"),
         ({"evaluations": [{"kind": "logistic", "labels_per_class": 900}]}, DataError, r"Allowed: 1 to 1\d\d"),
+        ({"evaluations": [TUNE | {"labels_per_class": [5, 900]}]}, DataError, "finetune with labels_per_class 900"),
+        ({"evaluations": [TUNE | {"batch": 1}]}, ConfigError, r"evaluations\.0\.finetune\.batch"),
+        ({"evaluations": [TUNE, TUNE]}, ConfigError, "finetune stands there twice"),
     ],
 )
 def test_mistakes_are_said_before_any_feature_is_computed(config, values, error, match):
