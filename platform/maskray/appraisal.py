@@ -17,6 +17,7 @@ import torch
 from maskray.config.evaluation import EvaluateConfig, FinetuneEvaluation, KnnEvaluation, ReconstructionEvaluation
 from maskray.data.embeddings import Undecodable
 from maskray.data.manifest import SplitName
+from maskray.data.mapper import Progress, silent
 from maskray.data.portions import of_split
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
@@ -213,7 +214,7 @@ def _check_draws(config: EvaluateConfig, train: Labels) -> None:
         )
 
 
-def appraise(prepared: Prepared, blocks: Blocks, train: Train) -> Appraisal:
+def appraise(prepared: Prepared, blocks: Blocks, train: Train, progress: Progress = silent) -> Appraisal:
     """Run the evaluations.
 
     Neighbours are sought and heads trained in this process: on its GPU, where workers have some and it has one too.
@@ -222,6 +223,7 @@ def appraise(prepared: Prepared, blocks: Blocks, train: Train) -> Appraisal:
         prepared: by `prepare`.
         blocks: where features come from.
         train: who trains what is not frozen.
+        progress: is told of the steps of that.
 
     Raises:
         MaskrayError: a shard is damaged, or workers are lost again and again.
@@ -240,7 +242,8 @@ def appraise(prepared: Prepared, blocks: Blocks, train: Train) -> Appraisal:
         if isinstance(evaluation, FinetuneEvaluation):
             data = (prepared.dataset, config.data.max_rows)
             threads = max(1, int(config.cluster.cpus_per_worker))
-            found = finetuned(Finetuning(evaluation, prepared.encoders(), *data, config.seed, threads), train)
+            what = Finetuning(evaluation, prepared.encoders(), *data, config.seed, threads)
+            found = finetuned(what, train, progress)
             scores += found.scores
             undecodable |= {(TEST, each.row): each for each in found.undecodable}
             counts = found.num_train, found.num_test
@@ -267,7 +270,7 @@ def appraise(prepared: Prepared, blocks: Blocks, train: Train) -> Appraisal:
     )
 
 
-def appraise_here(prepared: Prepared) -> Appraisal:
+def appraise_here(prepared: Prepared, progress: Progress = silent) -> Appraisal:
     """As `appraise`, with features from threads of this process, as many as a worker has CPUs, that trains too."""
     config = prepared.config
 
@@ -277,7 +280,7 @@ def appraise_here(prepared: Prepared) -> Appraisal:
 
     root = Storage(config.storage.path).child(TRAINED)
     train = partial(courses.run_all_here, root=root, prefix=config.name, device=_device(config))
-    return appraise(prepared, blocks, train)
+    return appraise(prepared, blocks, train, progress)
 
 
 def _device(config: EvaluateConfig) -> torch.device:

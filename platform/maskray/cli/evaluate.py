@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from maskray.cli.progress import Bar
 from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import load_as
 from maskray.errors import StorageError
@@ -21,7 +22,9 @@ OF_FEATURES = ("model", "untrained", "raw pixels")
 
 def add(commands: Any) -> None:
     """Tell the parser of it."""
-    parser = commands.add_parser("evaluate", help="what a model is worth: neighbours, linear probes, reconstructions")
+    parser = commands.add_parser(
+        "evaluate", help="what a model is worth: neighbours, probes, fine-tuning, reconstructions"
+    )
     parser.add_argument("--config", required=True, type=Path, help="YAML that says which model, data and evaluations")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. seed=1")
     parser.add_argument("--launcher", choices=("ray", "torch"), default="ray", help="torch: threads of this process")
@@ -36,14 +39,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     prepared = appraisal.prepare(config)  # what is wrong is said before a cluster is started
     if arguments.out is not None:
         _make(arguments.out)
-    if arguments.launcher == "torch":
-        found = appraisal.appraise_here(prepared)
-    else:
-        from maskray.on_ray.cluster import connected
-        from maskray.on_ray.evaluate import appraise
+    with Bar("steps") as bar:
+        if arguments.launcher == "torch":
+            found = appraisal.appraise_here(prepared, bar.update)
+        else:
+            from maskray.on_ray.cluster import connected
+            from maskray.on_ray.evaluate import appraise
 
-        with connected(config.cluster):
-            found = appraise(prepared)
+            with connected(config.cluster):
+                found = appraise(prepared, bar.update)
     show(found)
     if arguments.out is not None:
         (arguments.out / f"{found.name}.json").write_text(found.dump())

@@ -12,12 +12,17 @@ PLAIN_SECONDS = 5.0
 
 
 class Bar:
-    """How far a command is: a live bar a phase, or a plain line now and then where nobody watches."""
+    """How far a command is: a live bar a phase, or a plain line now and then where nobody watches.
 
-    def __init__(self) -> None:
+    Args:
+        unit: what is counted, but in the phase `verify`, where it is shards.
+    """
+
+    def __init__(self, unit: str = "images") -> None:
+        self._unit = unit
         self._console = Console(stderr=True, highlight=False)
-        unit = TextColumn("{task.fields[unit]}  {task.fields[rate]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
+        counted = TextColumn("{task.fields[unit]}  {task.fields[rate]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), counted, TimeRemainingColumn())
         self._live = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
         self._began: tuple[int, float] = (0, 0.0)
@@ -32,7 +37,7 @@ class Bar:
 
     def update(self, done: int, total: int, phase: str) -> None:
         """What was done before the first word of a phase has no part in its rate."""
-        now, unit = time.monotonic(), "shards" if phase == "verify" else "images"
+        now, unit = time.monotonic(), "shards" if phase == "verify" else self._unit
         if phase not in self._tasks:
             self._began, self._said = (done, now), now
             self._tasks[phase] = self._live.add_task(phase, total=total, completed=done, unit=unit, rate="")

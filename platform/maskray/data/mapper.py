@@ -17,6 +17,10 @@ Progress = Callable[[int, int, str], None]
 what was done before."""
 
 
+def silent(done: int, total: int, phase: str) -> None:
+    """A `Progress` that nobody wants to hear of."""
+
+
 class Mapper(Protocol):
     """Calls a function on each item, somewhere, and gives the results in the order of the items."""
 

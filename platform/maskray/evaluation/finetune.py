@@ -30,7 +30,7 @@ from maskray.data import crop, portions
 from maskray.data.decode import UndecodableError, decode
 from maskray.data.embeddings import Undecodable
 from maskray.data.manifest import Ints, SplitName
-from maskray.data.mapper import thread_mapper
+from maskray.data.mapper import Progress, silent, thread_mapper
 from maskray.data.passes import Pictures
 from maskray.data.portions import Portion
 from maskray.data.shards import Dataset
@@ -42,7 +42,7 @@ from maskray.evaluation.scores import Score, score
 from maskray.models.encoder import Encoder, digest
 from maskray.models.sparse_layers import group_norms, settle_statistics
 from maskray.training.context import WorkerContext
-from maskray.training.courses import Build, State, summed, summed_gradients
+from maskray.training.courses import Build, State, Tell, summed, summed_gradients
 from maskray.training.optim import Schedule, build_layered_optimizer
 from maskray.training.randomness import drawn_by
 
@@ -50,8 +50,9 @@ TRAIN: SplitName = "train"
 TEST: SplitName = "held_out"
 _FIRST_VIEW = 0
 
-Train = Callable[[Build[Any], Sequence[Any], str, int], list[State]]
-"""Trains courses to their end: how one is made, descriptions, fingerprint of all that is trained, checkpoint steps."""
+Train = Callable[[Build[Any], Sequence[Any], str, int, Tell], list[State]]
+"""Trains courses to their end: how one is made, descriptions, fingerprint of all that is trained, checkpoint steps,
+and who is told."""
 
 
 class Asked(NamedTuple):
@@ -80,10 +81,11 @@ class Asked(NamedTuple):
 
 
 def asked_of(evaluation: FinetuneEvaluation, features: list[str]) -> list[Asked]:
-    """All fine-tunings of an evaluation; those of the same labels follow each other."""
-    few = [(each, 1.0, draw) for each in evaluation.labels_per_class for draw in range(evaluation.draws)]
-    shares = [(None, s, draw) for s in evaluation.label_shares for draw in range(evaluation.draws if s < 1 else 1)]
-    return [Asked(name, *amount) for amount in (*few, *shares) for name in features]
+    """All fine-tunings of an evaluation; the draws of one follow each other."""
+    amounts: list[tuple[int | None, float, int]]
+    amounts = [(each, 1.0, evaluation.draws) for each in evaluation.labels_per_class]
+    amounts += [(None, share, evaluation.draws if share < 1 else 1) for share in evaluation.label_shares]
+    return [Asked(name, few, share, draw) for few, share, num in amounts for name in features for draw in range(num)]
 
 
 class Finetuned(NamedTuple):
@@ -97,18 +99,25 @@ class Finetuned(NamedTuple):
     num_test: int
 
 
-def finetuned(what: Finetuning, train: Train) -> Finetuned:
+def finetuned(what: Finetuning, train: Train, progress: Progress = silent) -> Finetuned:
     """The scores of an evaluation.
 
     Args:
         what: is trained.
         train: to its end, here or by the workers of a cluster.
+        progress: is told of steps.
 
     Raises:
         MaskrayError, TrainingError: as the training does.
     """
     asked = asked_of(what.evaluation, list(what.encoders))
-    results = train(what, asked, what.fingerprint(), what.evaluation.checkpoint_steps)
+
+    def tell(index: int, step: int, total: int) -> None:
+        each = asked[index]
+        num = sum(other[:3] == each[:3] for other in asked)
+        progress(each.draw * total + step, num * total, f"{each.name}, {each.features}")
+
+    results = train(what, asked, what.fingerprint(), what.evaluation.checkpoint_steps, tell)
     labels_M, num_train = what.dataset.labels(TEST, what.max_rows), len(what.dataset.labels(TRAIN, what.max_rows))
     alike = dict[tuple[str, str], list[State]]()
     for each, result in zip(asked, results, strict=True):

@@ -35,11 +35,11 @@ def run_all(
     asked: Sequence[T],
     fingerprint: str,
     checkpoint_steps: int,
+    tell: Tell | None = None,
     *,
     cluster: ClusterConfig,
     root: Storage,
     prefix: str,
-    tell: Tell | None = None,
 ) -> list[State]:
     """As `training.courses.run_all`, by workers of the cluster that is connected; what was done before is kept.
 
@@ -48,10 +48,10 @@ def run_all(
         asked: descriptions.
         fingerprint: as there.
         checkpoint_steps: as there.
+        tell: as there, now and then.
         cluster: workers, and what each takes.
         root: where runs are kept, as all nodes see it.
         prefix: of the run's folder there.
-        tell: as there, now and then.
 
     Raises:
         RunConflictError: the same courses are running somewhere else.

@@ -13,6 +13,7 @@ from maskray.appraisal import Appraisal, Prepared
 from maskray.config.evaluation import FinetuneEvaluation
 from maskray.config.schema import RunConfig
 from maskray.data.manifest import SplitName
+from maskray.data.mapper import Progress, silent
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.evaluation import judgement
@@ -43,8 +44,12 @@ def _judge(config: RunConfig, weights: Storage) -> Verdict:
         return judgement.judge(config, folder, device)
 
 
-def appraise(prepared: Prepared) -> Appraisal:
+def appraise(prepared: Prepared, progress: Progress = silent) -> Appraisal:
     """A model through its evaluations, on the cluster that is connected: features, and what is not frozen.
+
+    Args:
+        prepared: by `appraisal.prepare`.
+        progress: as `appraisal.appraise` takes it.
 
     Raises:
         ClusterError: the cluster cannot hold the workers, or they are lost again and again.
@@ -60,4 +65,4 @@ def appraise(prepared: Prepared) -> Appraisal:
     if any(isinstance(each, FinetuneEvaluation) for each in config.evaluations):
         check_shared(root)
     train = partial(courses.run_all, cluster=config.cluster, root=root, prefix=config.name)
-    return appraisal.appraise(prepared, blocks, train)
+    return appraisal.appraise(prepared, blocks, train, progress)

@@ -166,6 +166,7 @@ def run_all_here(
     asked: Sequence[T],
     fingerprint: str,
     checkpoint_steps: int,
+    tell: Tell | None = None,
     *,
     root: Storage,
     prefix: str,
@@ -178,6 +179,7 @@ def run_all_here(
         asked: descriptions.
         fingerprint: as there.
         checkpoint_steps: as there.
+        tell: as there.
         root: where runs are kept.
         prefix: of the run's folder there.
         device: of this process.
@@ -191,7 +193,8 @@ def run_all_here(
         run = (root if root.is_local else Storage(temporary)).child(name)
         context = LocalWorkerContext(Path(run.uri), device=device, keep_checkpoints=1)
         with lease.hold(run, name, lease.EVALUATION):
-            return run_all(build, asked, context, fingerprint=fingerprint, checkpoint_steps=checkpoint_steps)
+            options = {"fingerprint": fingerprint, "checkpoint_steps": checkpoint_steps, "tell": tell}
+            return run_all(build, asked, context, **options)  # type: ignore[arg-type]
 
 
 def run_name(prefix: str, fingerprint: str) -> str:
