@@ -255,22 +255,26 @@ class FinetuneCourse:
         index = np.concatenate([np.arange(half), np.full(self._unit_rows - num, half - 1), np.arange(half, num)])
         weights_N = torch.ones(self._unit_rows)
         weights_N[half : half + self._unit_rows - num] = 0
-        pictures = [self._picture(int(p), int(r)) for p, r in zip(passes_N, rows_N, strict=True)]
+        pictures = list[Tensor | None]()
+        for pass_ in np.unique(passes_N).tolist():  # they come in ascending order
+            pictures += self._pictures_of(pass_, rows_N[passes_N == pass_])
         blank = torch.zeros(self._network.model.channels, *self._image_size, dtype=torch.uint8)
         images = torch.stack([blank if each is None else each for each in pictures])
         weights_N *= torch.tensor([each is not None for each in pictures])[index]
         return Unit(number, rows_N[index], images[index], torch.from_numpy(self._labels_R[rows_N[index]]), weights_N)
 
-    def _picture(self, pass_: int, row: int) -> Tensor | None:
-        """Cropped and flipped by key; None where the image cannot be decoded."""
-        whole = self._pictures.get(row)
-        if isinstance(whole, UndecodableError):
-            return None
-        recipe = self._what.evaluation
-        key = {"seed": self._seed, "pass_": pass_, "rows": np.array([row]), "views": np.array([_FIRST_VIEW])}
-        (box,) = crop.draw_boxes(recipe.crop, np.array([whole.shape[1:]]), **key)  # type: ignore[arg-type]
-        (flip,) = crop.draw_flips(recipe.flip_probability, **key)  # type: ignore[arg-type]
-        return crop.crop_resize(whole, box, self._image_size, flip=bool(flip))
+    def _pictures_of(self, pass_: int, rows_N: Ints) -> list[Tensor | None]:
+        """Cropped and flipped by key, all at once; None where an image cannot be decoded."""
+        wholes = [self._pictures.get(row) for row in rows_N.tolist()]
+        sizes_N2 = np.array([(1, 1) if isinstance(each, UndecodableError) else each.shape[1:] for each in wholes])
+        recipe, views_N = self._what.evaluation, np.full(len(rows_N), _FIRST_VIEW)
+        key: dict[str, Any] = {"seed": self._seed, "pass_": pass_, "rows": rows_N, "views": views_N}
+        boxes_N4 = crop.draw_boxes(recipe.crop, sizes_N2, **key)
+        flips_N = crop.draw_flips(recipe.flip_probability, **key)
+        return [
+            None if isinstance(whole, UndecodableError) else crop.crop_resize(whole, box, self._image_size, flip=flip)
+            for whole, box, flip in zip(wholes, boxes_N4, flips_N.tolist(), strict=True)
+        ]
 
     def _loss(self, step: int, units: list[Unit]) -> Tensor:
         """Σ weight · loss / batch over the rows of some units."""
