@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DATA_BENCHMARKS := decode delivery memory latency
 
-.PHONY: demo test check chaos bench bench-data bench-step bench-ingest bench-embed schema ui clean
+.PHONY: demo test check chaos bench bench-data bench-step bench-ingest bench-embed bench-worth bench-probe schema ui clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,6 +47,14 @@ bench-ingest: $(VENV)/.installed  ## IMAGENET: a tar of pictures; CIFAR: a tar.g
 
 bench-embed: $(VENV)/.installed  ## CIFAR: a tar.gz of CIFAR-10's training images in class folders
 	$(BIN)/python tests/benchmarks/embed.py $(if $(CIFAR),--cifar $(CIFAR))
+
+bench-worth: $(VENV)/.installed  ## three seeds of the digits, from pretraining to fine-tuning: 10 minutes
+	$(BIN)/maskray ingest digits runs/data/digits --held-out-fraction 0.2
+	$(BIN)/python tests/benchmarks/worth.py --config configs/pretrain/digits.yaml \
+	    --evaluate configs/evaluate/digits.yaml --evaluate configs/evaluate/digits_finetune.yaml
+
+bench-probe: $(VENV)/.installed  ## a training loop with probes beside it, and without: 10 minutes on two quiet cores
+	$(BIN)/python tests/benchmarks/probe.py
 
 schema: $(VENV)/.installed  ## JSON Schema for editors
 	$(BIN)/maskray schema > configs/schema.json
