@@ -52,6 +52,7 @@ OWNERS: dict[str, set[str]] = {
         "publish/versions",
     },
     "psutil": {"data/lease"},
+    "faster_coco_eval": {"evaluation/detection"},
     "ray": {"on_ray"},
 }
 WITHOUT_TORCH = {"config", "cli", "errors", "data/plan", "data/spec", "training/folders"}
