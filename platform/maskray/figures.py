@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
@@ -32,6 +33,9 @@ HIDDEN_COLOR = (128, 134, 150)
 """Gray with a breath of blue: told apart from the gray of a gray image."""
 INK, SOFT_INK, OTHER_INK = "#1f2430", "#5b6375", "#c0392b"
 NEIGHBOUR_TILE = 112
+DETECTION_TILE, DETECTION_COLUMNS = 256, 3
+LABEL_SHARE = 0.05
+"""Of a picture's height: a box that begins above has its label inside."""
 _COLORS = matplotlib.color_sequences["tab20"][::2] + matplotlib.color_sequences["tab20"][1::2]
 _MARKS = "osD^vP*X"
 _LEGEND_ROWS = 34
@@ -144,6 +148,54 @@ def neighbours(rows: Sequence[Sequence[Neighbour]], *, title: str, tile: int = N
     return _sheet(images, captions, colors, title=title, tile=tile, columns=len(rows[0]), first_apart=True)
 
 
+class Boxed(NamedTuple):
+    """A picture with boxes, each left, top, right, bottom in its pixels."""
+
+    image_HWC: Bytes
+    """uint8 RGB."""
+    caption: str
+    true: Sequence[tuple[Sequence[float], int]]
+    """Boxes that are on it, and the class of each."""
+    found: Sequence[tuple[Sequence[float], int, float]]
+    """Boxes that were found, the class of each, and how sure that is, 0 to 1."""
+
+
+def detections(
+    pictures: Sequence[Boxed], class_names: Sequence[str], *, title: str, tile: int = DETECTION_TILE
+) -> bytes:
+    """PNG of pictures with what was found on them, in the colour of its class, and dashed white what is there.
+
+    Args:
+        pictures: at most `tile` pixels wide and high; small ones are enlarged a whole number of times.
+        class_names: by number.
+        title: stands above all.
+        tile: pixels down and across that a picture has room in.
+    """
+
+    def draw(axes: Any, number: int) -> None:
+        for box, _ in pictures[number].true:
+            axes.add_patch(_rectangle(box, edgecolor="white", linewidth=2.2, linestyle=(0, (2, 2))))
+        for box, class_, score in pictures[number].found:
+            color = _COLORS[class_ % len(_COLORS)]
+            axes.add_patch(_rectangle(box, edgecolor=color, linewidth=1.4))
+            is_at_top = box[1] < LABEL_SHARE * pictures[number].image_HWC.shape[0]
+            axes.text(
+                box[0] - 0.5, box[1] - 0.5, f"{class_names[class_]} {score:.2f}", fontsize=6, color="white",
+                va="top" if is_at_top else "bottom", ha="left", clip_on=True, parse_math=False,
+                bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
+            )  # fmt: skip
+
+    images = [each.image_HWC for each in pictures]
+    captions = [[each.caption] for each in pictures]
+    colors = [[SOFT_INK]] * len(pictures)
+    return _sheet(images, captions, colors, title=title, tile=tile, columns=DETECTION_COLUMNS, draw=draw)
+
+
+def _rectangle(box: Sequence[float], **options: Any) -> Rectangle:
+    left, top, right, bottom = (each - 0.5 for each in box)  # matplotlib's 0 is the middle of the first pixel
+    return Rectangle((left, top), right - left, bottom - top, fill=False, **options)
+
+
 def scatter(
     points_N2: Floats,
     classes: Sequence[tuple[str, Bools]],
@@ -197,8 +249,12 @@ def _sheet(
     tile: int,
     columns: int,
     first_apart: bool = False,
+    draw: Callable[[Any, int], None] | None = None,
 ) -> bytes:
-    """A contact sheet whose lines have colours, the first column set apart where that is asked for."""
+    """A contact sheet whose lines have colours, the first column set apart where that is asked for.
+
+    `draw` gets the axes of each picture and its number.
+    """
     num_columns = min(columns, len(images_HWC))
     num_rows = -(-len(images_HWC) // num_columns)
     scales = [max(1, tile // max(image.shape[:2])) for image in images_HWC]
@@ -224,6 +280,8 @@ def _sheet(
         axes = figure.add_axes(place)
         axes.imshow(image, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
+        if draw is not None:
+            draw(axes, number)
         for line, words in enumerate(lines):
             shown = words if len(words) <= letters else "…" + words[1 - letters :]
             where = ((x + tile / 2) / width, 1 - (bottom + SHEET_LINE * (line + 0.5)) / height)

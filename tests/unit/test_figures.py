@@ -135,3 +135,32 @@ def test_neighbours_of_another_class_are_red_and_the_query_stands_apart():
     tiles = np.flatnonzero((image[figures.HEAD + 8] == 200).all(axis=1))
     gaps = np.diff(tiles)
     assert sorted(gaps[gaps > 1].tolist()) == [figures.GAP + 1, 4 * figures.GAP + 1]
+
+
+def test_boxes_are_drawn_around_their_pixels():
+    image = np.zeros((64, 128, 3), np.uint8)
+    boxed = figures.Boxed(image, "a.png", [], [((32, 16, 96, 48), 1, 0.5)])
+    sheet = pixels(figures.detections([boxed], ["a", "b $x$"], title="t", tile=256)).astype(int)
+    left, bottom = figures.MARGIN, figures.HEAD + 128
+    tile = sheet[bottom - 128 : bottom, left : left + 256]
+    coloured = tile.max(2) - tile.min(2) > 40
+    across, down = coloured[96:].any(0).nonzero()[0], coloured[:, :70].any(1).nonzero()[0]
+    assert abs(across.min() - 64) <= 1
+    assert abs(across.max() - 191) <= 1
+    assert abs(down.max() - 95) <= 1
+    assert not coloured[40:90, 70:185].any()
+
+
+def test_what_is_there_is_dashed_white_and_what_was_found_in_the_colour_of_its_class():
+    image = np.zeros((64, 64, 3), np.uint8)
+    true, found = [((8, 8, 40, 40), 0)], [((8, 8, 40, 40), class_, 0.9) for class_ in (0, 1)]
+    sheets = [
+        pixels(figures.detections([figures.Boxed(image, "", *sides)] * num, ["a", "b"], title="t")).astype(int)
+        for sides, num in (((true, []), 1), (([], found[:1]), 1), (([], found[1:]), 1), (([], []), 4))
+    ]
+    white = [int((sheet[60:250, 40:200] > 200).all(2).sum()) for sheet in sheets]
+    assert white[0] > 100
+    hues = [sheet[60:250, 40:200].reshape(-1, 3) for sheet in sheets]
+    mean = [hue[hue.max(1) - hue.min(1) > 80].mean(0) for hue in hues[1:3]]
+    assert np.abs(mean[0] - mean[1]).max() > 60
+    assert sheets[3].shape[0] > 1.8 * sheets[0].shape[0]  # a second row
