@@ -115,6 +115,57 @@ class ReconstructionEvaluation(Section):
     figure_images: Annotated[int, Field(ge=1, le=16)] = 4
 
 
+class CocoData(Section):
+    """Images with their objects, in COCO's format."""
+
+    annotations: str = operational()
+    """Path or URI of the JSON file."""
+    images: str = operational()
+    """Folder or URI that the file names of the annotations are relative to."""
+    max_images: PositiveInt | None = None
+    """The first by id; None takes all."""
+
+
+class DetectionEvaluation(Section):
+    """Faster or Mask R-CNN on the encoder, trained and judged on data of its own (Li et al. 2022, for transformers)."""
+
+    kind: Literal["detection"] = "detection"
+    train: CocoData
+    val: CocoData
+    """Judged on; the same categories."""
+    masks: bool = False
+    """Mask R-CNN: outlines too."""
+    image_size: PositiveInt = 512
+    """Pixels a side of the square that images are fitted into. The recipe's is 1,024, which costs far more."""
+    epochs: PositiveFloat = 25
+    batch: PositiveInt = 16
+    """Images of a step, of all workers."""
+    base_lr: PositiveFloat = 4e-4
+    """For a batch of 256 images; scaled linearly with the batch."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    layer_decay: Share = 0.7
+    """Of the rate, from each of the encoder's layers to the one before."""
+    warmup_fraction: Fraction = 0.02
+    """Of the steps, in which the rate rises to its peak; then half a cosine."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Chance that the last residual block is left out for an image; it rises from 0 with the depth."""
+    clip_norm: PositiveFloat = 1.0
+    flip_probability: Fraction = 0.5
+    pyramid_width: PositiveInt = 256
+    """Channels of each level of the pyramid."""
+    head_width: PositiveInt = 1024
+    proposals: PositiveInt = 1000
+    """Boxes of an image that are looked at again."""
+    sampled_boxes: PositiveInt = 512
+    """Of them, those of an image that are learned from in a step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is autocast."""
+    figure_images: Annotated[int, Field(ge=1, le=12)] = operational(6)
+    """Of the validation images, drawn with what was found."""
+    checkpoint_steps: PositiveInt = operational(200)
+    """Steps between two checkpoints."""
+
+
 FeatureEvaluation = KnnEvaluation | LogisticEvaluation | LinearEvaluation
 """What reads frozen features."""
 Evaluation = Annotated[FeatureEvaluation | FinetuneEvaluation | ReconstructionEvaluation, Field(discriminator="kind")]

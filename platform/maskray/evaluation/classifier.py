@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from maskray.models.base import Part
 from maskray.models.encoder import Encoder, without_decoder
 from maskray.models.sparse_layers import group_norms
+from maskray.training.optim import named_layers
 
 HEAD_STD = 2e-5
 FC_NORM_EPS = 1e-6
@@ -44,7 +45,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.model.width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
-        _set_drop_path(self.model.layers()[1:], drop_path)
+        set_drop_path(self.model.layers()[1:], drop_path)
 
     def forward(self, images_BCHW: Tensor, weights_B: Tensor | None = None) -> Tensor:
         """(B, K) logits of normalised images; 0 in `weights_B` for those that do not count in statistics."""
@@ -52,21 +53,10 @@ class Classifier(nn.Module):
 
     def layers(self) -> list[list[tuple[str, nn.Parameter]]]:
         """Names and parameters in layers, from the pixels to norm and head."""
-        names = {parameter: name for name, parameter in self.named_parameters()}
-        out, last = [], list[Part]([self.fc_norm, self.head])
-        for layer in (*self.model.layers(), last):
-            found = list[nn.Parameter]()
-            for part in layer:
-                if isinstance(part, nn.Module):
-                    found += part.parameters()
-                else:
-                    found.append(part)
-            out.append([(names.pop(parameter), parameter) for parameter in found])
-        assert not names, f"parameters of no layer: {sorted(names.values())}"
-        return [layer for layer in out if layer]
+        return named_layers(self, [*self.model.layers(), [self.fc_norm, self.head]])
 
 
-def _set_drop_path(blocks: list[list[Part]], last: float) -> None:
+def set_drop_path(blocks: list[list[Part]], last: float) -> None:
     """The chance rises linearly from 0 at the first block (Huang et al. 2016); where there is no residual, nothing."""
     residual = [[part for part in block if isinstance(part, nn.Module)] for block in blocks]
     places = [

@@ -10,6 +10,7 @@ Shape letters: B images, C channels, H and W pixels down and across, D width of 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -28,6 +29,7 @@ from maskray.models.base import MaskedAutoencoder
 from maskray.models.build import build_model
 from maskray.models.normalize import Normalize
 from maskray.models.parameter_names import DECODER
+from maskray.models.vit import MaskedAutoencoderViT, resampled_positions
 
 SCHEMA_VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "encoder.json"
@@ -158,6 +160,23 @@ def load_encoder(folder: str | Path) -> Encoder:
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError("the encoder is damaged", found=f"{folder} ({error})", fix="export it again") from error
     return encoder.eval().requires_grad_(requires_grad=False)
+
+
+def at_size(encoder: Encoder, image_size: tuple[int, int]) -> Encoder:
+    """A copy of an encoder for images of another size, to be trained on: positions are resampled in 2-D.
+
+    Args:
+        encoder: stays as it is.
+        image_size: height and width in pixels; the model's cell divides them.
+    """
+    old = encoder.model
+    with torch.random.fork_rng(devices=[]):  # the initialisation is thrown away, and must not be noticed
+        model = encoder_only(encoder.config, image_size, encoder.channels)
+    weights = {name: tensor for name, tensor in old.state_dict().items() if not name.startswith(DECODER)}
+    if isinstance(old, MaskedAutoencoderViT) and model.grid_HW != old.grid_HW:
+        weights["pos_embed"] = resampled_positions(old.pos_embed, old.grid_HW, model.grid_HW, old.placed_prefix)
+    model.load_state_dict(weights)
+    return Encoder(model, copy.deepcopy(encoder.normalize), image_size, encoder.config)
 
 
 def encoder_only(config: AnyModel, image_size: tuple[int, int], channels: int) -> MaskedAutoencoder:

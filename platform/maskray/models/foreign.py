@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from maskray.config.load import load
@@ -25,7 +24,7 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, ConfigError, StorageError
 from maskray.models import parameter_names as names
 from maskray.models.base import MaskedAutoencoder
-from maskray.models.vit import position_table
+from maskray.models.vit import position_table, resampled_positions
 
 KEY = "init_from"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.yaml"
@@ -225,10 +224,7 @@ def _fit(
     if source_HW is None or source_HW == grid_HW:
         return tensor
     log.info("%s resampled from %d × %d to %d × %d cells", name, *source_HW, *grid_HW)
-    resampled: Tensor = resample_abs_pos_embed(
-        tensor.float(), list(grid_HW), list(source_HW), num_prefix_tokens=num_prefix
-    )
-    return resampled
+    return resampled_positions(tensor, source_HW, grid_HW, num_prefix)
 
 
 def _grid_of(

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import timm
 import torch
-from timm.layers import Mlp
+from timm.layers import Mlp, resample_abs_pos_embed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,8 +72,9 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         self.reg_token = nn.Parameter(torch.zeros(1, parts.registers, width)) if parts.registers else None
         self.num_prefix = int(parts.class_token) + parts.registers
         """Tokens that belong to no cell."""
-        self._placed_prefix = self.num_prefix if parts.prefix_has_positions else 0
-        table = position_table(width, self.grid_HW, self._placed_prefix)
+        self.placed_prefix = self.num_prefix if parts.prefix_has_positions else 0
+        """Those of them that have positions."""
+        table = position_table(width, self.grid_HW, self.placed_prefix)
         self.pos_embed = nn.Parameter(table, requires_grad=learnable)
         self.norm_pre = parts.norm_pre
         self.blocks = nn.ModuleList(parts.blocks)
@@ -146,7 +147,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         return [self.encode(images_BCHW).transpose(1, 2).unflatten(2, self.grid_HW)]
 
     def _encode(self, images_BCHW: Tensor, index_BN: Tensor | None) -> Tensor:
-        cells_BNP, positions = self._cells(images_BCHW), self.pos_embed[:, self._placed_prefix :]
+        cells_BNP, positions = self._cells(images_BCHW), self.pos_embed[:, self.placed_prefix :]
         if index_BN is not None:
             cells_BNP, positions = taken(cells_BNP, index_BN), positions[0, index_BN]
         x = torch.cat([*self._prefix(cells_BNP.shape[0]), self.patch_embed(cells_BNP) + positions], dim=1)
@@ -158,8 +159,8 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         if not tokens:
             return []
         prefix_1TD = torch.cat(tokens, dim=1)
-        if self._placed_prefix:
-            prefix_1TD = prefix_1TD + self.pos_embed[:, : self._placed_prefix]
+        if self.placed_prefix:
+            prefix_1TD = prefix_1TD + self.pos_embed[:, : self.placed_prefix]
         return [prefix_1TD.expand(num, -1, -1)]
 
     def _decode(self, latents_BTD: Tensor, index_BN: Tensor, index_BQ: Tensor | None) -> Tensor:
@@ -248,6 +249,14 @@ def position_table(width: int, grid_HW: tuple[int, int], num_prefix: int = 1) ->
         halves += [angles.sin(), angles.cos()]
     cells_LD = torch.cat(halves, dim=1)
     return torch.cat((torch.zeros(num_prefix, width, dtype=torch.float64), cells_LD)).float()[None]
+
+
+def resampled_positions(table_1TD: Tensor, old_HW: tuple[int, int], new_HW: tuple[int, int], num_prefix: int) -> Tensor:
+    """Positions of a grid for another one, in 2-D: bicubic. Those of tokens of no cell, which come first, stay."""
+    resampled: Tensor = resample_abs_pos_embed(
+        table_1TD.float(), list(new_HW), list(old_HW), num_prefix_tokens=num_prefix
+    )
+    return resampled
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from maskray.config.resolve import RunPlan
 from maskray.config.schema import OptimConfig
+from maskray.models.base import Part
 
 
 class FusedAdamW(torch.optim.AdamW):
@@ -97,6 +98,19 @@ def build_layered_optimizer(
             options = {} if decays else {"weight_decay": 0.0}
             groups += [{"params": some, "decays": decays, "lr_scale": scale, **options}] if some else []
     return FusedAdamW(groups, lr=0.0, betas=betas, weight_decay=weight_decay)
+
+
+def named_layers(network: nn.Module, layers: Iterable[Iterable[Part]]) -> list[list[tuple[str, nn.Parameter]]]:
+    """Names and parameters of layers that together are all of a network; those without parameters are left out."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    out = []
+    for layer in layers:
+        found = list[nn.Parameter]()
+        for part in layer:
+            found += [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+        out.append([(names.pop(parameter), parameter) for parameter in found])
+    assert not names, f"parameters of no layer: {sorted(names.values())}"
+    return [layer for layer in out if layer]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""Boxes and outlines that go into the square and come back are those that the file has."""
+
+import numpy as np
+import pytest
+import torch
+
+from maskray.evaluation.detection import fitting, outlines
+from maskray.evaluation.detection.coco import Scene
+
+SIZES = [(480, 640), (640, 480), (100, 100), (33, 517), (1, 64), (3000, 17)]
+
+
+def scene_of(size, boxes, crowd=(), masks=()):
+    boxes = np.array(boxes, float).reshape(-1, 4)
+    num = len(boxes)
+    return Scene(
+        id=1,
+        file_name="a.png",
+        size_HW=size,
+        boxes_N4=boxes,
+        classes_N=np.arange(num) % 3,
+        crowd_N=np.array(crowd or [False] * num, bool),
+        areas_N=np.ones(num),
+        outlines=tuple(masks),
+    )
+
+
+def image(size):
+    return torch.zeros(3, *size, dtype=torch.uint8)
+
+
+def as_found(target):
+    """As if a detector had found exactly what it was taught."""
+    num = len(target.labels_N)
+    return {"boxes": target.boxes_N4, "labels": target.labels_N, "scores": torch.ones(num)}
+
+
+def random_boxes(size, num, seed=0):
+    corners = np.random.default_rng(seed).random((num, 2, 2)) * (size[1], size[0])
+    return np.concatenate([corners.min(1), corners.max(1)], axis=1)
+
+
+@pytest.mark.parametrize("side", [64, 512, 1000])
+@pytest.mark.parametrize("size", SIZES)
+def test_boxes_come_back_as_they_were(size, side):
+    scene = scene_of(size, random_boxes(size, 50))
+    fitted = fitting.fit(image(size), side)
+    back = fitting.restored(as_found(fitting.target_of(scene, fitted, masks=False)), fitted)
+    np.testing.assert_allclose(back.boxes_N4, scene.boxes_N4, atol=1e-6 * max(size))
+    assert back.classes_N.tolist() == scene.classes_N.tolist()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_longer_side_fills_the_square(size):
+    fitted = fitting.fit(image(size), 256)
+    assert max(fitted.bytes_Chw.shape[1:]) == 256
+    assert fitted.bytes_Chw.dtype == torch.uint8
+    assert fitted.stored_HW == size
+
+
+def test_boxes_inside_the_square_are_where_their_pixels_are():
+    pixels = image((200, 400))
+    pixels[:, 40:120, 100:300] = 255
+    fitted = fitting.fit(pixels, 100)
+    target = fitting.target_of(scene_of((200, 400), [[100, 40, 300, 120]]), fitted, masks=False)
+    assert target.boxes_N4.tolist() == [[25, 10, 75, 30]]
+    bright = fitted.bytes_Chw[0] > 127
+    assert bright[10:30, 25:75].all()
+    assert bright.sum() == 20 * 50
+
+
+def test_crowds_are_not_learned_from():
+    scene = scene_of((50, 50), [[0, 0, 10, 10], [20, 20, 40, 40]], crowd=[True, False])
+    target = fitting.target_of(scene, fitting.fit(image((50, 50)), 50), masks=False)
+    assert target.boxes_N4.tolist() == [[20, 20, 40, 40]]
+    assert target.labels_N.tolist() == [2]
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_image_without_objects_teaches_that_there_are_none(masks):
+    fitted = fitting.fit(image((30, 60)), 64)
+    target = fitting.target_of(scene_of((30, 60), []), fitted, masks=masks)
+    plain = target.to(torch.device("cpu"))
+    assert plain["boxes"].shape == (0, 4)
+    assert plain["labels"].dtype == torch.int64
+    assert set(plain) == {"boxes", "labels"} | ({"masks"} if masks else set())
+    back = fitting.restored(as_found(target), fitted)
+    assert back.boxes_N4.shape == (0, 4)
+
+
+def test_what_reaches_out_is_cut_off_where_the_image_ends():
+    scene = scene_of((50, 100), [[-5, 10, 110, 60]])
+    target = fitting.target_of(scene, fitting.fit(image((50, 100)), 200), masks=False)
+    assert target.boxes_N4.tolist() == [[0, 20, 200, 100]]
+
+
+def test_flipped_twice_is_as_it_was():
+    mask = np.zeros((40, 80), np.uint8)
+    mask[5:20, 10:25] = 1
+    pixels = torch.randint(0, 256, (3, 40, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scene = scene_of((40, 80), [[10, 5, 25, 20]], masks=[outlines.encode(mask)])
+    fitted = fitting.fit(pixels, 80)
+    target = fitting.target_of(scene, fitted, masks=True)
+    other, mirrored = fitting.flipped(fitted, target)
+    assert mirrored.boxes_N4.tolist() == [[55, 5, 70, 20]]
+    assert mirrored.masks_Nhw[0, 5:20, 55:70].all()
+    assert mirrored.masks_Nhw.sum() == 15 * 15
+    assert torch.equal(other.bytes_Chw[:, :, 55:70], pixels[:, :, 10:25].flip(2))
+    again, same = fitting.flipped(other, mirrored)
+    assert torch.equal(again.bytes_Chw, fitted.bytes_Chw)
+    assert torch.equal(same.boxes_N4, target.boxes_N4)
+    assert torch.equal(same.masks_Nhw, target.masks_Nhw)
+
+
+def test_masks_come_back_to_within_a_pixel_of_their_outline():
+    rows, columns = np.mgrid[:240, :320]
+    mask = ((rows - 100) ** 2 + (columns - 150) ** 2 < 70**2).astype(np.uint8)
+    scene = scene_of((240, 320), [[80, 30, 220, 170]], masks=[outlines.encode(mask)])
+    fitted = fitting.fit(image((240, 320)), 640)
+    target = fitting.target_of(scene, fitted, masks=True)
+    assert target.masks_Nhw.shape == (1, 480, 640)
+    # What a mask head gives: the object's box as a square of 28 × 28 places.
+    box = target.masks_Nhw[:, 60:340, 160:440].float()
+    places = torch.nn.functional.interpolate(box[:, None], size=(28, 28), mode="bilinear", antialias=True)
+    (back,) = fitting.restored(as_found(target) | {"masks": places}, fitted).outlines
+    overlap = outlines.decode(back).astype(bool) & mask.astype(bool)
+    union = outlines.decode(back).astype(bool) | mask.astype(bool)
+    assert overlap.sum() / union.sum() > 0.97
