@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DATA_BENCHMARKS := decode delivery memory latency
 
-.PHONY: demo test check chaos bench bench-data bench-step bench-ingest bench-embed bench-worth bench-probe schema ui clean
+.PHONY: demo test check chaos bench bench-data bench-step bench-ingest bench-embed bench-worth bench-probe bench-detection schema ui clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,6 +55,9 @@ bench-worth: $(VENV)/.installed  ## three seeds of the digits, from pretraining 
 
 bench-probe: $(VENV)/.installed  ## a training loop with probes beside it, and without: 10 minutes on two quiet cores
 	$(BIN)/python tests/benchmarks/probe.py
+
+bench-detection: $(VENV)/.installed  ## objects found, pretrained and from scratch
+	$(BIN)/python tests/benchmarks/detection.py
 
 schema: $(VENV)/.installed  ## JSON Schema for editors
 	$(BIN)/maskray schema > configs/schema.json

@@ -1,4 +1,4 @@
-"""A model through a list of evaluations: features once, then all that is read from them; fine-tuning; what it paints.
+"""A model through a list of evaluations: features once, then all that is read from them; trainings; what it paints.
 
 Features are computed wherever blocks are made, here or on a cluster. What is read from them does not take long, and is
 read in this process.
@@ -6,15 +6,22 @@ read in this process.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from maskray.config.evaluation import EvaluateConfig, FinetuneEvaluation, KnnEvaluation, ReconstructionEvaluation
+from maskray.config.evaluation import (
+    DetectionEvaluation,
+    EvaluateConfig,
+    EvaluationData,
+    FinetuneEvaluation,
+    KnnEvaluation,
+    ReconstructionEvaluation,
+)
 from maskray.data.embeddings import Undecodable
 from maskray.data.manifest import SplitName
 from maskray.data.mapper import Progress, silent
@@ -23,6 +30,7 @@ from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.data.stream import walk
 from maskray.errors import CheckpointError, ConfigError, DataError
+from maskray.evaluation import detection
 from maskray.evaluation.blocks import FeatureBlock, blocks_here
 from maskray.evaluation.classification import Labelled, check_classes, classify
 from maskray.evaluation.features import Images, pixel_features
@@ -34,12 +42,16 @@ from maskray.evaluation.reconstruction import Reconstruction, reconstruct
 from maskray.evaluation.scores import Score
 from maskray.models.encoder import Encoder
 from maskray.objective import Objective
-from maskray.publish.card import percent, table
+from maskray.publish.appraised import Appraisal
 from maskray.publish.named import note_section
 from maskray.publish.subject import Subject, WithDecoder, open_subject
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_store import Store, has_embedded_store, open_store, refuse_missing
 from maskray.training import courses
+
+if TYPE_CHECKING:  # an extra, and long in coming
+    from maskray.evaluation.detection.coco import CocoSet, SetAside
+    from maskray.evaluation.detection.outcome import Detected, DetectionScore
 
 MAX_PIXEL_VALUES = 4096
 TRAIN: SplitName = "train"
@@ -56,20 +68,35 @@ class Prepared:
     """An appraisal that has passed every check that takes no features."""
 
     config: EvaluateConfig
-    dataset: Dataset
+    images: Dataset | None
+    """None: detection alone is asked for, which has its own."""
     subject: Subject
     store: Store | None
     """MLflow; None: there is none."""
+    coco: tuple[CocoSet, CocoSet] | None
+    """Images with objects to learn from, and to be judged on; None: detection is not asked for."""
+
+    @property
+    def dataset(self) -> Dataset:
+        """Of all evaluations but detection."""
+        assert self.images is not None, "the config's check refuses it"
+        return self.images
+
+    @property
+    def data(self) -> EvaluationData:
+        """As `dataset`, as the config says it."""
+        assert self.config.data is not None, "the config's check refuses it"
+        return self.config.data
 
     @property
     def reads_features(self) -> bool:
         """Whether any evaluation does."""
-        return any(each.kind not in ("reconstruction", "finetune") for each in self.config.evaluations)
+        return any(each.kind not in ("reconstruction", "finetune", "detection") for each in self.config.evaluations)
 
     @property
     def reads_labels(self) -> bool:
         """Whether any evaluation does."""
-        return any(each.kind != "reconstruction" for each in self.config.evaluations)
+        return any(each.kind not in ("reconstruction", "detection") for each in self.config.evaluations)
 
     def encoders(self) -> dict[str, Encoder]:
         """What is judged, by what it is called."""
@@ -77,70 +104,25 @@ class Prepared:
         return {"model": self.subject.encoder} | untrained
 
 
-@dataclass(frozen=True)
-class Appraisal:
-    """What came out."""
-
-    name: str
-    """Of the config."""
-    model: str
-    """What was judged."""
-    dataset: str
-    """Fingerprint."""
-    num_train: int
-    num_test: int
-    scores: tuple[Score, ...]
-    likenesses: tuple[Likeness, ...]
-    figures: dict[str, bytes]
-    """PNG by the name of what it shows."""
-    undecodable: tuple[Undecodable, ...]
-    """Images that count for nothing in any score."""
-
-    def metrics(self) -> dict[str, float]:
-        """As MLflow is told them: shares with the ends of their intervals, and likeness by ratio."""
-        out = dict[str, float]()
-        for each in self.scores:
-            ends = {"": each.accuracy, "/low": each.low, "/high": each.high}
-            out |= {f"evaluation/{self.name}/{each.key}{end}": value for end, value in ends.items()}
-        for like in self.likenesses:
-            of_ratio = {"loss": like.loss, "psnr_db": like.psnr, "ssim": like.ssim}
-            at = f"evaluation/{self.name}/reconstruction/ratio_{like.ratio:g}"
-            out |= {f"{at}/{name}": value for name, value in of_ratio.items()}
-        return out
-
-    def markdown(self) -> str:
-        """The accuracies, for people."""
-        kinds = dict.fromkeys(score.features for score in self.scores)
-        cells: dict[str, dict[str, str]] = {}
-        for s in self.scores:
-            shown = percent(s.accuracy, s.low, s.high, s.std_of_draws)
-            cells.setdefault(s.evaluation, {})[s.features] = shown
-        rows = [(name, *(row.get(kind, "") for kind in kinds)) for name, row in cells.items()]
-        said = f"Accuracy on {self.num_test:,} held-out images of the dataset `{self.dataset}`, as above."
-        return f"{said}\n\n{table(('', *kinds), rows)}"
-
-    def dump(self) -> str:
-        """As JSON, without the figures."""
-        plain = {key: value for key, value in asdict(self).items() if key != "figures"}
-        plain["likenesses"] = [each._asdict() for each in self.likenesses]
-        plain["undecodable"] = [each._asdict() for each in self.undecodable]
-        return json.dumps(plain, indent=1) + "\n"
-
-
 def prepare(config: EvaluateConfig) -> Prepared:
     """Check all that can be checked before features are computed.
 
     Raises:
         DataError: no dataset, no labels, a split without rows, one class only, or classes without training rows.
-        ConfigError: more neighbours than rows, or a reconstruction by an encoder alone.
-        MaskrayError: as `open_subject` does.
+        ConfigError: more neighbours than rows, a reconstruction by an encoder alone, detection without its extra, or of
+            a size that does not suit the encoder.
+        MaskrayError: as `open_subject` and `open_sets` of detection do.
     """
-    dataset = Dataset.open(config.data.path, config.data.version)
+    dataset = None if config.data is None else Dataset.open(config.data.path, config.data.version)
+    coco = next((_coco(each) for each in config.evaluations if isinstance(each, DetectionEvaluation)), None)
     subject = open_subject(config.model, config.tracking, config.storage.path, "model")
-    _check_bands(dataset, subject)
-    prepared = Prepared(config, dataset, subject, _store_of(config))
+    prepared = Prepared(config, dataset, subject, _store_of(config), coco)
+    if dataset is not None:
+        _check_bands(dataset, subject)
     if prepared.reads_labels:
-        _check_labels(config, dataset)
+        _check_labels(prepared)
+    if coco is not None:
+        _check_sides(prepared)
     if subject.checkpoint is None and any(each.kind == "reconstruction" for each in config.evaluations):
         raise ConfigError(
             "an encoder alone paints nothing",
@@ -150,6 +132,21 @@ def prepare(config: EvaluateConfig) -> Prepared:
             fix="give a checkpoint as model, or leave reconstruction out",
         )
     return prepared
+
+
+def _coco(evaluation: DetectionEvaluation) -> tuple[CocoSet, CocoSet]:
+    detection.check_installed()
+    from maskray.evaluation.detection.outcome import open_sets
+
+    return open_sets(evaluation)
+
+
+def _check_sides(prepared: Prepared) -> None:
+    from maskray.evaluation.detection.pyramid import check_side
+
+    for each in prepared.config.evaluations:
+        if isinstance(each, DetectionEvaluation):
+            check_side(prepared.subject.encoder, each.image_size)
 
 
 def _store_of(config: EvaluateConfig) -> Store | None:
@@ -172,16 +169,17 @@ def _check_bands(dataset: Dataset, subject: Subject) -> None:
         )
 
 
-def _check_labels(config: EvaluateConfig, dataset: Dataset) -> None:
+def _check_labels(prepared: Prepared) -> None:
+    config, dataset, data = prepared.config, prepared.dataset, prepared.data
     names = dataset.manifest.class_names
     if not names:
         raise DataError(
             "these evaluations need labels, and the dataset has none",
             key="data.path",
-            found=config.data.path,
+            found=data.path,
             fix="ingest images in class folders (or with a label column), or evaluate the reconstruction alone",
         )
-    train, test = (dataset.labels(split, config.data.max_rows) for split in (TRAIN, TEST))
+    train, test = (dataset.labels(split, data.max_rows) for split in (TRAIN, TEST))
     check_classes(train, test, list(names))
     _check_draws(config, train)
     most = max((max(each.k) for each in config.evaluations if isinstance(each, KnnEvaluation)), default=0)
@@ -232,21 +230,45 @@ def appraise(prepared: Prepared, blocks: Blocks, train: Train, progress: Progres
     config, subject = prepared.config, prepared.subject
     device = _device(config)
     scores, undecodable, counts = list[Score](), dict[tuple[str, int], Undecodable](), (0, 0)
+    figures = dict[str, bytes]()
     kinds = _kinds_of_features(prepared, blocks, undecodable) if prepared.reads_features else iter(())
     for name, rows in kinds:
         counts = len(rows.train_labels), len(rows.test_labels)
         for evaluation in config.evaluations:
-            if not isinstance(evaluation, ReconstructionEvaluation | FinetuneEvaluation):
+            if not isinstance(evaluation, ReconstructionEvaluation | FinetuneEvaluation | DetectionEvaluation):
                 scores += classify(evaluation, rows, features=name, seed=config.seed, device=device)
     for evaluation in config.evaluations:
         if isinstance(evaluation, FinetuneEvaluation):
-            data = (prepared.dataset, config.data.max_rows)
-            threads = max(1, int(config.cluster.cpus_per_worker))
-            what = Finetuning(evaluation, prepared.encoders(), *data, config.seed, threads)
+            data = (prepared.dataset, prepared.data.max_rows)
+            what = Finetuning(evaluation, prepared.encoders(), *data, config.seed, _threads(config))
             found = finetuned(what, train, progress)
             scores += found.scores
             undecodable |= {(TEST, each.row): each for each in found.undecodable}
             counts = found.num_train, found.num_test
+    detections: list[DetectionScore] = []
+    set_aside: list[SetAside] = []
+    for evaluation in config.evaluations:
+        if isinstance(evaluation, DetectionEvaluation):
+            one = _detected(prepared, evaluation, train, progress)
+            detections, set_aside, figures = one.scores, one.set_aside, figures | one.figures
+    likenesses, paintings = _paintings(prepared)
+    return Appraisal(
+        name=config.name,
+        model=subject.name,
+        dataset=None if prepared.images is None else prepared.images.manifest.fingerprint,
+        num_train=counts[0],
+        num_test=counts[1],
+        scores=tuple(scores),
+        likenesses=tuple(likenesses),
+        detections=tuple(detections),
+        figures=figures | paintings,
+        undecodable=tuple(undecodable.values()),
+        set_aside=tuple(set_aside),
+    )
+
+
+def _paintings(prepared: Prepared) -> tuple[list[Likeness], dict[str, bytes]]:
+    config, subject = prepared.config, prepared.subject
     likenesses, figures = list[Likeness](), dict[str, bytes]()
     for evaluation in config.evaluations:
         if isinstance(evaluation, ReconstructionEvaluation):
@@ -257,17 +279,21 @@ def appraise(prepared: Prepared, blocks: Blocks, train: Train, progress: Progres
                 likenesses.append(likeness(painted, ratio))
                 some = painted.first(evaluation.figure_images)
                 figures[f"reconstruction_{ratio:g}"] = some.figure(f"{subject.name}, ratio {ratio:g}")
-    return Appraisal(
-        name=config.name,
-        model=subject.name,
-        dataset=prepared.dataset.manifest.fingerprint,
-        num_train=counts[0],
-        num_test=counts[1],
-        scores=tuple(scores),
-        likenesses=tuple(likenesses),
-        figures=figures,
-        undecodable=tuple(undecodable.values()),
-    )
+    return likenesses, figures
+
+
+def _detected(prepared: Prepared, evaluation: DetectionEvaluation, train: Train, progress: Progress) -> Detected:
+    from maskray.evaluation.detection.course import Detection
+    from maskray.evaluation.detection.outcome import detected
+
+    assert prepared.coco is not None, "prepare() reads it"
+    config = prepared.config
+    what = Detection(evaluation, *prepared.coco, prepared.encoders(), config.seed, _threads(config))
+    return detected(what, train, progress)
+
+
+def _threads(config: EvaluateConfig) -> int:
+    return max(1, int(config.cluster.cpus_per_worker))
 
 
 def appraise_here(prepared: Prepared, progress: Progress = silent) -> Appraisal:
@@ -275,8 +301,8 @@ def appraise_here(prepared: Prepared, progress: Progress = silent) -> Appraisal:
     config = prepared.config
 
     def blocks(dataset: Dataset, split: SplitName, encoder: Encoder) -> Iterator[FeatureBlock]:
-        images = of_split(dataset, split, BATCH, config.data.max_rows)
-        return blocks_here(images, encoder, max(1, int(config.cluster.cpus_per_worker)))
+        images = of_split(dataset, split, BATCH, prepared.data.max_rows)
+        return blocks_here(images, encoder, _threads(config))
 
     root = Storage(config.storage.path).child(TRAINED)
     train = partial(courses.run_all_here, root=root, prefix=config.name, device=_device(config))
@@ -327,7 +353,7 @@ def _collected(
 
 
 def _pixels(prepared: Prepared, split: SplitName) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.float32]], Labels]:
-    encoder, max_rows = prepared.subject.encoder, prepared.config.data.max_rows
+    encoder, max_rows = prepared.subject.encoder, prepared.data.max_rows
     groups = list(walk(prepared.dataset, split, encoder.image_size, encoder.channels, max_rows))
     images = torch.cat([group.images_BCHW for group in groups]).numpy()
     return pixel_features(images), np.concatenate([g.labels for g in groups if g.labels is not None])
@@ -358,7 +384,7 @@ def record(prepared: Prepared, appraisal: Appraisal) -> str | None:
     subject = prepared.subject
     if prepared.store is None:
         return None
-    if appraisal.scores:
+    if appraisal.scores or appraisal.detections:
         note_section(prepared.store.uri, subject.name, f"Evaluation {appraisal.name}", appraisal.markdown())
     run_id = subject.run_id
     if subject.checkpoint is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,16 @@ from maskray.config.load import load_as
 from maskray.errors import StorageError
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
-    from maskray.appraisal import Appraisal
+    from maskray.publish.appraised import Appraisal
 
+_REASONS = 5
 OF_FEATURES = ("model", "untrained", "raw pixels")
 
 
 def add(commands: Any) -> None:
     """Tell the parser of it."""
     parser = commands.add_parser(
-        "evaluate", help="what a model is worth: neighbours, probes, fine-tuning, reconstructions"
+        "evaluate", help="what a model is worth: neighbours, probes, fine-tuning, detection, reconstructions"
     )
     parser.add_argument("--config", required=True, type=Path, help="YAML that says which model, data and evaluations")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. seed=1")
@@ -75,8 +77,14 @@ def show(found: Appraisal) -> None:
         console.print(_accuracies(found))
     if found.likenesses:
         console.print(_likenesses(found))
+    if found.detections:
+        console.print(_detections(found))
     if found.undecodable:
         console.print(f"{len(found.undecodable)} images cannot be decoded, and count for nothing")
+    for reason, count in Counter(each.reason for each in found.set_aside).most_common(_REASONS):
+        console.print(f"detection: {count} annotations or images set aside: {reason}")
+    if len({each.reason for each in found.set_aside}) > _REASONS:
+        console.print(f"detection: {len(found.set_aside)} set aside in all; each is in the JSON")
 
 
 def _accuracies(found: Appraisal) -> Table:
@@ -106,4 +114,28 @@ def _likenesses(found: Appraisal) -> Table:
         table.add_column(heading, justify="right")
     for each in found.likenesses:
         table.add_row(f"{each.ratio:g}", f"{each.loss:.4f}", f"{each.psnr:.2f}", f"{each.ssim:.3f}")
+    return table
+
+
+def _detections(found: Appraisal) -> Table:
+    first = found.detections[0]
+    title = (
+        f"Average precision in % on {first.num_images:,} images with {first.num_objects:,} objects, "
+        f"after {first.num_steps:,} steps; untrained: from scratch"
+    )
+    table = Table(title=title, title_justify="left")
+    kinds = list(dict.fromkeys(each.features for each in found.detections))
+    table.add_column("of")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    rows: dict[str, dict[str, str]] = {}
+    for score in found.detections:
+        each = score.precision
+        values = {"AP": each.ap, "AP50": each.ap50, "AP75": each.ap75}
+        sizes = {"small": each.ap_small, "medium": each.ap_medium, "large": each.ap_large}
+        values |= {f"AP, {size} objects": value for size, value in sizes.items() if value is not None}
+        for name, value in values.items():
+            rows.setdefault(f"{each.of}: {name}", {})[score.features] = f"{100 * value:.1f}"
+    for name, row in rows.items():
+        table.add_row(name, *(row.get(kind, "") for kind in kinds))
     return table

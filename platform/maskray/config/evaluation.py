@@ -168,7 +168,9 @@ class DetectionEvaluation(Section):
 
 FeatureEvaluation = KnnEvaluation | LogisticEvaluation | LinearEvaluation
 """What reads frozen features."""
-Evaluation = Annotated[FeatureEvaluation | FinetuneEvaluation | ReconstructionEvaluation, Field(discriminator="kind")]
+Evaluation = Annotated[
+    FeatureEvaluation | FinetuneEvaluation | DetectionEvaluation | ReconstructionEvaluation, Field(discriminator="kind")
+]
 
 
 class EvaluationData(Section):
@@ -190,7 +192,8 @@ class EvaluateConfig(Section):
     model: str
     """Folder or URI of a checkpoint, or of an encoder with `encoder.json`; or `models:/name@alias`,
     `models:/name/version` of the registry. Reconstruction wants a checkpoint: an encoder alone paints nothing."""
-    data: EvaluationData
+    data: EvaluationData | None = None
+    """Of all evaluations but detection, which has its own."""
     evaluations: Annotated[tuple[Evaluation, ...], Field(min_length=1)]
     untrained: bool = True
     """Judge the same encoder before any training too: what of a score is pretraining's."""
@@ -209,4 +212,11 @@ class EvaluateConfig(Section):
         twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         if twice:
             raise ValueError(f"evaluations: {', '.join(twice)} stands there twice; list its values in one")
+        return self
+
+    @model_validator(mode="after")
+    def _with_data(self) -> EvaluateConfig:
+        others = [each.kind for each in self.evaluations if each.kind != "detection"]
+        if others and self.data is None:
+            raise ValueError(f"data must be given: {others[0]} is judged on a dataset's images")
         return self

@@ -9,8 +9,8 @@ import ray
 import torch
 
 from maskray import appraisal
-from maskray.appraisal import Appraisal, Prepared
-from maskray.config.evaluation import FinetuneEvaluation
+from maskray.appraisal import Prepared
+from maskray.config.evaluation import DetectionEvaluation, EvaluateConfig, FinetuneEvaluation
 from maskray.config.schema import RunConfig
 from maskray.data.manifest import SplitName
 from maskray.data.mapper import Progress, silent
@@ -24,6 +24,7 @@ from maskray.on_ray import courses
 from maskray.on_ray.cluster import check_shared, check_workers
 from maskray.on_ray.features import feature_blocks
 from maskray.pretrain import settle
+from maskray.publish.appraised import Appraisal
 from maskray.training import checkpoint
 
 
@@ -56,13 +57,24 @@ def appraise(prepared: Prepared, progress: Progress = silent) -> Appraisal:
         MaskrayError, TrainingError: as `appraisal.appraise` does.
     """
     config = prepared.config
-    check_workers(config.cluster, config.data.path, "data.path", "evaluate")
+    for place, key in _places(config):
+        check_workers(config.cluster, place, key, "evaluate")
 
     def blocks(dataset: Dataset, split: SplitName, encoder: Encoder) -> Iterator[FeatureBlock]:
-        return feature_blocks(dataset, split, encoder, config.cluster, config.data.max_rows)
+        return feature_blocks(dataset, split, encoder, config.cluster, prepared.data.max_rows)
 
     root = Storage(config.storage.path).child(appraisal.TRAINED)
-    if any(isinstance(each, FinetuneEvaluation) for each in config.evaluations):
+    if any(isinstance(each, FinetuneEvaluation | DetectionEvaluation) for each in config.evaluations):
         check_shared(root)
     train = partial(courses.run_all, cluster=config.cluster, root=root, prefix=config.name)
     return appraisal.appraise(prepared, blocks, train, progress)
+
+
+def _places(config: EvaluateConfig) -> Iterator[tuple[str, str]]:
+    """Whatever workers read, and the key that says where it is."""
+    if config.data is not None:
+        yield config.data.path, "data.path"
+    for each in config.evaluations:
+        if isinstance(each, DetectionEvaluation):
+            yield each.train.images, "evaluations.train.images"
+            yield each.val.images, "evaluations.val.images"
