@@ -4,8 +4,8 @@ A set that is made on the spot (`tests/cutouts.py`): handwritten digits pasted o
 transformer is pretrained on 2,000 canvases without labels, through maskray's own `pretrain`; then 160 other canvases
 with boxes are trained on, and 100 with digits that were never seen judge. One core.
 
-What must come out: the pretrained one's AP over the thresholds .50 to .95 is at least 0.5. What moves it: seeds (by
-about 0.03), and the rate: `--rate 0.1` is too much from scratch.
+What must come out: the pretrained one's AP over the thresholds .50 to .95 is at least 0.5. What moves it: seeds
+(`--repeats`), the passes over the labels, and the rate: `--rate 0.1` is too much from scratch.
 """
 
 from __future__ import annotations
