@@ -35,7 +35,7 @@ def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> Callable[[str], RunCo
         return tiny(
             optim={"steps": STEPS},
             training={"log_steps": 2, "checkpoint_steps": EVERY, "probe_steps": EVERY},
-            probe={"limit_seconds": 30.0, "figure_images": 1, "draws": 2},
+            probe={"limit_seconds": 30.0, "waiting": 6, "figure_images": 1, "draws": 2},
             storage={"path": str(tmp_path / folder)},
         )
 

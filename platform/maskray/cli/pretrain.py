@@ -99,7 +99,7 @@ def _accuracies(judged: Judgement) -> Table:
     for heading in shown:
         table.add_column(heading, justify="right")
     few = [f"{100 * s.few_labels.mean:.1f} ± {100 * s.few_labels.std:.1f} %" for s in shown.values()]
-    table.add_row(f"logistic regression, {judged.labels_per_class} labels a class, mean ± std of draws", *few)
+    table.add_row(f"logistic regression, {judged.labels_per_class} labels a class ± std of draws", *few)
     every = [f"{100 * s.all_labels:.1f} %" for s in shown.values()]
     table.add_row(f"logistic regression, all {judged.num_train:,} labels", *every)
     table.add_row(f"{judged.k} nearest neighbours", *(f"{100 * s.knn:.1f} %" for s in shown.values()))

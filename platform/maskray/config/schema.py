@@ -231,10 +231,14 @@ class ProbeConfig(Section):
     """Set aside for probes while the workers train. 0: they share the workers'."""
     gpus: Annotated[float, Field(ge=0)] = operational(0.0)
     """Set aside too; a probe computes on it."""
-    limit_seconds: Annotated[float, Field(gt=0)] = operational(900.0)
-    """A probe that takes longer is ended, and noted."""
+    limit_seconds: Annotated[float, Field(gt=0)] = operational(1800.0)
+    """A probe that takes longer is ended, and noted; the one at the end of the run too."""
+    waiting: Annotated[int, Field(ge=0)] = operational(4)
+    """Newer checkpoints that may wait to be judged; with more, a probe is left out and noted. Each that waits is kept,
+    and the run ends when all are judged."""
     best_by: Literal["few_labels", "all_labels", "knn"] = operational("few_labels")
-    """Score by which `storage.keep_checkpoints` checkpoints are kept, beside the newest."""
+    """Score by which `storage.keep_checkpoints` checkpoints are kept, beside the newest. Not to be changed under way:
+    the scores of two kinds would be compared."""
     labels_per_class: PositiveInt = operational(5)
     draws: PositiveInt = operational(10)
     """Stratified draws of `labels_per_class` labels whose accuracies are averaged."""

@@ -189,9 +189,10 @@ def probe(config: RunConfig, weights: Path, device: torch.device, *, first: bool
         device: where features are computed.
         first: whether curves begin with it: then the model before training is judged too.
     """
-    bench = Bench(config, device)
-    before = [bench.find(0)] if first else []
-    return [*before, bench.find(checkpoint.read_facts(weights).step, weights)]
+    bench, step = Bench(config, device), checkpoint.read_facts(weights).step
+    # Without labels no curve ever begins.
+    before = [bench.find(0)] if first and (bench.rows is not None or step == config.training.probe_steps) else []
+    return [*before, bench.find(step, weights)]
 
 
 def judge(config: RunConfig, weights: Path, device: torch.device) -> Verdict:

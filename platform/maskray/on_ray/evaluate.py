@@ -35,7 +35,12 @@ def judge(config: RunConfig, weights: Storage) -> Verdict:
     environment = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
     resources = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
     task = ray.remote(**resources, runtime_env=environment)(_judge)
-    return ray.get(task.remote(config, weights))  # type: ignore[no-any-return]
+    verdict = task.remote(config, weights)
+    try:
+        return ray.get(verdict, timeout=config.probe.limit_seconds)  # type: ignore[no-any-return]
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(verdict, force=True)
+        raise
 
 
 def _judge(config: RunConfig, weights: Storage) -> Verdict:

@@ -6,6 +6,8 @@ comes of it is a note; a hook that died so would end the run.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +21,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
+from maskray.errors import MaskrayError, TrackingError
+from maskray.on_ray.stream import SNAPSHOT
 from maskray.training import folders
 
 _STORE_SECONDS = 60.0
+_NICE = 10  # where CPUs are short, it is the probe that waits, and not the workers or Ray's own processes
 
 Judge = Callable[[RunConfig, Storage, "Told"], float]
 """Judges the checkpoint at a place; the score that it is kept by."""
@@ -48,6 +53,7 @@ def judge(config: RunConfig, weights: Storage, told: Told) -> float:
     from maskray.training import checkpoint
 
     tell_driver(told.board)
+    os.nice(_NICE)
     settle_probe(config)
     device = torch.device("cuda" if config.probe.gpus else "cpu")
     first = not mlflow_runs.has_metric(told.tracking_uri, told.run_id, f"probe/{config.probe.best_by}")
@@ -57,7 +63,8 @@ def judge(config: RunConfig, weights: Storage, told: Told) -> float:
     tracker = MlflowTracker(told.tracking_uri, told.run_id)
     for each in found:
         each.tell(tracker)
-    tracker.close(_STORE_SECONDS)
+    if not tracker.close(config.probe.limit_seconds):
+        raise TrackingError("MLflow did not take what the probe found", found=weights.join(folders.PROBE))
     return folders.score_of(weights.read_bytes)
 
 
@@ -77,6 +84,11 @@ class Hook:
     def __call__(self, checkpoint: ray.train.Checkpoint) -> dict[str, float]:
         """Have it judged. Whatever comes of that is no error."""
         name, config = Path(checkpoint.path).name, RunConfig.model_validate(self.config)
+        if config.training.probe_steps is None or not config.probe.enabled:  # of an earlier launch, that had probes
+            return {}
+        if (newer := waiting_after(self.run, name)) > config.probe.waiting:
+            self._note(folders.step_of(name), f"left out, since {newer} newer ones were waiting (probe.waiting)")
+            return {}
         task = ray.remote(
             num_cpus=config.probe.cpus,
             num_gpus=config.probe.gpus,
@@ -93,18 +105,28 @@ class Hook:
                 raise TimeoutError(f"not ended within {config.probe.limit_seconds:g} s (probe.limit_seconds)")
             return {folders.SCORE: float(ray.get(child))}
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
-            self._note(folders.step_of(name), error)
-            return {}
+            cause = getattr(error, "cause", None) or error  # without the traceback of another process
+            self._note(folders.step_of(name), f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+        # It may have left its note before it ended.
+        return {folders.SCORE: folders.score_of(self.run.child(name).read_bytes)}
 
-    def _note(self, step: int, error: Exception) -> None:
+    def _note(self, step: int, why: str) -> None:
         from maskray.tracking.mlflow_tracker import MlflowTracker
 
-        cause = getattr(error, "cause", None) or error  # without the traceback of another process
-        text = f"The probe at step {step} came to nothing: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        text = f"The probe at step {step} came to nothing: {why}"
         self.told.board.warn.remote(text)
         tracker = MlflowTracker(self.told.tracking_uri, self.told.run_id)
         tracker.event("probe_failed", text)
         tracker.close(_STORE_SECONDS)
+
+
+def waiting_after(run: Storage, name: str) -> int:
+    """Checkpoints that wait to be judged and are newer than one. Ray Train keeps each until it is."""
+    try:
+        pending = json.loads(run.read_bytes(SNAPSHOT))["pending_training_results"]
+        return sum(folders.step_of(each["checkpoint_dir_name"]) > folders.step_of(name) for each in pending)
+    except (OSError, ValueError, LookupError, TypeError, MaskrayError):  # it is being written
+        return 0
 
 
 def bundles(config: RunConfig) -> list[dict[str, float]]:

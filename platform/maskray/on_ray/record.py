@@ -35,10 +35,13 @@ def settle(run: Storage) -> None:
     folders = [name for name in run.list_names() if name.startswith(FOLDER_PREFIX)]
     try:
         listed = _listed(run.read_bytes(SNAPSHOT), folders)
-    except FileNotFoundError:  # no checkpoint was ever registered
-        listed = set()
+    except FileNotFoundError:  # none was ever registered: a launch was killed before, or they are those of bare torch
+        listed = _made_again(run, [name for name in folders if _is_whole(run.child(name))])
     except ValueError as error:
-        listed = _made_again(run, folders, str(error))
+        whole = [name for name in folders if _is_whole(run.child(name))]
+        if folders and not whole:
+            raise _nothing_left(run, str(error)) from error
+        listed = _made_again(run, whole)
     for name in folders:
         if name not in listed:
             log.info("Removing %s, which was not finished", name)
@@ -58,16 +61,20 @@ def _listed(content: bytes, folders: list[str]) -> set[str]:
     return listed
 
 
-def _made_again(run: Storage, folders: list[str], problem: str) -> set[str]:
-    whole = [name for name in folders if _is_whole(run.child(name))]
-    if folders and not whole:
-        raise CheckpointError(
-            "Ray Train's record of the checkpoints cannot be read, and no checkpoint is whole",
-            key="storage.path",
-            found=f"{run.join(SNAPSHOT)} ({' '.join(problem.split())[:200]})",
-            allowed="a record, or at least one folder whose files are as its state.json says",
-            fix=f"restore one of them from a copy, or delete {run.uri} to begin anew",
-        )
+def _nothing_left(run: Storage, problem: str) -> CheckpointError:
+    return CheckpointError(
+        "Ray Train's record of the checkpoints cannot be read, and no checkpoint is whole",
+        key="storage.path",
+        found=f"{run.join(SNAPSHOT)} ({' '.join(problem.split())[:200]})",
+        allowed="a record, or at least one folder whose files are as its state.json says",
+        fix=f"restore one of them from a copy, or delete {run.uri} to begin anew",
+    )
+
+
+def _made_again(run: Storage, whole: list[str]) -> set[str]:
+    """A record of checkpoints that are whole; their names."""
+    if not whole and not run.exists(SNAPSHOT):
+        return set()
     results = [Result(checkpoint_dir_name=name, metrics=_metrics(run, name)) for name in whole]
     by_score = sorted(results, key=lambda result: result.metrics[SCORE])  # stable: of equals the newest is the last
     state = State(
@@ -83,7 +90,7 @@ def _made_again(run: Storage, folders: list[str], problem: str) -> set[str]:
     )
     run.write_bytes(SNAPSHOT, state.model_dump_json().encode())
     newest = f"its newest whole checkpoint, {whole[-1]}" if whole else "the start"
-    log.warning("Ray Train's record of the checkpoints could not be read; the run goes on from %s", newest)
+    log.warning("There was no record of the checkpoints that Ray Train could read; the run goes on from %s", newest)
     return set(whole)
 
 

@@ -153,7 +153,7 @@ def short(number: float) -> str:
 def _scores(lineage: Lineage) -> list[str]:
     heading = "## What it is worth"
     if not lineage.scores:
-        return [heading, "Not known: the dataset has no labels, or no held-out images."]
+        return [heading, "Not known: the probe was off or failed, or the dataset has no labels or no held-out images."]
     subjects = [s for s in SUBJECTS if any(score.of == s for score in lineage.scores)]
     rows = []
     for measure, meaning in dict.fromkeys((score.measure, score.meaning) for score in lineage.scores):

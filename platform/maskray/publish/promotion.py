@@ -243,8 +243,8 @@ def open_set(config: PromotionConfig) -> tuple[EvaluationSet, Judge]:
 
 
 def _measure(config: PromotionConfig) -> str:
-    """What is done, with all that it depends on and that is not as it is by default."""
-    told = config.evaluation.model_dump(mode="json", exclude_defaults=True, exclude={"kind"})
+    """What is done, with all that it depends on."""
+    told = config.evaluation.model_dump(mode="json", exclude={"kind", "draws", "labels_per_class", "label_shares"})
     if config.evaluation.kind == "linear":
         told["seed"] = config.seed
     return ", ".join([config.evaluation.kind, *(f"{key} {value}" for key, value in told.items())])
@@ -363,10 +363,10 @@ def _refuse_another_set(config: FrozenSetConfig, evaluation: EvaluationSet, hist
     before = yardstick(history)
     if before is not None and before.evaluation != evaluation and not config.rejudge:
         raise ConfigError(
-            "champion and challenger must be judged on the same rows",
+            "champion and challenger must be judged by the same evaluation of the same rows",
             key="data",
             found=f"{evaluation}; the champion was judged on {before.evaluation}",
-            fix="name that dataset and number of rows, or set data.rejudge: true to judge both on these from here on",
+            fix="name those rows and that evaluation, or set data.rejudge: true to judge both so from here on",
         )
 
 

@@ -98,15 +98,17 @@ class LocalWorkerContext:
             partial.rename(folder)
             if probed and self._probe is not None:
                 self._probe(folder)
-            for old in self._not_worth_keeping():
+            for old in self._not_worth_keeping(folder):
                 shutil.rmtree(old)
         return 0.0
 
-    def _not_worth_keeping(self) -> list[Path]:
-        newest, *others = self._folders()
+    def _not_worth_keeping(self, newest: Path) -> list[Path]:
+        # Those of later steps are damaged: they were passed over when the run was taken up.
+        found = self._folders()
+        left = found[found.index(newest) :]
         # Stable: among equals the newest come first, as they stand there.
-        best = sorted([newest, *others], key=lambda f: -folders.score_of(lambda name: (f / name).read_bytes()))
-        return [folder for folder in others if folder not in best[: self._keep]]
+        best = sorted(left, key=lambda f: -folders.score_of(lambda name: (f / name).read_bytes()))
+        return [folder for folder in found if folder != newest and folder not in best[: self._keep]]
 
     def _folders(self) -> list[Path]:
         found = self.run_folder.glob(f"{folders.FOLDER_PREFIX}*")

@@ -69,11 +69,21 @@ def test_what_is_not_on_record_is_removed(run):
     assert (run / SNAPSHOT).read_bytes() == before
 
 
-def test_a_run_that_never_had_a_checkpoint_begins_anew(run):
-    (run / SNAPSHOT).unlink()
+def test_a_run_that_never_had_a_whole_checkpoint_begins_anew(run):
+    for name in (SNAPSHOT, f"{OLD}/{STATE}", f"{NEW}/{STATE}"):
+        (run / name).unlink()
     record.settle(Storage(run))
     assert folders(run) == []
     assert train_reads(run).latest_checkpoint_result is None
+
+
+def test_whole_checkpoints_without_a_record_are_gone_on_from(run, caplog):
+    """Those of bare torch, or of a launch that was killed before Train had registered the first."""
+    (run / SNAPSHOT).unlink()
+    record.settle(Storage(run))
+    assert folders(run) == [OLD, NEW]
+    assert newest(run) == NEW
+    assert f"goes on from its newest whole checkpoint, {NEW}" in caplog.text
 
 
 @pytest.mark.parametrize("kept", [0, 1, 40, 200])

@@ -102,7 +102,7 @@ def test_people_read_it(lineage: Lineage):
 
 def test_what_is_not_known_is_said(run: TrainedRun):
     said = markdown(gather(replace(run, code={}), [(12, 1.0)], [(12, 64.0)], None))
-    assert "Not known: the dataset has no labels, or no held-out images." in said
+    assert "Not known: the probe was off or failed, or the dataset has no labels or no held-out images." in said
     assert "commit `unknown`" in said
 
 

@@ -113,11 +113,17 @@ def test_mlflow_shows_what_was_decided(registered: Registered):
     assert run.data.metrics["promotion/champion/gain"] < 0
 
 
+RATES = [0.1, 1.0]
+
+
 @pytest.mark.parametrize(
     ("evaluation", "measure"),
     [
-        ({"kind": "knn", "k": [5]}, "knn, k [5]"),
-        ({"kind": "linear", "label_shares": [1.0], "epochs": 5}, "linear, label_shares [1.0], epochs 5, seed 0"),
+        ({"kind": "knn", "k": [5]}, "knn, k [5], temperature 0.07"),
+        (
+            {"kind": "linear", "label_shares": [1.0], "epochs": 5, "learning_rates": RATES},
+            f"linear, learning_rates {RATES}, epochs 5, batch 1024, seed 0",
+        ),
     ],
 )
 def test_the_config_says_what_names_the_rows(registered: Registered, evaluation: dict, measure: str):
@@ -126,7 +132,7 @@ def test_the_config_says_what_names_the_rows(registered: Registered, evaluation:
     decision = promote(registered.config(worse, evaluation=evaluation))
     assert decision.kind == "refused"
     assert decision.comparison.evaluation.measure == measure
-    with pytest.raises(ConfigError, match="judged on the same rows"):
+    with pytest.raises(ConfigError, match="judged by the same evaluation"):
         promote(registered.config(worse))
 
 

@@ -62,6 +62,17 @@ def test_the_best_by_their_probe_are_kept_then_the_newest_and_the_newest_of_all(
     assert newest(context) == 100
 
 
+def test_what_was_passed_over_keeps_no_place(tmp_path, snapshot):
+    context = LocalContext(tmp_path, DATA, keep_checkpoints=1)
+    context.report(8, snapshot(8), probed=False)
+    damaged = tmp_path / folders.folder_name(10, "local")
+    damaged.mkdir()
+    assert newest(context) == 8
+    context.report(9, snapshot(9), probed=False)
+    assert newest(context) == 9
+    assert steps_in(context) == [9]
+
+
 def test_a_step_that_is_trained_again_replaces_its_checkpoint(tmp_path, snapshot):
     context = LocalContext(tmp_path, DATA)
     for _ in range(2):
