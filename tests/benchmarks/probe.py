@@ -1,19 +1,25 @@
-"""What a probe beside it costs a training loop: runs with probes all the time and without any, in turns.
+"""What a probe beside it costs a training loop: runs with probes all the time, without any, and beside a busy core.
 
-    python tests/benchmarks/probe.py --repeats 5
+    python tests/benchmarks/probe.py --repeats 4
 
 One worker of one core trains; one core is set aside for probes, of which a next one begins when the last has ended. The
-same run on the same images both times; images/s are those of the loop itself, as every run tells MLflow.
+same run on the same images each time; images/s are those of the loop itself, as every run tells MLflow. The third kind
+has no probes, but a process that does nothing but multiply matrices: what any work on the other core costs, through the
+memory, caches and clocks that both share.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
+from functools import partial
+from itertools import count
 from pathlib import Path
 
-from measure import Report, arguments, ratios
+from measure import Report, alternate, arguments, ratios
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # an embedded cluster of this process alone
 
@@ -32,39 +38,49 @@ EVERY = 20
 RESAMPLES = 10_000
 
 
+BUSY = "import torch; torch.set_num_threads(1); a = torch.rand(512, 512)\nwhile True: a @ a"
+KINDS = ("without", "with probes", "beside a busy core")
+
+
 def main() -> None:
-    parser = arguments(__doc__, repeats=5)
-    parser.add_argument("--steps", type=int, default=240, help="of a run (default: %(default)s)")
+    parser = arguments(__doc__, repeats=4)
+    parser.add_argument("--steps", type=int, default=160, help="of a run (default: %(default)s)")
     given = parser.parse_args()
     if given.repeats < 2:
         parser.error("one run of each kind says nothing of the noise")
     report = Report("probe, beside a training loop", given.json)
     with tempfile.TemporaryDirectory(prefix="maskray-") as text:
-        folder = Path(text)
-        digits = IngestConfig(source="digits", destination=str(folder / "digits"), group_rows=16, held_out_fraction=0.2)
-        ingest(digits, thread_mapper(1))
-        rates: dict[bool, list[float]] = {False: [], True: []}
-        probes = list[float]()
+        folder, probes = Path(text), list[float]()
+        ingest(
+            IngestConfig(source="digits", destination=str(folder / "digits"), group_rows=16, held_out_fraction=0.2),
+            thread_mapper(1),
+        )
+        turns = {kind: count() for kind in KINDS}
+
+        def side(kind: str) -> float:
+            rate, judged = trained(folder, f"{kind.replace(' ', '-')}-{next(turns[kind])}", given.steps, kind)
+            if judged:
+                probes.append(judged)
+            return rate
+
         with connected(ClusterConfig(embedded_cpus=2)):
-            trained(folder, "warm-up", 2 * EVERY, probed=True)
-            for number in range(given.repeats):
-                for probed in (number % 2 == 0, number % 2 == 1):
-                    rate, count = trained(folder, f"run-{number}-{probed}", given.steps, probed=probed)
-                    rates[probed].append(rate)
-                    if probed:
-                        probes.append(count)
-    beside = ratios(rates[True], of=rates[False])
-    report.add("without probes", rates[False], "images/s")
-    report.add("with probes", rates[True], "images/s")
-    report.add("with : without", beside, "")
-    report.add("95 % bootstrap interval of the median of it", interval(beside), "")
-    report.add("noise: without, a run : the one before", ratios(rates[False][1:], of=rates[False][:-1]), "")
+            trained(folder, "warm-up", 2 * EVERY, KINDS[1])
+            rates = alternate({kind: partial(side, kind) for kind in KINDS}, given.repeats)
+    without = rates[KINDS[0]]
+    for kind, values in rates.items():
+        report.add(kind, values, "images/s")
+    for kind in KINDS[1:]:
+        beside = ratios(rates[kind], of=without)
+        report.add(f"{kind} : without", beside, "")
+        report.add("  95 % bootstrap interval of its median", interval(beside), "")
+    report.add("noise: a run without : the one before", ratios(without[1:], of=without[:-1]), "")
     report.add("probes in a run", probes, "")
     report.show()
 
 
-def trained(folder: Path, name: str, steps: int, *, probed: bool) -> tuple[float, int]:
+def trained(folder: Path, name: str, steps: int, kind: str) -> tuple[float, int]:
     """Images/s of a run's loop: the median over its log steps but the first two; and how many probes it had."""
+    probed = kind == KINDS[1]
     size = {"width": 192, "depth": 4, "heads": 3}
     config = parse(
         RunConfig,
@@ -87,7 +103,13 @@ def trained(folder: Path, name: str, steps: int, *, probed: bool) -> tuple[float
         },
     )
     prepared = prepare(config)
-    summary = launch(prepared, RayLauncher())
+    busy = subprocess.Popen([sys.executable, "-c", BUSY]) if kind == KINDS[2] else None
+    try:
+        summary = launch(prepared, RayLauncher())
+    finally:
+        if busy is not None:
+            busy.kill()
+            busy.wait()
     client = MlflowClient(prepared.store.uri)
     history = client.get_metric_history(summary.run_id, "throughput/images_per_second")
     judged = client.get_metric_history(summary.run_id, "probe/knn") if probed else []

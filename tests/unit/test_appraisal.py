@@ -201,7 +201,7 @@ def test_the_card_of_a_registered_version_gets_the_table(config, store, tmp_path
         record(prepared, found)
     card = store.client().get_model_version(MODEL, number).description
     assert card.startswith(
-        "What it is.\n\n## How it was trained\n\nLong.\n\n## Evaluation digits\n\nAccuracy on 324 held-out"
+        "What it is.\n\n## How it was trained\n\nLong.\n\n## Evaluation digits\n\nAccuracy and its 95 % interval on 324"
     )
     score = found.scores[0]
     shown = f"{100 * score.accuracy:.1f} % ({100 * score.low:.1f} to {100 * score.high:.1f})"

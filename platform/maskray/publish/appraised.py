@@ -56,7 +56,7 @@ class Appraisal:
         """Accuracies and average precision, for people."""
         parts = list[str]()
         if self.scores:
-            said = f"Accuracy, and its 95 % interval, on {self.num_test:,} held-out images of the dataset `{self.dataset}`."
+            said = f"Accuracy and its 95 % interval on {self.num_test:,} held-out images of dataset `{self.dataset}`."
             parts.append(f"{said}\n\n{self._accuracies()}")
         if self.detections:
             first = self.detections[0]
