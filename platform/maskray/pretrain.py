@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         step.warm_up(zero_batch(spec))
 
     def facts(done: int) -> checkpoint.Facts:
-        packages = {name: _version(name) for name in PACKAGES}
+        packages = checkpoint.versions(PACKAGES)
         known = (plan.fingerprint, context.world_size, threads, packages, tracker.pending(), dict(rates))
         return checkpoint.Facts(done, *known)
 
@@ -150,10 +149,3 @@ def _ledger(folder: str | None, rank: int) -> Path | None:
         return None
     Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder) / f"{rank}.jsonl"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"

@@ -89,12 +89,14 @@ class FinetuneEvaluation(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     unit_rows: Annotated[int, Field(ge=2)] = 32
     """Rows that a worker takes at once: they are mixed among each other, and batch normalisation, where the encoder has
-    it, takes its statistics over them. So what is learned does not depend on the number of workers."""
+    it, takes its statistics over them. So a step's rows and their mixing do not depend on the number of workers; which
+    residual blocks are left out does, unless drop_path is 0."""
     keep_bytes: PositiveInt = 2 * 2**30
     """Images that a worker keeps in memory, if those that are trained on fit into so many; else they are read again in
     each pass, a row group at a time."""
-    pass_units: PositiveInt = operational(8)
-    """Units in one forward and backward pass of a worker."""
+    pass_units: PositiveInt = 8
+    """Units in one forward and backward pass of a worker. Which residual blocks are left out is drawn for them all at
+    once."""
     checkpoint_steps: PositiveInt = operational(200)
     """Steps between two checkpoints."""
 

@@ -41,6 +41,7 @@ from maskray.evaluation.pictures import BATCH, picture_of
 from maskray.evaluation.scores import Score, score
 from maskray.models.encoder import Encoder, digest
 from maskray.models.sparse_layers import group_norms, settle_statistics
+from maskray.training import checkpoint
 from maskray.training.context import WorkerContext
 from maskray.training.courses import Build, State, Tell, summed, summed_gradients
 from maskray.training.optim import Schedule, build_layered_optimizer
@@ -49,6 +50,7 @@ from maskray.training.randomness import drawn_by
 TRAIN: SplitName = "train"
 TEST: SplitName = "held_out"
 _FIRST_VIEW = 0
+_PACKAGES = ("maskray", "torch", "timm")
 
 Train = Callable[[Build[Any], Sequence[Any], str, int, Tell], list[State]]
 """Trains courses to their end: how one is made, descriptions, fingerprint of all that is trained, checkpoint steps,
@@ -163,7 +165,7 @@ class Finetuning:
     """A worker decodes with."""
 
     def fingerprint(self) -> str:
-        """Of all that decides what comes out."""
+        """Of all that decides what comes out: what another version found is not taken for this one's."""
         return fingerprint(
             {
                 "evaluation": identity(self.evaluation),
@@ -171,6 +173,7 @@ class Finetuning:
                 "dataset": self.dataset.manifest.fingerprint,
                 "max_rows": self.max_rows,
                 "seed": self.seed,
+                "packages": checkpoint.versions(_PACKAGES),
             }
         )
 

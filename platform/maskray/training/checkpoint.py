@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,18 @@ def on_disk(storage: Storage) -> Iterator[Path]:
         for name in storage.list_names():
             (Path(folder) / name).write_bytes(storage.read_bytes(name))
         yield Path(folder)
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of each package, as it is installed; `unknown` where it is run from a source tree."""
+    return {package: _version(package) for package in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def on_host(state: Any) -> Any:

@@ -19,6 +19,7 @@ from maskray.evaluation.classifier import Classifier
 from maskray.evaluation.finetune import Asked, Finetuning, asked_of, finetuned
 from maskray.models.encoder import Encoder, encoder_only, load_encoder
 from maskray.models.normalize import Normalize
+from maskray.training import checkpoint
 from maskray.training.context import LocalWorkerContext
 from maskray.training.courses import run_all, run_all_here
 
@@ -384,10 +385,16 @@ def test_scores_come_with_intervals_and_draws_and_are_on_record(what, tmp_path, 
 
 def test_whatever_is_learned_otherwise_is_another_run(what):
     one = what()
-    same = [what(checkpoint_steps=7), what(pass_units=1)]
-    other = [what(base_lr=0.1), what(max_rows=500), what(keep_bytes=5)]
-    assert {each.fingerprint() for each in same} == {one.fingerprint()}
-    assert len({each.fingerprint() for each in (one, *other)}) == 4
+    other = [what(base_lr=0.1), what(max_rows=500), what(keep_bytes=5), what(pass_units=1)]
+    assert what(checkpoint_steps=7).fingerprint() == one.fingerprint()
+    assert len({each.fingerprint() for each in (one, *other)}) == 5
+
+
+@pytest.mark.parametrize("package", ["maskray", "torch", "timm"])
+def test_what_another_version_found_is_another_run(what, monkeypatch, package):
+    before, real = what().fingerprint(), checkpoint.version
+    monkeypatch.setattr(checkpoint, "version", lambda name: "0.0.1" if name == package else real(name))
+    assert what().fingerprint() != before
 
 
 def test_images_that_cannot_be_decoded_count_for_nothing(what, tmp_path, monkeypatch):
