@@ -6,7 +6,7 @@ follow from (seed, pass, row) and (seed, step, unit) alone: not from the number 
 are left out is each worker's own draw.
 
 Shape letters: B images of a batch, C channels, H and W pixels down and across, D width of a feature, K classes, N rows
-of a unit, R rows that are trained with, M test rows.
+of a unit, T rows of the training split, M test rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from maskray import draws
 from maskray.config.evaluation import FinetuneEvaluation
 from maskray.config.load import fingerprint, identity
-from maskray.data import crop, portions
+from maskray.data import portions
 from maskray.data.decode import UndecodableError, decode
 from maskray.data.embeddings import Undecodable
 from maskray.data.manifest import Ints, SplitName
@@ -39,6 +39,7 @@ from maskray.evaluation.classifier import Classifier
 from maskray.evaluation.logistic import Labels, drawn_rows
 from maskray.evaluation.pictures import BATCH, picture_of
 from maskray.evaluation.scores import Score, score
+from maskray.evaluation.units import Unit, Units
 from maskray.models.encoder import Encoder, digest
 from maskray.models.sparse_layers import group_norms, settle_statistics
 from maskray.training import checkpoint
@@ -49,7 +50,6 @@ from maskray.training.randomness import drawn_by
 
 TRAIN: SplitName = "train"
 TEST: SplitName = "held_out"
-_FIRST_VIEW = 0
 _PACKAGES = ("maskray", "torch", "timm")
 
 Train = Callable[[Build[Any], Sequence[Any], str, int, Tell], list[State]]
@@ -74,12 +74,12 @@ class Asked(NamedTuple):
             return f"fine-tuned, {self.labels_per_class} labels a class"
         return f"fine-tuned, {100 * self.share:g} % of the labels"
 
-    def rows(self, labels_R: Labels, seed: int) -> Ints:
+    def rows(self, labels_T: Labels, seed: int) -> Ints:
         """Ascending numbers of the rows that are trained with."""
         if self.labels_per_class is None and self.share == 1:
-            return np.arange(len(labels_R))
+            return np.arange(len(labels_T))
         wanted, share = self.labels_per_class, self.share
-        return np.sort(drawn_rows(labels_R, lambda size: wanted or max(1, round(share * size)), seed, self.draw))
+        return np.sort(drawn_rows(labels_T, lambda size: wanted or max(1, round(share * size)), seed, self.draw))
 
 
 def asked_of(evaluation: FinetuneEvaluation, features: list[str]) -> list[Asked]:
@@ -189,18 +189,16 @@ class FinetuneCourse:
         self._what, self._asked, self._context = what, asked, context
         recipe, encoder = what.evaluation, what.encoders[asked.features]
         self._seed = draws.word(what.seed, draws.Stream.COURSE, 1 + asked.draw)
-        self._labels_R = what.dataset.labels(TRAIN, what.max_rows)
-        rows = asked.rows(self._labels_R, what.seed)
-        self._pictures = Pictures(what.dataset, TRAIN, rows, encoder.channels, recipe.keep_bytes)
-        self._passes = self._pictures.passes(self._seed)
+        labels_T = what.dataset.labels(TRAIN, what.max_rows)
+        rows = asked.rows(labels_T, what.seed)
         self._image_size, self._num_classes = encoder.image_size, len(what.dataset.manifest.class_names)
-        self.batch = min(recipe.batch, len(rows))
-        self.num_units = -(-self.batch // recipe.unit_rows)
-        in_a_unit = -(-self.batch // self.num_units)
-        self._unit_rows = in_a_unit + in_a_unit % 2  # even: they are mixed in pairs
+        self.batch, self._num_rows = min(recipe.batch, len(rows)), len(rows)
+        pictures = Pictures(what.dataset, TRAIN, rows, encoder.channels, recipe.keep_bytes)
+        place: dict[str, Any] = {"batch": self.batch, "seed": self._seed, "context": context}
+        self.units = Units(recipe, pictures, labels_T, encoder, **place)
         self.total_steps = max(recipe.least_steps, round(recipe.epochs * len(rows) / self.batch))
         with drawn_by(draws.word(self._seed, draws.Stream.COURSE, 0, 1)):
-            network = Classifier(encoder, self._num_classes, recipe.drop_path, self._unit_rows)
+            network = Classifier(encoder, self._num_classes, recipe.drop_path, self.units.rows)
         self._network = network.to(context.device)
         network.model.place(context.device)
         decay = recipe.layer_decay if asked.features == "model" else 1.0
@@ -223,8 +221,7 @@ class FinetuneCourse:
     def step(self, number: int) -> None:
         """As `Course.step`."""
         if self._batches is None:
-            self._pictures.load()
-            self._batches = iter(thread_mapper(self._what.threads)(self.units, range(number, self.total_steps)))
+            self._batches = self.units.steps(number, self.total_steps, self._what.threads)
         units = next(self._batches)
         self._network.train()
         self.optimizer.zero_grad()
@@ -240,44 +237,6 @@ class FinetuneCourse:
         self._bad.add_(summed(bad)).clamp_(max=1)
         self._schedule.apply(self.optimizer, number)
         self.optimizer.step()
-
-    def units(self, number: int) -> list[Unit]:
-        """This worker's units of a step; one that has fewer than others repeats one with weight 0."""
-        drawn = self._passes.take(number * self.batch, self.batch)
-        pieces = np.array_split(np.arange(self.batch), self.num_units)
-        world, rank = self._context.world_size, self._context.rank
-        own = list(range(rank, self.num_units, world))
-        units = [self._unit(i, drawn.passes_N[pieces[i]], drawn.rows_N[pieces[i]]) for i in own or [0]]
-        spare = units[0]._replace(weights_N=torch.zeros_like(units[0].weights_N))
-        return (units if own else []) + [spare] * (-(-self.num_units // world) - len(own))
-
-    def _unit(self, number: int, passes_N: Ints, rows_N: Ints) -> Unit:
-        # Each image is mixed with the one as far from the other end. What is added to fill the unit stands in the
-        # middle and is the middle one: if that has no partner, it is mixed with itself.
-        num, half = len(rows_N), (len(rows_N) + 1) // 2
-        index = np.concatenate([np.arange(half), np.full(self._unit_rows - num, half - 1), np.arange(half, num)])
-        weights_N = torch.ones(self._unit_rows)
-        weights_N[half : half + self._unit_rows - num] = 0
-        pictures = list[Tensor | None]()
-        for pass_ in np.unique(passes_N).tolist():  # they come in ascending order
-            pictures += self._pictures_of(pass_, rows_N[passes_N == pass_])
-        blank = torch.zeros(self._network.model.channels, *self._image_size, dtype=torch.uint8)
-        images = torch.stack([blank if each is None else each for each in pictures])
-        weights_N *= torch.tensor([each is not None for each in pictures])[index]
-        return Unit(number, rows_N[index], images[index], torch.from_numpy(self._labels_R[rows_N[index]]), weights_N)
-
-    def _pictures_of(self, pass_: int, rows_N: Ints) -> list[Tensor | None]:
-        """Cropped and flipped by key, all at once; None where an image cannot be decoded."""
-        wholes = [self._pictures.get(row) for row in rows_N.tolist()]
-        sizes_N2 = np.array([(1, 1) if isinstance(each, UndecodableError) else each.shape[1:] for each in wholes])
-        recipe, views_N = self._what.evaluation, np.full(len(rows_N), _FIRST_VIEW)
-        key: dict[str, Any] = {"seed": self._seed, "pass_": pass_, "rows": rows_N, "views": views_N}
-        boxes_N4 = crop.draw_boxes(recipe.crop, sizes_N2, **key)
-        flips_N = crop.draw_flips(recipe.flip_probability, **key)
-        return [
-            None if isinstance(whole, UndecodableError) else crop.crop_resize(whole, box, self._image_size, flip=flip)
-            for whole, box, flip in zip(wholes, boxes_N4, flips_N.tolist(), strict=True)
-        ]
 
     def _loss(self, step: int, units: list[Unit]) -> Tensor:
         """Σ weight · loss / batch over the rows of some units."""
@@ -341,7 +300,7 @@ class FinetuneCourse:
             weights.update(value.cpu().numpy().tobytes())
         return {
             "named_M": self.named_test_rows(),
-            "rows": len(self._pictures.rows_R),
+            "rows": self._num_rows,
             "steps": self.total_steps,
             "weights": weights.hexdigest(),
         }
@@ -364,19 +323,6 @@ class FinetuneCourse:
         with self._autocast():
             logits_BK = self._network(self._network.normalize(bytes_BCHW.to(self._context.device)))
         return logits_BK.argmax(dim=1).cpu()  # type: ignore[no-any-return]
-
-
-class Unit(NamedTuple):
-    """Rows that are computed together, ready for the network."""
-
-    number: int
-    """In its step."""
-    rows_N: Ints
-    images_NCHW: Tensor
-    """uint8."""
-    labels_N: Tensor
-    weights_N: Tensor
-    """0 for what fills the unit, and for images that cannot be decoded."""
 
 
 def _test_pictures(

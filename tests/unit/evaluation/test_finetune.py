@@ -1,6 +1,8 @@
 """Fine-tuning: the same rows on any number of workers, each test row once, rates by layer, and nothing else touched."""
 
 import random
+import threading
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +19,7 @@ from maskray.errors import ConfigError, NonFiniteError
 from maskray.evaluation import finetune
 from maskray.evaluation.classifier import Classifier
 from maskray.evaluation.finetune import Asked, Finetuning, asked_of, finetuned
+from maskray.evaluation.units import Units
 from maskray.models.encoder import Encoder, encoder_only, load_encoder
 from maskray.models.normalize import Normalize
 from maskray.training import checkpoint
@@ -58,11 +61,17 @@ def worker(rank=0, world_size=1):
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
+def units_of(course, step):
+    """A worker's units of a step."""
+    with closing(course.units.steps(step, step + 1, threads=1)) as steps:
+        return next(steps)
+
+
 def rows_of(what, asked, step, world_size):
     """What each real row of a step comes to: unit, place in it, pixels, label."""
     out = {}
     for rank in range(world_size):
-        for unit in what(asked, worker(rank, world_size)).units(step):
+        for unit in units_of(what(asked, worker(rank, world_size)), step):
             for place, weight in enumerate(unit.weights_N.tolist()):
                 if weight:
                     at = (unit.number, place)
@@ -82,7 +91,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_number_of_workers(what, step):
 
 def test_all_workers_have_equally_many_units_to_compute(what):
     for world_size in (1, 2, 3, 7):
-        counts = {len(what()(FIVE, worker(rank, world_size)).units(0)) for rank in range(world_size)}
+        counts = {len(units_of(what()(FIVE, worker(rank, world_size)), 0)) for rank in range(world_size)}
         assert counts == {-(-4 // world_size)}
 
 
@@ -105,8 +114,8 @@ def test_each_row_comes_once_in_a_pass_and_differs_from_pass_to_pass(what):
 def test_each_image_is_mixed_with_its_partner_and_a_filler_with_none(what, num):
     """Whatever a unit has, the image as far from the other end is a real one, or the image itself."""
     course = what()(FIVE, worker())
-    rows = course._pictures.rows_R[:num]
-    unit = course._unit(0, np.zeros(num, np.int64), rows)
+    rows = course.units.pictures.rows_R[:num]
+    unit = course.units.unit(0, np.zeros(num, np.int64), rows)
     real = unit.weights_N.numpy() == 1
     assert unit.rows_N[real].tolist() == rows.tolist()
     partners, images = unit.rows_N[::-1], unit.images_NCHW
@@ -119,16 +128,36 @@ def test_each_image_is_mixed_with_its_partner_and_a_filler_with_none(what, num):
 def test_rows_that_do_not_fit_are_read_again_and_are_the_same_images(what):
     kept, read = what()(FIVE, worker()), what(keep_bytes=1)(FIVE, worker())
     for course in (kept, read):
-        course._pictures.load()
-    assert kept._pictures.is_kept
-    assert not read._pictures.is_kept
-    for row in kept._pictures.rows_R.tolist():
-        assert torch.equal(kept._pictures.get(row), read._pictures.get(row))
+        course.units.pictures.load()
+    assert kept.units.pictures.is_kept
+    assert not read.units.pictures.is_kept
+    for row in kept.units.pictures.rows_R.tolist():
+        assert torch.equal(kept.units.pictures.get(row), read.units.pictures.get(row))
     # And each row of a pass once, those of a row group one after the other.
-    taken = read._passes.take(0, 50).rows_N
-    assert sorted(taken.tolist()) == kept._pictures.rows_R.tolist()
-    groups = read._pictures.groups_R[np.searchsorted(read._pictures.rows_R, taken)]
+    taken = read.units.passes.take(0, 50).rows_N
+    assert sorted(taken.tolist()) == kept.units.pictures.rows_R.tolist()
+    groups = read.units.pictures.groups_R[np.searchsorted(read.units.pictures.rows_R, taken)]
     assert (np.diff(groups) != 0).sum() == len(np.unique(groups)) - 1
+
+
+def test_threads_share_a_step_and_look_ahead_by_units(what, monkeypatch):
+    """A step may be gigabytes: what is made ahead of need is a few units, however many a step has."""
+    make, made, both = Units.unit, [], threading.Barrier(2)
+
+    def slow(self, number, *rows):
+        if len(made) < 2:
+            made.append(number)
+            both.wait(timeout=20)  # one thread alone would wait here in vain
+        else:
+            made.append(number)
+        return make(self, number, *rows)
+
+    course = what(labels_per_class=[], label_shares=[1.0], batch=256)(Asked("model", None, 1.0, 0), worker())
+    monkeypatch.setattr(Units, "unit", slow)
+    with closing(course.units.steps(0, 5, threads=2)) as steps:
+        first = next(steps)
+    assert [unit.number for unit in first] == list(range(32))
+    assert 32 <= len(made) <= 32 + 2 * 2 + 1
 
 
 def test_all_labels_are_all_rows_and_a_share_is_that_of_each_class(what):
@@ -149,7 +178,7 @@ def test_model_and_untrained_learn_from_the_same_rows(what):
     assert of[0] == of[1]
     assert len(of[0]) == 2 + 2 + 1
     courses = [what()(FIVE._replace(features=features), worker()) for features in ("model", "untrained")]
-    assert np.array_equal(courses[0]._pictures.rows_R, courses[1]._pictures.rows_R)
+    assert np.array_equal(courses[0].units.pictures.rows_R, courses[1].units.pictures.rows_R)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -272,7 +301,7 @@ def test_the_encoders_own_norm_is_dropped_and_the_encoder_is_left_alone(digits_e
 
 def test_the_loss_is_timms_of_soft_targets(what):
     course = what(mixup=0, cutmix=0, batch=8, drop_path=0)(FIVE, worker())
-    (unit,) = course.units(0)
+    (unit,) = units_of(course, 0)
     images, targets = course._mixed(0, unit)
     with torch.no_grad():
         wanted = SoftTargetCrossEntropy()(course._network(images), targets)
@@ -282,7 +311,7 @@ def test_the_loss_is_timms_of_soft_targets(what):
 
 def test_mixing_follows_from_seed_step_and_unit(what):
     course = what(mixup=0.8, cutmix=1.0)(FIVE, worker())
-    unit = course.units(0)[0]
+    unit = units_of(course, 0)[0]
     one, same, other = (course._mixed(step, unit)[1] for step in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -417,7 +446,7 @@ def test_images_that_cannot_be_decoded_count_for_nothing(what, tmp_path, monkeyp
     (image,) = found.undecodable
     assert (image.row, image.reason) == (3, "no such luck")
     course = what(labels_per_class=[], label_shares=[1.0], batch=1473)(Asked("model", None, 1.0, 0), worker())
-    assert sum(int(unit.weights_N.sum()) for unit in course.units(0)) == 1472
+    assert sum(int(unit.weights_N.sum()) for unit in units_of(course, 0)) == 1472
 
 
 def test_nothing_to_train_with_is_refused():
