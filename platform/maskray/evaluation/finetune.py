@@ -12,7 +12,8 @@ of a unit, T rows of the training split, M test rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -214,7 +215,7 @@ class FinetuneCourse:
             weight_decay=recipe.weight_decay,
             weight_decay_end=recipe.weight_decay,
         )
-        self._batches: Iterator[list[Unit]] | None = None
+        self._batches: Generator[list[Unit]] | None = None
 
     # ------------------------------------------------------------------------------------------------------------ train
 
@@ -222,6 +223,8 @@ class FinetuneCourse:
         """As `Course.step`."""
         if self._batches is None:
             self._batches = self.units.steps(number, self.total_steps, self._what.threads)
+            # Left midway, its threads end with the course, or with the process while there still is an interpreter.
+            weakref.finalize(self, self._batches.close)
         units = next(self._batches)
         self._network.train()
         self.optimizer.zero_grad()
@@ -294,6 +297,8 @@ class FinetuneCourse:
         Raises:
             NonFiniteError: a loss was not finite.
         """
+        if self._batches is not None:
+            self._batches.close()
         self._stop_if_not_finite()
         weights = hashlib.sha256()
         for value in self._network.state_dict().values():

@@ -5,7 +5,7 @@ Shape letters: C channels, H and W pixels down and across, N rows of a unit, T r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -74,10 +74,10 @@ class Units:
         self._own = range(context.rank, self.num, context.world_size)
         self._share = -(-self.num // context.world_size)
 
-    def steps(self, first: int, end: int, threads: int) -> Iterator[list[Unit]]:
+    def steps(self, first: int, end: int, threads: int) -> Generator[list[Unit]]:
         """Units of the steps from `first` to before `end`; a worker that has fewer than others repeats one, weight 0.
 
-        They are made one by one, ahead of need: threads share a step, and need not hold many.
+        They are made one by one, ahead of need: threads share a step, and need not hold many. Closed, the threads end.
         """
         self.pictures.load()
         wanted = ((number, each) for number in range(first, end) for each in self._own or [0])

@@ -1,8 +1,14 @@
 """Fine-tuning: the same rows on any number of workers, each test row once, rates by layer, and nothing else touched."""
 
+import gc
+import os
+import pickle
 import random
+import subprocess
+import sys
 import threading
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,6 +164,43 @@ def test_threads_share_a_step_and_look_ahead_by_units(what, monkeypatch):
         first = next(steps)
     assert [unit.number for unit in first] == list(range(32))
     assert 32 <= len(made) <= 32 + 2 * 2 + 1
+
+
+def test_threads_end_with_the_steps_or_with_a_course_that_was_left(what):
+    def decoding():
+        return [thread for thread in threading.enumerate() if thread.name.startswith("maskray-ingest")]
+
+    ended, left = what()(FIVE, worker()), what()(FIVE, worker())
+    for number in range(ended.total_steps):
+        ended.step(number)
+    assert decoding()
+    ended.result()
+    assert not decoding()
+    left.step(0)
+    assert decoding()
+    del left
+    gc.collect()
+    assert not decoding()
+
+
+LEFT = """
+import pickle, sys, torch
+from pathlib import Path
+from types import SimpleNamespace
+
+what, asked = pickle.loads(Path(sys.argv[1]).read_bytes())
+course = what(asked, SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu")))
+course.step(0)
+"""
+
+
+def test_a_process_that_leaves_a_course_says_nothing(what, tmp_path):
+    (tmp_path / "what").write_bytes(pickle.dumps((what(), FIVE)))
+    (tmp_path / "left.py").write_text(LEFT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(finetune.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "left.py"), str(tmp_path / "what")]
+    found = subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True, text=True)
+    assert found.stderr == ""
 
 
 def test_all_labels_are_all_rows_and_a_share_is_that_of_each_class(what):
