@@ -36,7 +36,7 @@ class Unit(NamedTuple):
     """uint8."""
     labels_N: Tensor
     weights_N: Tensor
-    """0 for what fills the unit, and for images that cannot be decoded."""
+    """0 for what fills the unit, for images that cannot be decoded, and for those that are mixed with such a one."""
 
 
 class Units:
@@ -107,7 +107,10 @@ class Units:
             pictures += self._pictures_of(pass_, rows_N[passes_N == pass_])
         blank = torch.zeros(self._channels, *self._image_size, dtype=torch.uint8)
         images = torch.stack([blank if each is None else each for each in pictures])
-        weights_N *= torch.tensor([each is not None for each in pictures])[index]
+        good_N = torch.tensor([each is not None for each in pictures])[index]
+        if self._recipe.mixup > 0 or self._recipe.cutmix > 0:
+            good_N = good_N & good_N.flip(0)
+        weights_N *= good_N
         return Unit(number, rows_N[index], images[index], torch.from_numpy(self._labels_T[rows_N[index]]), weights_N)
 
     def _pictures_of(self, pass_: int, rows_N: Ints) -> list[Tensor | None]:

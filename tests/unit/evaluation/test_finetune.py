@@ -488,8 +488,15 @@ def test_images_that_cannot_be_decoded_count_for_nothing(what, tmp_path, monkeyp
     assert found.num_test == 323
     (image,) = found.undecodable
     assert (image.row, image.reason) == (3, "no such luck")
-    course = what(labels_per_class=[], label_shares=[1.0], batch=1473)(Asked("model", None, 1.0, 0), worker())
-    assert sum(int(unit.weights_N.sum()) for unit in units_of(course, 0)) == 1472
+    # And whatever would be mixed with one.
+    every = Asked("model", None, 1.0, 0)
+    for mixing, num in (({}, 1471), ({"mixup": 0}, 1471), ({"mixup": 0, "cutmix": 0}, 1472)):
+        course = what(labels_per_class=[], label_shares=[1.0], batch=1473, **mixing)(every, worker())
+        units = units_of(course, 0)
+        assert sum(int(unit.weights_N.sum()) for unit in units) == num
+        if num == 1471:
+            (hit,) = (unit for unit in units if 3 in unit.rows_N)
+            assert hit.weights_N[hit.rows_N == 3].tolist() == hit.weights_N.flip(0)[hit.rows_N == 3].tolist() == [0]
 
 
 def test_nothing_to_train_with_is_refused():
