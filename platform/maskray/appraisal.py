@@ -225,7 +225,7 @@ def appraise(prepared: Prepared, blocks: Blocks, train: Train, progress: Progres
 
     Raises:
         MaskrayError: a shard is damaged, or workers are lost again and again.
-        TrainingError: a fine-tuning went wrong, or its workers were lost too often.
+        TrainingError: a detector's training went wrong, or workers were lost too often.
     """
     config, subject = prepared.config, prepared.subject
     device = _device(config)

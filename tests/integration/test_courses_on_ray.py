@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 PACKAGE = str(Path(__file__).parents[2] / "platform")
 STEPS, CHECKPOINT_STEPS = 8, 2
 TWO = ClusterConfig(workers=2, max_failures=3)
-ONE, OTHER, WRONG = (Asked("model", 5, 1.0, draw) for draw in range(3))
+ONE, OTHER, DIVERGED, WRONG = (Asked("model", 5, 1.0, draw) for draw in range(4))
 # The same on bare torch: two processes of torchrun's.
 QUIET = """
 import pickle, sys
@@ -69,6 +69,8 @@ class Watched:
         if asked == WRONG:
             raise NonFiniteError("a loss was not finite")
         course = self.what(asked, context)
+        if asked == DIVERGED and context.rank == 1:  # both must see it
+            course._network.head.weight.register_hook(lambda grad: grad * float("nan"))
         step, path = course.step, self.folder / f"{asked.draw}-{context.rank}"
 
         def slow(number):
@@ -121,7 +123,7 @@ def test_a_worker_killed_in_the_middle_changes_nothing_and_what_is_done_is_not_d
 
     killer = watched.kill_a_worker(OTHER, 5)
     with pytest.raises(TrainingError, match="a loss was not finite"):  # and it is not tried again
-        train([ONE, OTHER, WRONG])
+        train([ONE, OTHER, DIVERGED, WRONG])
     killer.join()
     one, other = ([number for number, _ in watched.done(asked, 0)] for asked in (ONE, OTHER))
     assert len(one + other) > 2 * STEPS, "the kill came to nothing"
@@ -130,8 +132,9 @@ def test_a_worker_killed_in_the_middle_changes_nothing_and_what_is_done_is_not_d
 
     # Without the one that goes wrong: what is on record needs no workers.
     start = time.monotonic()
-    found = train([ONE, OTHER])
+    *found, diverged = train([ONE, OTHER, DIVERGED])
     assert time.monotonic() - start < 3
+    assert list(diverged) == ["failed"]
     assert [each["steps"] for each in found] == [STEPS, STEPS]
     assert [each["weights"] for each in found] == [each["weights"] for each in quiet]
     assert all(torch.equal(a["named_M"], b["named_M"]) for a, b in zip(found, quiet, strict=True))

@@ -12,6 +12,7 @@ of a unit, T rows of the training split, M test rows.
 from __future__ import annotations
 
 import hashlib
+import logging
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from timm.data.mixup import Mixup, mixup_target
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskray import draws
@@ -35,7 +36,6 @@ from maskray.data.mapper import Progress, silent, thread_mapper
 from maskray.data.passes import Pictures
 from maskray.data.portions import Portion
 from maskray.data.shards import Dataset
-from maskray.errors import NonFiniteError
 from maskray.evaluation.classifier import Classifier
 from maskray.evaluation.logistic import Labels, drawn_rows
 from maskray.evaluation.pictures import BATCH, picture_of
@@ -49,8 +49,13 @@ from maskray.training.courses import Build, State, Tell, summed, summed_gradient
 from maskray.training.optim import Schedule, build_layered_optimizer
 from maskray.training.randomness import drawn_by
 
+log = logging.getLogger(__name__)
+
 TRAIN: SplitName = "train"
 TEST: SplitName = "held_out"
+FAILED = "failed"
+"""Of a result: why there is none."""
+_NOT_FINITE = -2  # beside -1, no image, and the numbers of classes
 _PACKAGES = ("maskray", "torch", "timm")
 
 Train = Callable[[Build[Any], Sequence[Any], str, int, Tell], list[State]]
@@ -103,7 +108,7 @@ class Finetuned(NamedTuple):
 
 
 def finetuned(what: Finetuning, train: Train, progress: Progress = silent) -> Finetuned:
-    """The scores of an evaluation.
+    """The scores of an evaluation; a draw that failed is left out of them, and said.
 
     Args:
         what: is trained.
@@ -127,13 +132,26 @@ def finetuned(what: Finetuning, train: Train, progress: Progress = silent) -> Fi
         alike.setdefault((each.name, each.features), []).append(result)
     seen_M, scores = np.ones(len(labels_M), bool), list[Score]()
     for (name, features), found in alike.items():
-        named = [result["named_M"].numpy() for result in found]
+        good = _without_failures(found)
+        if not good:
+            log.warning("%s, %s: no draw is left, and so there is no score", name, features)
+            continue
+        named = [result["named_M"].numpy() for result in good]
         seen_M = named[0] >= 0
-        note = f"{found[0]['rows']:,} labels, {found[0]['steps']:,} steps"
+        note = f"{good[0]['rows']:,} labels, {good[0]['steps']:,} steps"
         note += "; untrained: from scratch" * ("untrained" in what.encoders)
+        if len(good) < len(found):
+            note += f"; {len(found) - len(good)} of {len(found)} draws failed and are left out"
         scores.append(score(name, features, [(each == labels_M)[seen_M] for each in named], note))
     undecodable = [_why(what, int(row)) for row in np.flatnonzero(~seen_M)]
     return Finetuned(scores, undecodable, num_train, int(seen_M.sum()))
+
+
+def _without_failures(results: list[State]) -> list[State]:
+    for result in results:
+        if FAILED in result:
+            log.warning("Left out of the scores: %s", result[FAILED])
+    return [result for result in results if FAILED not in result]
 
 
 def _why(what: Finetuning, row: int) -> Undecodable:
@@ -216,11 +234,15 @@ class FinetuneCourse:
             weight_decay_end=recipe.weight_decay,
         )
         self._batches: Generator[list[Unit]] | None = None
+        self._failed: str | None = None
+        """What happened, and what to do."""
 
     # ------------------------------------------------------------------------------------------------------------ train
 
     def step(self, number: int) -> None:
-        """As `Course.step`."""
+        """As `Course.step`; nothing more once it is known to have failed, which `state` finds out."""
+        if self._failed is not None:
+            return
         if self._batches is None:
             self._batches = self.units.steps(number, self.total_steps, self._what.threads)
             # Left midway, its threads end with the course, or with the process while there still is an interpreter.
@@ -237,7 +259,8 @@ class FinetuneCourse:
                 bad += ~torch.isfinite(loss.detach())
         summed_gradients(self._network)
         settle_statistics(group_norms(self._network))
-        self._bad.add_(summed(bad)).clamp_(max=1)
+        norm = nn.utils.get_total_norm([p.grad for p in self._network.parameters() if p.grad is not None])
+        self._bad.add_(summed(bad)).add_(~norm.isfinite()).clamp_(max=1)
         self._schedule.apply(self.optimizer, number)
         self.optimizer.step()
 
@@ -269,49 +292,54 @@ class FinetuneCourse:
     # ------------------------------------------------------------------------------------------------------------ state
 
     def state(self) -> State:
-        """As `Course.state`.
-
-        Raises:
-            NonFiniteError: a loss was not finite.
-        """
-        self._stop_if_not_finite()
-        return {"network": self._network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """As `Course.state`."""
+        self._notice_failure()
+        return {
+            "network": self._network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            FAILED: self._failed,
+        }
 
     def load(self, state: State) -> None:
         """As `Course.load`."""
         self._network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._failed = state[FAILED]
 
-    def _stop_if_not_finite(self) -> None:
-        if self._bad:
-            raise NonFiniteError(
-                f"{self._asked.name}, {self._asked.features}: a loss was not finite, and no update was applied from "
-                "that step on. What to do: lower base_lr of this evaluation, or use precision: fp32."
-            )
+    def _notice_failure(self) -> None:
+        """Look at the flag, which is the same on all workers; this waits for the device."""
+        if self._failed is None and self._bad:
+            self._fail("a loss or a gradient was not finite, and no update was applied from that step on")
+
+    def _fail(self, what: str) -> None:
+        asked = self._asked
+        self._failed = (
+            f"{asked.name}, {asked.features}, draw {1 + asked.draw}: {what}. What to do: lower base_lr of this "
+            "evaluation, or use precision: fp32."
+        )
 
     # ----------------------------------------------------------------------------------------------------------- result
 
     def result(self) -> State:
         """What the test rows were taken for (`named_M`, -1 where an image cannot be decoded), and what it took.
 
-        Raises:
-            NonFiniteError: a loss was not finite.
+        Or, where a loss, gradient or logit was not finite, `failed` alone: what happened, and what to do.
         """
         if self._batches is not None:
             self._batches.close()
-        self._stop_if_not_finite()
+        self._notice_failure()
+        named_M = self.named_test_rows() if self._failed is None else torch.empty(0)
+        if (named_M == _NOT_FINITE).any():  # the last update was too much for the weights
+            self._fail("what it makes of test images is not finite")
+        if self._failed is not None:
+            return {FAILED: self._failed}
         weights = hashlib.sha256()
         for value in self._network.state_dict().values():
             weights.update(value.cpu().numpy().tobytes())
-        return {
-            "named_M": self.named_test_rows(),
-            "rows": self._num_rows,
-            "steps": self.total_steps,
-            "weights": weights.hexdigest(),
-        }
+        return {"named_M": named_M, "rows": self._num_rows, "steps": self.total_steps, "weights": weights.hexdigest()}
 
     def named_test_rows(self) -> Tensor:
-        """(M,) int64: each row is looked at by one worker, once."""
+        """(M,) int64, -1 for no image, -2 for logits that are not finite: one worker looks at each row, once."""
         what, context = self._what, self._context
         images = portions.of_split(what.dataset, TEST, BATCH, what.max_rows)
         own = (p for i, p in enumerate(images.portions()) if i % context.world_size == context.rank)
@@ -327,7 +355,8 @@ class FinetuneCourse:
     def _named(self, bytes_BCHW: Tensor) -> Tensor:
         with self._autocast():
             logits_BK = self._network(self._network.normalize(bytes_BCHW.to(self._context.device)))
-        return logits_BK.argmax(dim=1).cpu()  # type: ignore[no-any-return]
+        finite_B = logits_BK.isfinite().all(dim=1)
+        return torch.where(finite_B, logits_BK.argmax(dim=1), _NOT_FINITE).cpu()
 
 
 def _test_pictures(

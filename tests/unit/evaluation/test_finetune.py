@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from maskray.config.load import parse
 from maskray.config.schema import RunConfig
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
-from maskray.errors import ConfigError, NonFiniteError
+from maskray.errors import ConfigError
 from maskray.evaluation import finetune
 from maskray.evaluation.classifier import Classifier
 from maskray.evaluation.finetune import Asked, Finetuning, asked_of, finetuned
@@ -411,19 +412,49 @@ def test_a_fine_tuning_that_was_left_ends_as_one_that_was_not(what, tmp_path, mo
     assert all(torch.equal(mine[name], wanted[name]) for name in wanted)
 
 
-def test_a_loss_that_is_not_finite_stops_and_moves_nothing(what, tmp_path):
+def spoilt_loss(network):
+    network.head.bias.data[0] = float("nan")
+
+
+def spoilt_gradient(network):
+    """The loss is finite, and so are the gradients of all that comes after."""
+    network.model.pos_embed.register_hook(lambda grad: grad * float("nan"))
+
+
+@pytest.mark.parametrize("spoil", [spoilt_loss, spoilt_gradient])
+@pytest.mark.parametrize("is_last", [False, True])
+def test_what_is_not_finite_moves_nothing_and_is_the_result(what, spoil, is_last, monkeypatch):
     course = what()(FIVE, worker())
-    course.step(0)
-    course.step(1)
-    broken = course._network.head.weight.register_hook(lambda grad: grad)
-    course._network.head.bias.data[0] = float("nan")
-    before = course._network.head.weight.clone()
-    course.step(2)
-    broken.remove()
-    assert torch.equal(course._network.head.weight, before)
-    for ask in (course.state, course.result):
-        with pytest.raises(NonFiniteError, match=r"fine-tuned, 5 labels a class, model: .* lower base_lr"):
-            ask()
+    first = course.total_steps - 1 if is_last else 2
+    for number in range(first):
+        course.step(number)
+    spoil(course._network)
+    before = {name: weight.clone() for name, weight in course._network.named_parameters()}
+    for number in range(first, course.total_steps):
+        course.step(number)
+    after = dict(course._network.named_parameters())
+    assert all(torch.equal(before[name].nan_to_num(5.0), after[name].nan_to_num(5.0)) for name in before)
+    state = course.state()
+    said = course.result()
+    assert list(said) == ["failed"]
+    assert re.search(
+        "fine-tuned, 5 labels a class, model, draw 1: a loss or a gradient .* lower base_lr", said["failed"]
+    )
+
+    # Taken up again it trains no more.
+    again = what()(FIVE, worker())
+    again.load(state)
+    monkeypatch.setattr(Units, "steps", None)
+    again.step(course.total_steps - 1)
+    assert again.result() == said
+
+
+def test_weights_that_the_last_step_ruined_are_seen(what):
+    course = what()(FIVE, worker())
+    for number in range(course.total_steps):
+        course.step(number)
+    course._network.head.weight.data[:] = 3e38
+    assert "draw 1: what it makes of test images is not finite" in course.result()["failed"]
 
 
 # ------------------------------------------------------------------------------------------------------------ all of it
@@ -453,6 +484,32 @@ def test_scores_come_with_intervals_and_draws_and_are_on_record(what, tmp_path, 
     assert (found.num_train, found.num_test, found.undecodable) == (1473, 324, [])
     monkeypatch.setattr(finetune.FinetuneCourse, "step", None)  # nothing is trained again
     assert here(what(label_shares=[0.1]), tmp_path) == found
+
+
+@pytest.mark.parametrize("bad", [{0}, {1}, {0, 1}])
+def test_a_draw_that_fails_is_left_out_and_the_others_count(what, tmp_path, monkeypatch, caplog, bad):
+    quiet = here(what(), tmp_path / "quiet")
+    loss = finetune.FinetuneCourse._loss
+
+    def spoilt(self, step, units):
+        return loss(self, step, units) * (float("nan") if self._asked[0] == "model" and self._asked.draw in bad else 1)
+
+    monkeypatch.setattr(finetune.FinetuneCourse, "_loss", spoilt)
+    found = here(what(), tmp_path / "spoilt")
+    assert found.scores[-1] == quiet.scores[-1]
+    assert (found.num_test, found.undecodable) == (324, [])
+    said = [record.getMessage() for record in caplog.records]
+    for draw in bad:
+        assert sum(f"Left out of the scores: {FIVE.name}, model, draw {1 + draw}: a loss" in each for each in said) == 1
+    if len(bad) == 2:
+        assert len(found.scores) == 1
+        assert f"{FIVE.name}, model: no draw is left, and so there is no score" in said
+        return
+    model, untrained = found.scores
+    assert model.note.endswith("; 1 of 2 draws failed and are left out")
+    assert (model.std_of_draws, "failed" in untrained.note) == (None, False)
+    both = quiet.scores[0]
+    assert abs(model.accuracy - both.accuracy) == pytest.approx(both.std_of_draws / 2**0.5)  # one of the two
 
 
 def test_whatever_is_learned_otherwise_is_another_run(what):
