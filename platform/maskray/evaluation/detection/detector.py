@@ -4,6 +4,9 @@ Heads, losses and their constants are torchvision's, but for three things that i
 sees, and guesses wrongly where they are padded to a square or where a stride is no power of two: strides of anchors,
 scales of pooling and levels of boxes are given here.
 
+Boxes are fp32 whatever the rest is computed in: torchvision's take the precision of what the heads give, and bf16 has
+no number between 256 and 258 pixels.
+
 Shape letters: B images, C channels, h and w pixels of an image inside the square.
 """
 
@@ -17,6 +20,7 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
@@ -71,17 +75,43 @@ def _on(backbone: Backbone, num_labels: int, config: DetectionEvaluation) -> Fas
         "rpn_post_nms_top_n_test": config.proposals,
         "box_roi_pool": _pool(backbone.strides, _BOX_PLACES),
         "box_head": TwoMLPHead(width * _BOX_PLACES**2, config.head_width),
-        "box_predictor": FastRCNNPredictor(config.head_width, num_labels),
+        "box_predictor": BoxPredictor(config.head_width, num_labels),
         "box_batch_size_per_image": config.sampled_boxes,
     }
-    if not config.masks:
-        return FasterRCNN(**options)
-    return MaskRCNN(
-        **options,
-        mask_roi_pool=_pool(backbone.strides, _MASK_PLACES),
-        mask_head=MaskRCNNHeads(width, (width,) * _MASK_LAYERS, dilation=1),
-        mask_predictor=MaskRCNNPredictor(width, width, num_labels),
-    )
+    if config.masks:
+        options |= {
+            "mask_roi_pool": _pool(backbone.strides, _MASK_PLACES),
+            "mask_head": MaskRCNNHeads(width, (width,) * _MASK_LAYERS, dilation=1),
+            "mask_predictor": MaskPredictor(width, width, num_labels),
+        }
+    options["rpn_head"] = ProposalHead(width, len(ASPECTS))
+    return MaskRCNN(**options) if config.masks else FasterRCNN(**options)
+
+
+class ProposalHead(RPNHead):
+    """Gives fp32, from which the boxes of proposals are made."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits and codes of the anchors of each level."""
+        logits, codes = super().forward(x)
+        return [each.float() for each in logits], [each.float() for each in codes]
+
+
+class BoxPredictor(FastRCNNPredictor):
+    """Computes in fp32: by its scores detections are ranked, and bf16's have eight bits."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and codes of each box."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())  # type: ignore[no-any-return]
+
+
+class MaskPredictor(MaskRCNNPredictor):
+    """Gives fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the places of each box, for each class."""
+        return super().forward(x).float()  # type: ignore[no-any-return]
 
 
 class Square(GeneralizedRCNNTransform):
@@ -120,6 +150,11 @@ class Anchors(AnchorGenerator):
     def __init__(self, strides: tuple[int, ...]) -> None:
         super().__init__(tuple((ANCHOR_PLACES * each,) for each in strides), (ASPECTS,) * len(strides))
         self._strides = [[each, each] for each in strides]
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        """In fp32, whatever the maps are."""
+        del dtype
+        super().set_cell_anchors(torch.float32, device)
 
     def grid_anchors(self, grid_sizes: Any, strides: Any) -> Any:
         """At the strides that are given; torchvision would divide sides, whatever is left over."""

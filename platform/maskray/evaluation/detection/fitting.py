@@ -92,7 +92,8 @@ def flipped(fitted: Fitted, target: Target) -> tuple[Fitted, Target]:
 def restored(found: dict[str, Tensor], fitted: Fitted) -> Detections:
     """What torchvision's detector found inside the square, in the image as it is stored."""
     down, across = fitted.scales
-    boxes_N4 = found["boxes"].double() / found["boxes"].new_tensor([across, down, across, down]).double()
+    boxes_N4 = found["boxes"].double()
+    boxes_N4 = boxes_N4 / boxes_N4.new_tensor([across, down, across, down])
     rles = list[outlines.Rle]()
     if "masks" in found:
         for some, where in zip(found["masks"].split(_PASTED), boxes_N4.float().split(_PASTED), strict=True):

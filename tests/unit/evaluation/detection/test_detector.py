@@ -93,6 +93,27 @@ def test_it_learns_and_finds(small, kind, masks):
     assert [("masks" in each) for each in found] == [masks] * 2
 
 
+def test_boxes_are_fp32_and_on_no_grid_where_the_rest_is_bf16(small):
+    """Beyond 256 pixels bf16's numbers are two apart."""
+    side = 640
+    sizes = {"image_size": side, "masks": True, "proposals": 64}
+    detector = build_detector(encoder_of("vit, learnable positions"), 3, small(**sizes), 0).eval()
+    detector.roi_heads.score_thresh = 0.0
+    seen, anchors = [], []
+    detector.rpn.register_forward_hook(lambda _, __, found: seen.extend(found[0]))
+    detector.rpn.anchor_generator.register_forward_hook(lambda _, __, found: anchors.extend(found))
+    pixels = torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = detector([pixels])
+    assert {each.dtype for name, each in found.items() if name != "labels"} == {torch.float32}
+    assert [each.dtype for each in anchors] == [torch.float32]
+    for boxes in (found["boxes"], *seen):
+        far = boxes[(boxes > side / 2) & (boxes < side)]  # those at the border were cut off there
+        assert boxes.dtype == torch.float32
+        assert len(far) > 20
+        assert (far != far.bfloat16()).float().mean() > 0.9
+
+
 def test_what_is_drawn_follows_from_the_seed_and_leaves_the_generator_alone(small):
     before = torch.get_rng_state()
     one, same, other = (build_detector(encoder_of("vit"), 3, small(), seed).state_dict() for seed in (0, 0, 1))

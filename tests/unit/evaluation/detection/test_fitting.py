@@ -50,6 +50,14 @@ def test_boxes_come_back_as_they_were(size, side):
     assert back.classes_N.tolist() == scene.classes_N.tolist()
 
 
+def test_boxes_are_divided_by_scales_as_exact_as_they_are():
+    fitted = fitting.fit(image((300, 400)), 640)
+    found = {"boxes": torch.tensor([[320.0, 160, 640, 480]]).bfloat16(), "scores": torch.tensor([0.5]).bfloat16()}
+    back = fitting.restored(found | {"labels": torch.tensor([1])}, fitted)
+    assert back.boxes_N4.tolist() == [[200, 100, 400, 300]]
+    assert (back.boxes_N4.dtype, back.scores_N.dtype) == (np.float64, np.float64)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_the_longer_side_fills_the_square(size):
     fitted = fitting.fit(image(size), 256)
