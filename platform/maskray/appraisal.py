@@ -7,7 +7,7 @@ read in this process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -111,18 +111,18 @@ def prepare(config: EvaluateConfig) -> Prepared:
         DataError: no dataset, no labels, a split without rows, one class only, or classes without training rows.
         ConfigError: more neighbours than rows, a reconstruction by an encoder alone, detection without its extra, or of
             a size that does not suit the encoder.
-        MaskrayError: as `open_subject` and `open_sets` of detection do.
+        MaskrayError: as `open_subject`, and `open_sets` and `check_images` of detection do.
     """
+    asked = [each for each in config.evaluations if isinstance(each, DetectionEvaluation)]
+    if asked:
+        detection.check_installed()
     dataset = None if config.data is None else Dataset.open(config.data.path, config.data.version)
-    coco = next((_coco(each) for each in config.evaluations if isinstance(each, DetectionEvaluation)), None)
     subject = open_subject(config.model, config.tracking, config.storage.path, "model")
-    prepared = Prepared(config, dataset, subject, _store_of(config), coco)
+    prepared = Prepared(config, dataset, subject, _store_of(config), coco=None)
     if dataset is not None:
         _check_bands(dataset, subject)
     if prepared.reads_labels:
         _check_labels(prepared)
-    if coco is not None:
-        _check_sides(prepared)
     if subject.checkpoint is None and any(each.kind == "reconstruction" for each in config.evaluations):
         raise ConfigError(
             "an encoder alone paints nothing",
@@ -131,22 +131,19 @@ def prepare(config: EvaluateConfig) -> Prepared:
             allowed="reconstruction of a checkpoint's folder",
             fix="give a checkpoint as model, or leave reconstruction out",
         )
-    return prepared
+    # Last, for it takes longest: COCO's own file is half a gigabyte.
+    return replace(prepared, coco=next((_coco(each, subject.encoder) for each in asked), None))
 
 
-def _coco(evaluation: DetectionEvaluation) -> tuple[CocoSet, CocoSet]:
-    detection.check_installed()
-    from maskray.evaluation.detection.outcome import open_sets
-
-    return open_sets(evaluation)
-
-
-def _check_sides(prepared: Prepared) -> None:
+def _coco(evaluation: DetectionEvaluation, encoder: Encoder) -> tuple[CocoSet, CocoSet]:
+    from maskray.evaluation.detection.outcome import check_images, open_sets
     from maskray.evaluation.detection.pyramid import check_side
 
-    for each in prepared.config.evaluations:
-        if isinstance(each, DetectionEvaluation):
-            check_side(prepared.subject.encoder, each.image_size)
+    check_side(encoder, evaluation.image_size)
+    sets = open_sets(evaluation)
+    for each in sets:
+        check_images(each, encoder.channels)
+    return sets
 
 
 def _store_of(config: EvaluateConfig) -> Store | None:

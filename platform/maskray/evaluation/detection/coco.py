@@ -21,15 +21,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
+from torch import Tensor
 
+from maskray.data import decode
 from maskray.data.storage import Storage
-from maskray.errors import DataError
+from maskray.errors import DataError, StorageError
 from maskray.evaluation.detection import outlines
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
+GIVE_THEIR_IMAGES = "give the images that the annotations are for, with as many bands as the encoder takes"
+"""What to do where none can be used."""
 _SHOWN = 3
 _LEAST_PIXELS = 0.01
 """Of a box's side inside the image: less would be none once it is scaled, in fp32."""
@@ -45,6 +49,8 @@ class Category(NamedTuple):
 class SetAside(NamedTuple):
     """An annotation or image that counts for nothing."""
 
+    key: str
+    """Of the config: of which data it is, such as `evaluations.train`."""
     what: str
     """Such as `annotation 17` or `image 000012.jpg`."""
     reason: str
@@ -79,6 +85,8 @@ class Scene:
 class CocoSet:
     """Images with their objects."""
 
+    key: str
+    """Of the config."""
     name: str
     """Path or URI of the annotations."""
     images: Storage
@@ -95,6 +103,25 @@ class CocoSet:
     def num_objects(self) -> int:
         """Crowds left out."""
         return sum(int((~scene.crowd_N).sum()) for scene in self.scenes)
+
+    def image(self, row: int, channels: int) -> Tensor:
+        """(C, H, W), uint8: that of a scene, of so many channels.
+
+        Raises:
+            UndecodableError: it cannot be decoded, or has another size than its annotations are for.
+            StorageError: it has gone, or cannot be read.
+        """
+        scene = self.scenes[row]
+        try:
+            bytes_CHW = decode.decode(self.images.read_bytes(scene.file_name), channels)
+        except FileNotFoundError as error:
+            raise StorageError("an image has gone", found=self.images.join(scene.file_name)) from error
+        (height, width), told = bytes_CHW.shape[1:], scene.size_HW
+        if (height, width) != told:
+            raise decode.UndecodableError(
+                f"it has {width} × {height} pixels, its annotations are for {told[1]} × {told[0]}"
+            )
+        return bytes_CHW
 
 
 def read(annotations: str, images: str, *, key: str, masks: bool, max_images: int | None = None) -> CocoSet:
@@ -129,11 +156,12 @@ def read(annotations: str, images: str, *, key: str, masks: bool, max_images: in
             found = _object(plain, sizes, classes, masks)
         except _UnusableError as error:
             told = plain.get("id", f"number {number + 1}") if isinstance(plain, Mapping) else f"number {number + 1}"
-            set_aside.append(SetAside(f"annotation {told}", str(error)))
+            set_aside.append(SetAside(key, f"annotation {told}", str(error)))
         else:
             objects[plain["image_id"]].append(found)
     scenes = tuple(_scene(each, objects[each.id], masks) for each in listed)
-    result = CocoSet(annotations, folder, scenes, categories, tuple(set_aside), hashlib.sha256(data).hexdigest())
+    digest = hashlib.sha256(data).hexdigest()
+    result = CocoSet(key, annotations, folder, scenes, categories, tuple(set_aside), digest)
     if not result.num_objects:
         reasons = Counter(each.reason for each in set_aside).most_common(_SHOWN)
         why = "".join(f"; {count} set aside: {reason}" for reason, count in reasons)

@@ -10,7 +10,8 @@ Shape letters: B images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,17 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from maskray import draws
 from maskray.config.evaluation import DetectionEvaluation
 from maskray.config.load import fingerprint, identity
-from maskray.data import decode
+from maskray.data.decode import UndecodableError
 from maskray.data.plan import permute
-from maskray.errors import DataError, NonFiniteError, StorageError
+from maskray.errors import DataError, NonFiniteError
 from maskray.evaluation.detection import fitting
 from maskray.evaluation.detection.average_precision import Detections, Of, average_precision
-from maskray.evaluation.detection.coco import CocoSet, Ints, Scene, SetAside
+from maskray.evaluation.detection.coco import GIVE_THEIR_IMAGES, CocoSet, Ints
 from maskray.evaluation.detection.detector import build_detector
 from maskray.evaluation.detection.fitting import Fitted, Target
 from maskray.models.encoder import Encoder, digest
@@ -40,7 +41,10 @@ from maskray.training.randomness import drawn_by
 
 MODEL = "model"
 """What is judged; others are trained from scratch."""
+SetAsideRows = dict[str, dict[int, str]]
+"""By key of the data: rows of images that cannot be used, and why."""
 _BETAS = (0.9, 0.999)
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,10 @@ class DetectionCourse:
         )
         self._norms = group_norms(self.detector)
         self._reader = _Reader(asked.train, config, asked.channels, asked.threads)
-        self._set_aside: dict[str, str] = {}
+        self._first_pass = min(self.total_steps, math.ceil(self.steps_per_pass))
+        self._has_learned = False
+        """From an object, on this worker or, before the latest checkpoint, on any."""
+        self._set_aside: SetAsideRows = {asked.train.key: {}, asked.val.key: {}}
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -117,14 +124,17 @@ class DetectionCourse:
 
         Raises:
             NonFiniteError: the gradients of this step are not finite; no update was applied.
+            DataError: the first pass is over, and no image of it with an object could be used.
             StorageError: images cannot be read.
         """
-        config = self.asked.config
-        images = self._reader.take(number, self._share(number))
+        config, share = self.asked.config, self._share(number)
+        images = self._reader.take(number, share)
         if number + 1 < self.total_steps:
             self._reader.ahead(number + 1, self._share(number + 1))
-        taught = [each for each in images if not isinstance(each, SetAside)]
-        self._set_aside |= {each.what: each.reason for each in images if isinstance(each, SetAside)}
+        taught = [learned for _, learned in self._usable(self.asked.train, share, images)]
+        self._has_learned |= any(len(target.labels_N) for _, target in taught)
+        if number + 1 == self._first_pass:
+            self._check_learned()
         self.optimizer.zero_grad()
         if taught:
             with drawn_by(draws.word(self.asked.seed, draws.Stream.COURSE, number, 1 + self.rank), self.device):
@@ -153,6 +163,29 @@ class DetectionCourse:
         loss = torch.stack(list(losses.values())).sum()
         (loss * len(taught) / config.batch).backward()
 
+    def _usable(
+        self, data: CocoSet, asked: Sequence[_Asked], images: Sequence[tuple[Fitted, Target] | str]
+    ) -> list[tuple[int, tuple[Fitted, Target]]]:
+        """With their rows, of which a step may have one twice; why the others are not is kept."""
+        found = list[tuple[int, tuple[Fitted, Target]]]()
+        for each, image in zip(asked, images, strict=True):
+            if isinstance(image, str):
+                self._set_aside[data.key][each.row] = image
+            else:
+                found.append((each.row, image))
+        return found
+
+    def _check_learned(self) -> None:
+        if any(_gathered(self._has_learned)):
+            return
+        data = self.asked.train
+        raise DataError(
+            "no training image with an object can be used",
+            key=data.key,
+            found=_told(data, self._all_set_aside()[data.key]),
+            fix=GIVE_THEIR_IMAGES,
+        )
+
     def _share(self, number: int) -> list[_Asked]:
         """This worker's images of a step."""
         rows, passes = step_rows(len(self.asked.train.scenes), self.asked.config.batch, number, self.asked.seed)
@@ -170,14 +203,24 @@ class DetectionCourse:
         return {
             "detector": self.detector.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "set_aside": dict(self._set_aside),
+            "set_aside": self._all_set_aside(),
+            "has_learned": any(_gathered(self._has_learned)),
         }
 
     def load(self, state: State) -> None:
         """As `Course.load`."""
         self.detector.load_state_dict(state["detector"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._set_aside = dict(state["set_aside"])
+        self._set_aside = {key: dict(rows) for key, rows in state["set_aside"].items()}
+        self._has_learned = state["has_learned"]
+
+    def _all_set_aside(self) -> SetAsideRows:
+        """By all workers."""
+        found: SetAsideRows = {key: {} for key in self._set_aside}
+        for of_worker in _gathered(self._set_aside):
+            for key, reasons in of_worker.items():
+                found[key] |= reasons
+        return found
 
     # --------------------------------------------------------------------------------------------------------- result
 
@@ -188,20 +231,19 @@ class DetectionCourse:
             DataError: no validation image with an object can be decoded.
         """
         self._reader.close()
-        found, set_aside = dict[int, Detections](), dict(self._set_aside)
-        for of_worker in _gathered((self._found(), self._set_aside)):
-            found |= of_worker[0]
-            set_aside |= of_worker[1]
-        scenes = self.asked.val.scenes
-        judged = sorted(found)
+        found = dict[int, Detections]()
+        for of_worker in _gathered(self._found()):
+            found |= of_worker
+        set_aside, val = self._all_set_aside(), self.asked.val
+        scenes, judged = val.scenes, sorted(found)
         if not any((~scenes[row].crowd_N).any() for row in judged):
             raise DataError(
-                "no validation image with an object can be decoded",
-                key="evaluations.val",
-                found="; ".join(f"{what}: {why}" for what, why in list(set_aside.items())[:3]),
-                fix="check the images",
+                "no validation image with an object can be used",
+                key=val.key,
+                found=_told(val, set_aside[val.key]),
+                fix=GIVE_THEIR_IMAGES,
             )
-        names = [each.name for each in self.asked.val.categories]
+        names = [each.name for each in val.categories]
         kinds: list[Of] = ["box", "mask"] if self.asked.config.masks else ["box"]
         precisions = [
             average_precision([scenes[row] for row in judged], [found[row] for row in judged], names, of)
@@ -213,7 +255,7 @@ class DetectionCourse:
             "num_images": len(judged),
             "num_objects": sum(int((~scenes[row].crowd_N).sum()) for row in judged),
             "drawn": [_plain(row, found[row]) for row in judged[: self.asked.config.figure_images]],
-            "set_aside": [list(each) for each in sorted(set_aside.items())],
+            "set_aside": set_aside,
         }
 
     @torch.inference_mode()
@@ -229,10 +271,7 @@ class DetectionCourse:
             images = reader.take(number, batch)
             if number + 1 < len(batches):
                 reader.ahead(number + 1, batches[number + 1])
-            self._set_aside |= {each.what: each.reason for each in images if isinstance(each, SetAside)}
-            good = {
-                asked.row: each[0] for asked, each in zip(batch, images, strict=True) if not isinstance(each, SetAside)
-            }
+            good = {row: fitted for row, (fitted, _) in self._usable(self.asked.val, batch, images)}
             if good:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     outputs = self.detector([each.bytes_Chw.to(self.device) for each in good.values()])
@@ -265,19 +304,19 @@ class _Asked:
 
 
 class _Reader:
-    """Images and targets by threads, those of the next step while this one is computed."""
+    """Images and targets, or why there are none, by threads, those of the next step while this one is computed."""
 
     def __init__(self, data: CocoSet, config: DetectionEvaluation, channels: int, threads: int) -> None:
         self._data, self._config, self._channels = data, config, channels
         # Torch has as many threads for the resize of one image, which would fight over the cores.
         self._pool = ThreadPoolExecutor(threads, "maskray-detection", torch.set_num_threads, (1,))
-        self._coming: dict[int, list[Future[tuple[Fitted, Target] | SetAside]]] = {}
+        self._coming: dict[int, list[Future[tuple[Fitted, Target] | str]]] = {}
 
     def ahead(self, number: int, asked: Sequence[_Asked]) -> None:
         """Begin with a step's images."""
         self._coming = {number: [self._pool.submit(self._read, each) for each in asked]}
 
-    def take(self, number: int, asked: Sequence[_Asked]) -> list[tuple[Fitted, Target] | SetAside]:
+    def take(self, number: int, asked: Sequence[_Asked]) -> list[tuple[Fitted, Target] | str]:
         """A step's images, in order."""
         if number not in self._coming:
             self.ahead(number, asked)
@@ -287,25 +326,21 @@ class _Reader:
         """No more of them."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _read(self, asked: _Asked) -> tuple[Fitted, Target] | SetAside:
-        scene = self._data.scenes[asked.row]
+    def _read(self, asked: _Asked) -> tuple[Fitted, Target] | str:
         try:
-            bytes_CHW = decode.decode(self._data.images.read_bytes(scene.file_name), self._channels)
-        except decode.UndecodableError as error:
-            return SetAside(f"image {scene.file_name}", str(error))
-        except FileNotFoundError as error:
-            raise StorageError("an image has gone", found=self._data.images.join(scene.file_name)) from error
-        if tuple(bytes_CHW.shape[1:]) != scene.size_HW:
-            return SetAside(f"image {scene.file_name}", _other_size(bytes_CHW, scene))
+            bytes_CHW = self._data.image(asked.row, self._channels)
+        except UndecodableError as error:
+            return str(error)
         fitted = fitting.fit(bytes_CHW, self._config.image_size)
-        target = fitting.target_of(scene, fitted, masks=self._config.masks)
+        target = fitting.target_of(self._data.scenes[asked.row], fitted, masks=self._config.masks)
         return fitting.flipped(fitted, target) if asked.flip else (fitted, target)
 
 
-def _other_size(bytes_CHW: Tensor, scene: Scene) -> str:
-    height, width = bytes_CHW.shape[1:]
-    told = f"{scene.size_HW[1]} × {scene.size_HW[0]}"
-    return f"it has {width} × {height} pixels, its annotations are for {told}"
+def _told(data: CocoSet, set_aside: Mapping[int, str]) -> str:
+    """Some of it."""
+    if not set_aside:
+        return "images without objects alone"
+    return "; ".join(f"{data.scenes[row].file_name}: {set_aside[row]}" for row in sorted(set_aside)[:_SHOWN])
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -10,16 +10,20 @@ import numpy as np
 
 from maskray import figures
 from maskray.config.evaluation import DetectionEvaluation
-from maskray.data import decode
+from maskray.data.decode import UndecodableError
 from maskray.data.mapper import Progress, silent
+from maskray.errors import DataError
 from maskray.evaluation.detection import fitting
 from maskray.evaluation.detection.average_precision import AveragePrecision
-from maskray.evaluation.detection.coco import CocoSet, SetAside, check_alike, read
-from maskray.evaluation.detection.course import Detection
+from maskray.evaluation.detection.coco import GIVE_THEIR_IMAGES, CocoSet, SetAside, check_alike, read
+from maskray.evaluation.detection.course import Detection, SetAsideRows
 from maskray.evaluation.finetune import Train
 
 SURE = 0.5
 """Figures show what was found from this score on."""
+
+_LOOKED_AT = 8
+"""Images of a set at most, before anything starts."""
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +93,29 @@ def open_sets(config: DetectionEvaluation) -> tuple[CocoSet, CocoSet]:
     return sets[0], sets[1]
 
 
+def check_images(data: CocoSet, channels: int) -> None:
+    """Whether one of a few images, spread over the set, is of the size and bands that are expected.
+
+    Raises:
+        DataError: none is.
+        StorageError: one has gone, or cannot be read.
+    """
+    wrong = []
+    for row in np.unique(np.linspace(0, len(data.scenes) - 1, _LOOKED_AT).round().astype(int)):
+        try:
+            data.image(int(row), channels)
+        except UndecodableError as error:
+            wrong.append(f"{data.scenes[row].file_name}: {error}")
+        else:
+            return
+    raise DataError(
+        f"none of {len(wrong)} images, spread over the set, can be used",
+        key=data.key,
+        found="; ".join(wrong[:3]),
+        fix=GIVE_THEIR_IMAGES,
+    )
+
+
 def detected(what: Detection, train: Train, progress: Progress = silent) -> Detected:
     """Scores and figures of the detectors.
 
@@ -107,15 +134,21 @@ def detected(what: Detection, train: Train, progress: Progress = silent) -> Dete
 
     results = train(what, names, what.fingerprint(), what.config.checkpoint_steps, tell)
     scores, pictures = list[DetectionScore](), dict[str, bytes]()
-    set_aside = dict.fromkeys((*what.train.set_aside, *what.val.set_aside))
+    unusable: SetAsideRows = {what.train.key: {}, what.val.key: {}}
     for name, result in zip(names, results, strict=True):
         precisions = [AveragePrecision(**each) for each in result["precisions"]]
         counts = result["num_images"], result["num_objects"], result["num_steps"]
         scores += [DetectionScore(name, each, *counts) for each in precisions]
-        set_aside |= dict.fromkeys(SetAside(*each) for each in result["set_aside"])
+        for key, reasons in result["set_aside"].items():  # the detectors see the same images: each counts once
+            unusable[key] |= reasons
         title = f"detection, {name}: AP {precisions[0].ap:.3f} of boxes; dashed: what is there"
         pictures[f"detection_{name}"] = _figure(what, result["drawn"], title)
-    return Detected(scores, pictures, list(set_aside))
+    return Detected(scores, pictures, [*_set_aside(what.train, unusable), *_set_aside(what.val, unusable)])
+
+
+def _set_aside(data: CocoSet, unusable: SetAsideRows) -> list[SetAside]:
+    rows = sorted(unusable[data.key].items())
+    return [*data.set_aside, *(SetAside(data.key, f"image {data.scenes[row].file_name}", why) for row, why in rows)]
 
 
 def _figure(what: Detection, drawn: list[dict[str, Any]], title: str) -> bytes:
@@ -125,8 +158,7 @@ def _figure(what: Detection, drawn: list[dict[str, Any]], title: str) -> bytes:
 
 def _boxed(val: CocoSet, channels: int, drawn: dict[str, Any]) -> figures.Boxed:
     scene = val.scenes[drawn["row"]]
-    bytes_CHW = decode.decode(val.images.read_bytes(scene.file_name), channels)
-    fitted = fitting.fit(bytes_CHW, figures.DETECTION_TILE)
+    fitted = fitting.fit(val.image(drawn["row"], channels), figures.DETECTION_TILE)
     down, across = fitted.scales
     sides = np.array([across, down, across, down])
     image_HWC = fitted.bytes_Chw.numpy().transpose(1, 2, 0)

@@ -86,8 +86,8 @@ def test_an_image_without_objects_stays(read):
 def test_what_cannot_be_used_is_set_aside_and_told(read, wrong, why):
     found = read([annotation(), wrong])
     assert found.num_objects == 1
-    ((what, reason),) = found.set_aside
-    assert what == "annotation 9"
+    ((key, what, reason),) = found.set_aside
+    assert (key, what) == ("data.train", "annotation 9")
     assert why in reason
 
 
@@ -145,8 +145,8 @@ def test_outlines_are_polygons_or_run_lengths(read):
 )
 def test_a_damaged_outline_is_set_aside(read, segmentation, why):
     found = read([annotation(segmentation=SQUARE), annotation(9, segmentation=segmentation)], masks=True)
-    ((what, reason),) = found.set_aside
-    assert what == "annotation 9"
+    ((key, what, reason),) = found.set_aside
+    assert (key, what) == ("data.train", "annotation 9")
     assert why in reason
     assert len(found.scenes[1].outlines) == len(found.scenes[1].boxes_N4) == 1
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import cutouts
-from maskray.errors import DataError, NonFiniteError
+from maskray.data.storage import Storage
+from maskray.errors import DataError, NonFiniteError, StorageError
 from maskray.evaluation.detection.course import Detection, step_rows
 from maskray.evaluation.detection.outcome import open_sets
 from maskray.training.context import LocalWorkerContext
@@ -58,6 +59,14 @@ def test_workers_share_the_images_of_a_step(course, world_size):
         shared = [each for worker in workers for each in worker._share(number)]
         assert sorted(map(repr, shared)) == sorted(map(repr, asked))
     assert {each.flip for number in range(4) for each in alone._share(number)} == {False, True}
+
+
+def test_a_step_of_more_images_than_there_are_has_them_twice(course, monkeypatch):
+    each = course(batch=25, epochs=5)
+    seen = []
+    monkeypatch.setattr(each, "_backward", lambda taught: seen.append(len(taught)))
+    each.step(0)
+    assert seen == [25]
 
 
 def test_a_duration_in_epochs_is_one_in_steps(course):
@@ -136,7 +145,7 @@ def test_a_result_has_all_that_is_reported(course):
     assert set(found["precisions"][0]["by_class"]) == {f"digit {digit}" for digit in cutouts.DIGITS}
     assert found["num_images"] == 7
     assert [each["row"] for each in found["drawn"]] == [0, 1, 2]
-    assert found["set_aside"] == []
+    assert found["set_aside"] == {"evaluations.train": {}, "evaluations.val": {}}
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 9])
@@ -165,21 +174,54 @@ def test_an_image_that_cannot_be_used_is_set_aside_and_the_rest_goes_on(small, r
     again.load(each.state())
     found = again.result()
     assert found["num_images"] == 1
-    assert [what for what, _ in found["set_aside"]] == ["image 00001.png", "image 00002.png"]
-    assert "64 × 64" in found["set_aside"][0][1]
+    assert found["set_aside"].keys() == {"evaluations.train", "evaluations.val"}
+    assert list(found["set_aside"]["evaluations.train"]) == [1]
+    assert found["set_aside"]["evaluations.val"].keys() == {0, 1}
+    assert "64 × 64" in found["set_aside"]["evaluations.val"][0]
     (tmp_path / "val" / "images" / "00001.png").write_bytes(whole)
     (tmp_path / "val" / "images" / "00003.png").write_bytes(b"")
     assert course(sets=sets, **config).result()["num_images"] == 1
     (tmp_path / "val" / "images" / "00001.png").write_bytes(b"")
-    with pytest.raises(DataError, match="no validation image with an object can be decoded"):
+    with pytest.raises(DataError, match=r"evaluations\.val: no validation image with an object.*00001\.png: "):
         course(sets=sets, **config).result()
+
+
+def test_a_pass_from_which_nothing_can_be_learned_is_the_last(read, small, course, tmp_path):
+    """Thumbnails, say: with annotations for what they were made of."""
+    sets = read(small())
+    cutouts.write(tmp_path / "thumbnails", len(sets[0].scenes), seed=0, side=60)
+    thumbnails = replace(sets[0], images=Storage(tmp_path / "thumbnails" / "images"))
+    match = r"evaluations\.train: no training image with an object.*0000\d\.png: it has 60 × 60 pixels.*What to do"
+    left = course(sets=[thumbnails, sets[1]])
+    left.step(0)
+    with pytest.raises(DataError, match=match):
+        left.step(2)  # 10 images of 4 a step
+    with pytest.raises(DataError, match=match):
+        course(sets=[thumbnails, sets[1]], epochs=0.1).step(0)  # the run is over before
+    empty = [replace(each, crowd_N=np.ones_like(each.crowd_N)) for each in sets[0].scenes]
+    with pytest.raises(DataError, match="images without objects alone"):
+        course(sets=[replace(sets[0], scenes=tuple(empty)), sets[1]], epochs=0.1).step(0)
+
+
+def test_what_was_learned_from_before_it_was_left_counts(read, small, course, tmp_path):
+    sets = read(small())
+    (tmp_path / "damaged").mkdir()
+    for scene in sets[0].scenes:
+        (tmp_path / "damaged" / scene.file_name).write_bytes(b"no image")
+    damaged = [replace(sets[0], images=Storage(tmp_path / "damaged")), sets[1]]
+    first = course(sets=sets)
+    first.step(0)
+    again = course(sets=damaged)
+    again.load(first.state())
+    again.step(2)
+    assert len(again.state()["set_aside"]["evaluations.train"]) == 4
 
 
 def test_a_step_of_images_that_cannot_be_decoded_moves_nothing_but_by_its_decay(read, small, course, tmp_path):
     sets = read(small())
     for scene in sets[0].scenes:
         (tmp_path / scene.file_name).write_bytes(b"no image")
-    each = course(sets=[replace(sets[0], images=type(sets[0].images)(tmp_path)), sets[1]], weight_decay=0)
+    each = course(sets=[replace(sets[0], images=Storage(tmp_path)), sets[1]], weight_decay=0)
     before = weights(each)
     each.step(0)
     each.step(1)
@@ -187,11 +229,9 @@ def test_a_step_of_images_that_cannot_be_decoded_moves_nothing_but_by_its_decay(
 
 
 def test_an_image_that_has_gone_stops_it(read, small, course, tmp_path):
-    from maskray.errors import StorageError
-
     sets = read(small())
     (tmp_path / "empty").mkdir()
-    each = course(sets=[replace(sets[0], images=type(sets[0].images)(tmp_path / "empty")), sets[1]])
+    each = course(sets=[replace(sets[0], images=Storage(tmp_path / "empty")), sets[1]])
     with pytest.raises(StorageError, match=r"an image has gone.*png"):
         each.step(0)
 

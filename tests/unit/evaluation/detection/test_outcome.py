@@ -15,8 +15,8 @@ from maskray.appraisal import appraise_here, prepare
 from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import dump, merge, parse
 from maskray.config.schema import RunConfig
-from maskray.errors import ConfigError, DataError
-from maskray.evaluation.detection.outcome import open_sets
+from maskray.errors import CheckpointError, ConfigError, DataError
+from maskray.evaluation.detection.outcome import check_images, open_sets
 from maskray.models.build import build_model
 from maskray.models.encoder import save_encoder
 from maskray.models.normalize import Normalize
@@ -42,6 +42,16 @@ def encoder_folder(tmp_path_factory):
             model.patch_embed.proj.weight.mul_(2)
     save_encoder(folder, model, Normalize([0.4] * 3, [0.25] * 3), run)
     return folder
+
+
+def written(folder, num, seed, sides=(SIDE, SIDE)):
+    """`train` and `val`, as a config says them, of files of the same names."""
+    for part, (name, side) in enumerate(zip(("train", "val"), sides, strict=True)):
+        cutouts.write(folder / name, num, seed=seed, side=side, part=part)
+    return {
+        name: {"annotations": str(folder / name / "annotations.json"), "images": str(folder / name / "images")}
+        for name in ("train", "val")
+    }
 
 
 @pytest.fixture
@@ -124,24 +134,28 @@ def test_the_command_shows_it_and_writes_it(config, tmp_path, capsys):
 
 
 def test_what_is_set_aside_is_counted_and_listed(config, tmp_path, capsys):
+    """Training and validation have files and numbers of the same names, and a number may stand there twice."""
     from maskray.cli.evaluate import show
 
-    for part, (name, num) in enumerate({"train": 3, "val": 3}.items()):
-        cutouts.write(tmp_path / name, num, seed=2, side=SIDE, part=part)
-    file = tmp_path / "train" / "annotations.json"
-    content = json.loads(file.read_text())
-    content["annotations"][0]["bbox"] = [0, 0, 0, 5]
-    file.write_text(json.dumps(content))
-    (tmp_path / "val" / "images" / "00002.png").write_bytes(b"no image")
-    data = {
-        name: {"annotations": str(tmp_path / name / "annotations.json"), "images": str(tmp_path / name / "images")}
-        for name in ("train", "val")
-    }
-    found = appraise_here(prepare(config(data, untrained=False)))
-    assert [each.what for each in found.set_aside] == ["annotation 1", "image 00002.png"]
+    data = written(tmp_path, num=4, seed=2)
+    for name in data:
+        file = tmp_path / name / "annotations.json"
+        content = json.loads(file.read_text())
+        damaged = content["annotations"][0] | {"bbox": [0, 0, 0, 5]}
+        content["annotations"] += [damaged, damaged] if name == "train" else [damaged]
+        file.write_text(json.dumps(content))
+        (tmp_path / name / "images" / "00002.png").write_bytes(b"no image")
+    found = appraise_here(prepare(config(data)))  # two detectors, that see the same images
+    assert [(each.key, each.what) for each in found.set_aside] == [
+        ("evaluations.train", "annotation 1"),
+        ("evaluations.train", "annotation 1"),
+        ("evaluations.train", "image 00002.png"),
+        ("evaluations.val", "annotation 1"),
+        ("evaluations.val", "image 00002.png"),
+    ]
     show(found)
-    assert "detection: 1 annotations or images set aside: its box has no size" in capsys.readouterr().out
-    assert len(json.loads(found.dump())["set_aside"]) == 2
+    assert "detection: 3 annotations or images set aside: its box has no size" in capsys.readouterr().out
+    assert [each["key"] for each in json.loads(found.dump())["set_aside"]] == [each.key for each in found.set_aside]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +169,32 @@ def test_what_is_set_aside_is_counted_and_listed(config, tmp_path, capsys):
 def test_mistakes_are_said_before_anything_starts(config, values, error, match):
     with pytest.raises(error, match=match):
         prepare(config(values))
+
+
+def test_what_is_cheap_to_see_is_said_before_annotations_are_read(config, monkeypatch):
+    monkeypatch.setattr("maskray.evaluation.detection.outcome.read", lambda *_, **__: pytest.fail("they were read"))
+    with pytest.raises(ConfigError, match="image_size"):
+        prepare(config({"image_size": 60}))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        prepare(config(model="nowhere"))
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_images_that_are_not_those_of_the_annotations_are_refused(config, tmp_path, name):
+    data = written(tmp_path, num=12, seed=4)
+    cutouts.write(tmp_path / "thumbnails", 12, seed=4, side=60)
+    match = rf"evaluations\.{name}: none of 8 images.*00001\.png: it has 60 × 60 pixels.*for 64 × 64.*What to do"
+    wrong = data | {name: data[name] | {"images": str(tmp_path / "thumbnails" / "images")}}
+    with pytest.raises(DataError, match=match):
+        prepare(config(wrong))
+    for file in sorted((tmp_path / name / "images").iterdir())[1:]:  # one that is right will do
+        file.write_bytes(b"no image")
+    prepare(config(data))
+
+
+def test_images_of_other_bands_than_the_encoder_takes_are_refused(read, small):
+    with pytest.raises(DataError, match=r"evaluations\.train: none of 8 images.* 3 bands, 4 are asked for"):
+        check_images(read(small())[0], channels=4)
 
 
 def test_other_evaluations_want_their_data(config):
@@ -171,17 +211,12 @@ def test_without_the_extra_it_is_said_what_to_install(config, monkeypatch):
 
 
 def test_classes_that_cannot_be_learned_are_a_warning(small, tmp_path, caplog):
-    for part, (name, num) in enumerate({"train": 6, "val": 6}.items()):
-        cutouts.write(tmp_path / name, num, seed=3, side=SIDE, part=part)
+    data = written(tmp_path, num=6, seed=3)
     file = tmp_path / "train" / "annotations.json"
     content = json.loads(file.read_text())
     judged = json.loads((tmp_path / "val" / "annotations.json").read_text())["annotations"][0]["category_id"]
     content["annotations"] = [each for each in content["annotations"] if each["category_id"] != judged]
     file.write_text(json.dumps(content))
-    data = {
-        name: {"annotations": str(tmp_path / name / "annotations.json"), "images": str(tmp_path / name / "images")}
-        for name in ("train", "val")
-    }
     open_sets(small(**data))
     assert f"1 classes have objects to find and none to learn from: digit {judged - 10}" in caplog.text
 
