@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import posixpath
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -197,6 +199,22 @@ def check_alike(train: CocoSet, val: CocoSet, *, key: str) -> None:
     )
 
 
+def check_apart(train: CocoSet, val: CocoSet) -> None:
+    """Whether none of the images that judge was learned from.
+
+    Raises:
+        DataError: some were.
+    """
+    shared = sorted(_addresses(train) & _addresses(val))
+    if shared:
+        raise DataError(
+            f"{len(shared)} images are for training and for validation",
+            key=val.key,
+            found=_shown(shared),
+            fix="give annotations of other images: on those learned from, average precision says nothing",
+        )
+
+
 class _UnusableError(ValueError):
     """An annotation cannot be used; the message is the reason."""
 
@@ -213,6 +231,13 @@ class _Object(NamedTuple):
     is_crowd: bool
     area: float
     outline: outlines.Rle | None
+
+
+def _addresses(data: CocoSet) -> set[str]:
+    """Of the images, however the folder is written."""
+    folder = data.images.uri
+    base = os.path.realpath(folder) if data.images.is_local else folder
+    return {posixpath.normpath(f"{base}/{each.file_name}") for each in data.scenes}
 
 
 def _bytes(annotations: str, key: str) -> bytes:

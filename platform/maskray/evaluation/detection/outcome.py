@@ -15,7 +15,7 @@ from maskray.data.mapper import Progress, silent
 from maskray.errors import DataError
 from maskray.evaluation.detection import fitting
 from maskray.evaluation.detection.average_precision import AveragePrecision
-from maskray.evaluation.detection.coco import GIVE_THEIR_IMAGES, CocoSet, SetAside, check_alike, read
+from maskray.evaluation.detection.coco import GIVE_THEIR_IMAGES, CocoSet, SetAside, check_alike, check_apart, read
 from maskray.evaluation.detection.course import Detection, SetAsideRows
 from maskray.evaluation.finetune import Train
 
@@ -71,7 +71,8 @@ def open_sets(config: DetectionEvaluation) -> tuple[CocoSet, CocoSet]:
     """Training and validation images with their objects.
 
     Raises:
-        DataError: no data in COCO's format, images that are not there, no objects, or categories that differ.
+        DataError: no data in COCO's format, images that are not there or in both sets, no objects, or categories
+            that differ.
         StorageError: the storage cannot be read.
     """
     sets = [
@@ -85,6 +86,7 @@ def open_sets(config: DetectionEvaluation) -> tuple[CocoSet, CocoSet]:
         for name, part in (("train", config.train), ("val", config.val))
     ]
     check_alike(*sets, key="evaluations.val")
+    check_apart(*sets)
     learned = {int(each) for scene in sets[0].scenes for each in scene.classes_N[~scene.crowd_N]}
     judged = {int(each) for scene in sets[1].scenes for each in scene.classes_N[~scene.crowd_N]}
     if unknown := sorted(judged - learned):

@@ -13,7 +13,6 @@ import cutouts
 from maskray.data.storage import Storage
 from maskray.errors import DataError, NonFiniteError, StorageError
 from maskray.evaluation.detection.course import Detection, step_rows
-from maskray.evaluation.detection.outcome import open_sets
 from maskray.training.context import LocalWorkerContext
 from maskray.training.courses import run_all
 
@@ -293,14 +292,14 @@ def test_the_set_of_cut_outs_is_what_it_says(read, small):
     assert Path(train.name).parent != Path(val.name).parent
 
 
-def test_eight_images_are_learned_by_heart(small, tmp_path):
+def test_eight_images_are_learned_by_heart(small, read, tmp_path):
     """Then all of it is wired right: boxes, classes and outlines, there and back."""
     cutouts.write(tmp_path / "train", 8, seed=0, side=64)
     data = data_of(tmp_path / "train")
     sizes = {"pyramid_width": 32, "head_width": 64, "proposals": 64, "sampled_boxes": 32, "masks": True}
     recipe = {"epochs": 60, "base_lr": 0.3, "layer_decay": 1, "weight_decay": 0, "flip_probability": 0, "drop_path": 0}
     config = small(train=data, val=data, **sizes, **recipe)
-    asked = Detection(config, *open_sets(config), {"model": encoder_of("vit")}, 0)
+    asked = Detection(config, *read(config), {"model": encoder_of("vit")}, 0)
     (found,) = run_all(asked, ["model"], LocalWorkerContext(tmp_path), fingerprint="f", checkpoint_steps=1000)
     boxes, masks = found["precisions"]
     assert boxes["ap"] > 0.6

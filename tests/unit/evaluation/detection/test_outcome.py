@@ -197,6 +197,27 @@ def test_images_of_other_bands_than_the_encoder_takes_are_refused(read, small):
         check_images(read(small())[0], channels=4)
 
 
+def test_other_categories_in_validation_are_refused(config, tmp_path):
+    data = written(tmp_path, num=3, seed=4)
+    file = tmp_path / "val" / "annotations.json"
+    file.write_text(file.read_text().replace("digit 4", "digit 5"))
+    with pytest.raises(DataError, match=r"evaluations\.val: the categories.*14 digit 4 in .* and 14 digit 5 in"):
+        prepare(config(data))
+
+
+def test_images_that_are_learned_from_do_not_judge(config, small, tmp_path):
+    data = written(tmp_path, num=4, seed=4)
+    with pytest.raises(DataError, match=r"evaluations\.val: 4 images are for training and for val.*00001\.png.*What"):
+        prepare(config(data | {"val": data["train"]}))
+    file = tmp_path / "some.json"
+    content = json.loads((tmp_path / "train" / "annotations.json").read_text())
+    file.write_text(json.dumps(content | {"images": content["images"][3:]}))
+    some = {"annotations": str(file), "images": str(tmp_path / "train" / ".." / "train" / "images")}
+    with pytest.raises(DataError, match="1 images are for training and for validation"):
+        open_sets(small(**data | {"val": some}))
+    open_sets(small(train=data["train"] | {"max_images": 3}, val=some))
+
+
 def test_other_evaluations_want_their_data(config):
     plain = config().model_dump(mode="json")
     plain["evaluations"].append({"kind": "knn"})
