@@ -99,7 +99,7 @@ class CocoSet:
     """In the order of the ids."""
     set_aside: tuple[SetAside, ...]
     digest: str
-    """SHA-256 of the annotations."""
+    """SHA-256 of the annotations, and of the names of the images and their sizes in bytes."""
 
     @property
     def num_objects(self) -> int:
@@ -145,7 +145,7 @@ def read(annotations: str, images: str, *, key: str, masks: bool, max_images: in
     categories = _categories(content["categories"], annotations, key)
     listed = sorted(_images(content["images"], annotations, key), key=lambda each: each.id)[:max_images]
     folder = Storage(images)
-    _check_there(folder, [each.file_name for each in listed], key)
+    sizes_bytes = _sizes_bytes(folder, [each.file_name for each in listed], key)
     set_aside = list[SetAside]()
     objects: dict[int, list[_Object]] = {each.id: [] for each in listed}
     beyond = {each["id"] for each in content["images"]} - objects.keys()
@@ -162,7 +162,7 @@ def read(annotations: str, images: str, *, key: str, masks: bool, max_images: in
         else:
             objects[plain["image_id"]].append(found)
     scenes = tuple(_scene(each, objects[each.id], masks) for each in listed)
-    digest = hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(data + json.dumps(sizes_bytes).encode()).hexdigest()
     result = CocoSet(key, annotations, folder, scenes, categories, tuple(set_aside), digest)
     if not result.num_objects:
         reasons = Counter(each.reason for each in set_aside).most_common(_SHOWN)
@@ -301,15 +301,16 @@ def _images(plain: list[Any], annotations: str, key: str) -> list[_Listed]:
     return found
 
 
-def _check_there(folder: Storage, names: Iterable[str], key: str) -> None:
+def _sizes_bytes(folder: Storage, names: Iterable[str], key: str) -> list[tuple[str, int]]:
     """By a listing of each folder: a request for each of 100,000 images would take an hour on an object store."""
     by_folder: dict[str, list[str]] = {}
     for name in names:
         by_folder.setdefault(name.rpartition("/")[0], []).append(name)
-    missing = []
+    missing, sizes = list[str](), list[tuple[str, int]]()
     for below, there in by_folder.items():
         found = folder.list_sizes(below)
         missing += [name for name in there if name.rpartition("/")[2] not in found]
+        sizes += [(name, found.get(name.rpartition("/")[2], 0)) for name in there]
     if missing:
         raise DataError(
             f"{len(missing)} images are not there",
@@ -317,6 +318,7 @@ def _check_there(folder: Storage, names: Iterable[str], key: str) -> None:
             found=f"{folder.uri} without {_shown(missing)}",
             fix="check the folder of the images, or take them out of the annotations",
         )
+    return sizes
 
 
 def _object(plain: Any, sizes: Mapping[int, tuple[int, int]], classes: Mapping[int, int], masks: bool) -> _Object:

@@ -41,6 +41,8 @@ from maskray.training.randomness import drawn_by
 
 MODEL = "model"
 """What is judged; others are trained from scratch."""
+MOST_DRAWN = 12
+"""Images of which it is kept what was found on them, however many are drawn: what is kept is not found again."""
 SetAsideRows = dict[str, dict[int, str]]
 """By key of the data: rows of images that cannot be used, and why."""
 _BETAS = (0.9, 0.999)
@@ -70,7 +72,7 @@ class Detection:
             {
                 "evaluation": identity(self.config),
                 "encoders": {name: digest(encoder) for name, encoder in self.encoders.items()},
-                "annotations": [self.train.digest, self.val.digest],
+                "data": [self.train.digest, self.val.digest],
                 "seed": self.seed,
             }
         )
@@ -254,7 +256,7 @@ class DetectionCourse:
             "num_steps": self.total_steps,
             "num_images": len(judged),
             "num_objects": sum(int((~scenes[row].crowd_N).sum()) for row in judged),
-            "drawn": [_plain(row, found[row]) for row in judged[: self.asked.config.figure_images]],
+            "drawn": [_plain(row, found[row]) for row in judged[:MOST_DRAWN]],
             "set_aside": set_aside,
         }
 

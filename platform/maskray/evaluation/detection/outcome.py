@@ -144,7 +144,8 @@ def detected(what: Detection, train: Train, progress: Progress = silent) -> Dete
         for key, reasons in result["set_aside"].items():  # the detectors see the same images: each counts once
             unusable[key] |= reasons
         title = f"detection, {name}: AP {precisions[0].ap:.3f} of boxes; dashed: what is there"
-        pictures[f"detection_{name}"] = _figure(what, result["drawn"], title)
+        drawn = result["drawn"][: what.config.figure_images]
+        pictures[f"detection_{name}"] = _figure(what, drawn, title)
     return Detected(scores, pictures, [*_set_aside(what.train, unusable), *_set_aside(what.val, unusable)])
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import cutouts
+from maskray.config.evaluation import DetectionEvaluation
 from maskray.data.storage import Storage
 from maskray.errors import DataError, NonFiniteError, StorageError
-from maskray.evaluation.detection.course import Detection, step_rows
+from maskray.evaluation.detection.course import MOST_DRAWN, Detection, step_rows
 from maskray.training.context import LocalWorkerContext
 from maskray.training.courses import run_all
 
@@ -139,11 +140,11 @@ def test_running_statistics_of_batch_normalisation_follow(course):
 
 
 def test_a_result_has_all_that_is_reported(course):
-    found = course(masks=True, figure_images=3).result()
+    found = course(masks=True).result()
     assert [each["of"] for each in found["precisions"]] == ["box", "mask"]
     assert set(found["precisions"][0]["by_class"]) == {f"digit {digit}" for digit in cutouts.DIGITS}
     assert found["num_images"] == 7
-    assert [each["row"] for each in found["drawn"]] == [0, 1, 2]
+    assert [each["row"] for each in found["drawn"]] == list(range(7))
     assert found["set_aside"] == {"evaluations.train": {}, "evaluations.val": {}}
 
 
@@ -290,6 +291,11 @@ def test_the_set_of_cut_outs_is_what_it_says(read, small):
             rows, columns = outlines.decode(rle).nonzero()
             assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     assert Path(train.name).parent != Path(val.name).parent
+
+
+def test_as_many_are_kept_as_may_be_drawn():
+    limits = {type(each).__name__: each for each in DetectionEvaluation.model_fields["figure_images"].metadata}
+    assert limits["Le"].le == MOST_DRAWN
 
 
 def test_eight_images_are_learned_by_heart(small, read, tmp_path):

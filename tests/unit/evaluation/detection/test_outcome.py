@@ -2,7 +2,6 @@
 
 import json
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +15,13 @@ from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import dump, merge, parse
 from maskray.config.schema import RunConfig
 from maskray.errors import CheckpointError, ConfigError, DataError
+from maskray.evaluation.detection.course import Detection
 from maskray.evaluation.detection.outcome import check_images, open_sets
 from maskray.models.build import build_model
 from maskray.models.encoder import save_encoder
 from maskray.models.normalize import Normalize
 
-from .conftest import SIDE
+from .conftest import SIDE, encoder_of
 
 RUN = {
     "name": "cutouts",
@@ -101,23 +101,33 @@ def test_what_was_trained_before_is_not_trained_again(config, monkeypatch):
         "maskray.evaluation.detection.course.DetectionCourse.step", lambda *_: pytest.fail("it was trained again")
     )
     assert appraise_here(prepare(config())).detections == first.detections
-    assert (
-        appraise_here(prepare(config({"figure_images": 2}))).detections == first.detections
-    )  # nothing is learned by it
+    widths = []
+    for num in (1, 2, 4):  # nothing is learned by it, and more are drawn than the first time
+        again = appraise_here(prepare(config({"figure_images": num})))
+        assert again.detections == first.detections
+        widths.append(Image.open(BytesIO(again.figures["detection_model"])).size[0])
+    assert widths[0] < widths[1] < widths[2]
 
 
-def test_annotations_that_changed_are_trained_on_anew(config, small):
-    one = prepare(config()).coco[0]
-    detection = config().evaluations[0]
-    file = Path(detection.train.annotations)
-    whole = file.read_text()
-    try:
-        content = json.loads(whole)
+@pytest.mark.parametrize("name", ["train", "val"])
+@pytest.mark.parametrize("changed", ["annotations", "an image"])
+def test_data_that_changed_are_trained_on_anew(small, tmp_path, name, changed):
+    data = written(tmp_path, num=3, seed=4)
+    file, image = tmp_path / name / "annotations.json", tmp_path / name / "images" / "00002.png"
+
+    def fingerprint():
+        evaluation = small(**data)
+        return Detection(evaluation, *open_sets(evaluation), {"model": encoder_of("vit")}, 0).fingerprint()
+
+    before = fingerprint()
+    assert fingerprint() == before
+    if changed == "annotations":
+        content = json.loads(file.read_text())
         content["annotations"].pop()
         file.write_text(json.dumps(content))
-        assert open_sets(detection)[0].digest != one.digest
-    finally:
-        file.write_text(whole)
+    else:
+        image.write_bytes((tmp_path / name / "images" / "00001.png").read_bytes())
+    assert fingerprint() != before
 
 
 def test_the_command_shows_it_and_writes_it(config, tmp_path, capsys):
