@@ -113,7 +113,7 @@ class DetectionCourse:
             weight_decay_end=config.weight_decay,
         )
         self._norms = group_norms(self.detector)
-        self._reader = _Reader(asked.train, config, asked.channels, asked.threads)
+        self._reader = _Reader(asked, asked.train, masks=config.masks)
         self._first_pass = min(self.total_steps, math.ceil(self.steps_per_pass))
         self._has_learned = False
         """From an object, on this worker or, before the latest checkpoint, on any."""
@@ -268,7 +268,7 @@ class DetectionCourse:
         size = max(1, config.batch // self.world_size)
         batches = [rows[at : at + size] for at in range(0, len(rows), size)]
         self.detector.eval()
-        reader = _Reader(self.asked.val, config, self.asked.channels, self.asked.threads)
+        reader = _Reader(self.asked, self.asked.val, masks=False)
         for number, batch in enumerate(batches):
             images = reader.take(number, batch)
             if number + 1 < len(batches):
@@ -308,10 +308,10 @@ class _Asked:
 class _Reader:
     """Images and targets, or why there are none, by threads, those of the next step while this one is computed."""
 
-    def __init__(self, data: CocoSet, config: DetectionEvaluation, channels: int, threads: int) -> None:
-        self._data, self._config, self._channels = data, config, channels
+    def __init__(self, asked: Detection, data: CocoSet, *, masks: bool) -> None:
+        self._data, self._masks, self._side, self._channels = data, masks, asked.config.image_size, asked.channels
         # Torch has as many threads for the resize of one image, which would fight over the cores.
-        self._pool = ThreadPoolExecutor(threads, "maskray-detection", torch.set_num_threads, (1,))
+        self._pool = ThreadPoolExecutor(asked.threads, "maskray-detection", torch.set_num_threads, (1,))
         self._coming: dict[int, list[Future[tuple[Fitted, Target] | str]]] = {}
 
     def ahead(self, number: int, asked: Sequence[_Asked]) -> None:
@@ -333,8 +333,8 @@ class _Reader:
             bytes_CHW = self._data.image(asked.row, self._channels)
         except UndecodableError as error:
             return str(error)
-        fitted = fitting.fit(bytes_CHW, self._config.image_size)
-        target = fitting.target_of(self._data.scenes[asked.row], fitted, masks=self._config.masks)
+        fitted = fitting.fit(bytes_CHW, self._side)
+        target = fitting.target_of(self._data.scenes[asked.row], fitted, masks=self._masks)
         return fitting.flipped(fitted, target) if asked.flip else (fitted, target)
 
 

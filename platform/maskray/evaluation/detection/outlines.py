@@ -55,6 +55,12 @@ def area(rle: Rle) -> int:
     return int(library.area(rle))
 
 
+def box(rle: Rle) -> tuple[int, int, int, int]:
+    """Left, top, width and height of what is on the object, in whole pixels."""
+    left, top, width, height = library.toBbox(rle)
+    return int(left), int(top), int(width), int(height)
+
+
 def _from_counts(plain: Mapping[str, Any], size_HW: tuple[int, int]) -> Rle:
     size, counts = plain.get("size"), plain.get("counts")
     if not isinstance(size, Sequence) or tuple(size) != tuple(size_HW):

@@ -148,6 +148,12 @@ def test_a_result_has_all_that_is_reported(course):
     assert found["set_aside"] == {"evaluations.train": {}, "evaluations.val": {}}
 
 
+def test_no_outline_is_drawn_for_images_that_judge(course, monkeypatch):
+    each = course(masks=True)
+    monkeypatch.setattr("maskray.evaluation.detection.fitting._draw", lambda *_: pytest.fail("nobody reads it"))
+    assert each.result()["num_images"] == 7
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 9])
 def test_each_validation_image_is_looked_at_by_one_worker(course, world_size):
     alone = course(masks=True)._found()
@@ -305,8 +311,8 @@ def test_eight_images_are_learned_by_heart(small, read, tmp_path):
     sizes = {"pyramid_width": 32, "head_width": 64, "proposals": 64, "sampled_boxes": 32, "masks": True}
     recipe = {"epochs": 60, "base_lr": 0.3, "layer_decay": 1, "weight_decay": 0, "flip_probability": 0, "drop_path": 0}
     config = small(train=data, val=data, **sizes, **recipe)
-    asked = Detection(config, *read(config), {"model": encoder_of("vit")}, 0)
+    asked = Detection(config, *read(config), {"model": encoder_of("vit")}, seed=3)
     (found,) = run_all(asked, ["model"], LocalWorkerContext(tmp_path), fingerprint="f", checkpoint_steps=1000)
     boxes, masks = found["precisions"]
     assert boxes["ap"] > 0.6
-    assert masks["ap"] > 0.4
+    assert masks["ap"] > 0.5
