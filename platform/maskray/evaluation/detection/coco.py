@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import posixpath
 from collections import Counter
@@ -72,7 +71,8 @@ class Scene:
     crowd_N: Bools
     """True: a crowd, on which detections are neither right nor wrong; none is learned from."""
     areas_N: Floats
-    """In pixels, the outline's where the file has it: by these COCO tells small from large."""
+    """In pixels, as the file says; else the outline's, where outlines are read, or the box's. By these COCO tells small
+    from large."""
     outlines: tuple[outlines.Rle, ...] = ()
     """Of each object; empty where they are not asked for."""
 
@@ -254,7 +254,7 @@ def _bytes(annotations: str, key: str) -> bytes:
 def _parsed(data: bytes, annotations: str, key: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
-    except ValueError as error:  # of JSON, or of its letters
+    except (ValueError, RecursionError) as error:  # of JSON, or of its letters
         raise _not_coco(annotations, key, f"no JSON: {error}") from error
     if not isinstance(content, dict):
         raise _not_coco(annotations, key, f"a {type(content).__name__}")
@@ -276,11 +276,13 @@ def _not_coco(annotations: str, key: str, found: str) -> DataError:
 
 def _categories(plain: list[Any], annotations: str, key: str) -> tuple[Category, ...]:
     try:
-        found = sorted(Category(_whole(each["id"]), str(each["name"])) for each in plain)
-    except (KeyError, TypeError, ValueError) as error:
+        found = sorted(Category(_whole(each["id"]), _text(each["name"])) for each in plain)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _not_coco(annotations, key, f"a category without id and name: {error}") from error
     if len({each.id for each in found}) < len(found):
         raise _not_coco(annotations, key, "two categories of one id")
+    if twice := [name for name, times in Counter(each.name for each in found).items() if times > 1]:
+        raise _not_coco(annotations, key, f"two categories of one name: {_shown(twice)}")
     if not found:
         raise _not_coco(annotations, key, "no category")
     return tuple(found)
@@ -289,15 +291,17 @@ def _categories(plain: list[Any], annotations: str, key: str) -> tuple[Category,
 def _images(plain: list[Any], annotations: str, key: str) -> list[_Listed]:
     try:
         found = [
-            _Listed(_whole(each["id"]), str(each["file_name"]), (_whole(each["height"]), _whole(each["width"])))
+            _Listed(_whole(each["id"]), _text(each["file_name"]), (_whole(each["height"]), _whole(each["width"])))
             for each in plain
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _not_coco(annotations, key, f"an image without id, file_name, width and height: {error}") from error
     if len({each.id for each in found}) < len(found):
         raise _not_coco(annotations, key, "two images of one id")
     if empty := [each.file_name for each in found if min(each.size_HW) < 1]:
         raise _not_coco(annotations, key, f"images without pixels: {_shown(empty)}")
+    if endless := [each.file_name for each in found if max(each.size_HW) >= outlines.LARGEST]:
+        raise _not_coco(annotations, key, f"images of a million pixels a side or more: {_shown(endless)}")
     return found
 
 
@@ -336,10 +340,12 @@ def _object(plain: Any, sizes: Mapping[int, tuple[int, int]], classes: Mapping[i
             outline = outlines.read(plain.get("segmentation"), size_HW)
         except ValueError as error:
             raise _UnusableError(str(error)) from error
-    area = plain.get("area")
-    if not (_is_number(area) and area > 0):
-        area = (box[2] - box[0]) * (box[3] - box[1])
-    return _Object(box, class_, bool(plain.get("iscrowd", 0)), float(area), outline)
+    crowd, area = plain.get("iscrowd", 0), plain.get("area")
+    if crowd not in (0, 1):
+        raise _UnusableError("its iscrowd is neither 0 nor 1")
+    if not (_is_number(area, outlines.LARGEST**2) and area > 0):
+        area = (box[2] - box[0]) * (box[3] - box[1]) if outline is None else outlines.area(outline)
+    return _Object(box, class_, bool(crowd), float(area), outline)
 
 
 def _box(plain: Any, size_HW: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -373,9 +379,15 @@ def _id_in(plain: Mapping[str, Any], name: str, known: Container[int]) -> bool:
     return isinstance(value, int | float) and value in known  # a list, say, could not be looked up
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    is_one = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_one and math.isfinite(value) and abs(value) < outlines.LARGEST
+def _is_number(value: Any, limit: float = outlines.LARGEST) -> TypeGuard[float]:
+    """Whether it is one, and below the limit: then it is finite too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < limit
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _whole(value: Any) -> int:

@@ -5,7 +5,6 @@ Shape letters: H and W pixels of an image down and across.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,6 +80,4 @@ def _is_polygon(plain: Any) -> bool:
 
 
 def _is_coordinate(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < LARGEST
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST  # so it is finite

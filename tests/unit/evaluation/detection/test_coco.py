@@ -14,6 +14,7 @@ IMAGES = [
     {"id": 3, "file_name": "below/a.png", "width": 10, "height": 30},
 ]
 CATEGORIES = [{"id": 90, "name": "cat"}, {"id": 4, "name": "dog"}]
+NESTED = 100_000 * "[" + 100_000 * "]"
 SQUARE = [[2, 2, 8, 2, 8, 8, 2, 8]]
 
 
@@ -78,7 +79,14 @@ def test_an_image_without_objects_stays(read):
         (annotation(9, bbox=(2, 2, 6, float("nan"))), "four finite numbers"),
         (annotation(9, bbox=(2, 2, 6, "6")), "four finite numbers"),
         ({"id": 9, "image_id": 7, "category_id": 90}, "four finite numbers"),
+        (annotation(9, bbox=(2, 2, 6, float("inf"))), "four finite numbers"),
+        (annotation(9, bbox=(2, 2, 6, 10**400)), "four finite numbers"),
         (annotation(9, image_id=8), "no such image"),
+        (annotation(9, image_id=float("inf")), "no such image"),
+        (annotation(9, iscrowd="0"), "neither 0 nor 1"),
+        (annotation(9, iscrowd=2), "neither 0 nor 1"),
+        (annotation(9, iscrowd=[1]), "neither 0 nor 1"),
+        (annotation(9, iscrowd=None), "neither 0 nor 1"),
         (annotation(9, image_id=[7]), "no such image"),
         (annotation(9, category_id=1), "no such category"),
     ],
@@ -89,6 +97,24 @@ def test_what_cannot_be_used_is_set_aside_and_told(read, wrong, why):
     ((key, what, reason),) = found.set_aside
     assert (key, what) == ("data.train", "annotation 9")
     assert why in reason
+
+
+def test_a_crowd_is_said_by_a_number_or_a_truth_value(read):
+    others = [annotation(2, iscrowd=True), annotation(3, iscrowd=False), annotation(4, iscrowd=1)]
+    missing = {name: value for name, value in annotation(5).items() if name != "iscrowd"}
+    (_, scene) = read([annotation(), *others, missing]).scenes
+    assert scene.crowd_N.tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("area", [0, -1, float("nan"), float("inf"), 10**400, "12", None])
+def test_an_area_that_is_none_is_the_outlines_or_the_boxs(read, area):
+    found = [annotation(area=area, bbox=(2, 2, 6, 8), segmentation=SQUARE)]
+    assert read(found).scenes[1].areas_N.tolist() == [48]
+    assert read(found, masks=True).scenes[1].areas_N.tolist() == [36]
+
+
+def test_an_area_may_be_larger_than_any_coordinate(read):
+    assert read([annotation(area=4e6)]).scenes[1].areas_N.tolist() == [4e6]
 
 
 def test_what_is_no_annotation_at_all_has_its_number(read):
@@ -129,7 +155,10 @@ def test_outlines_are_polygons_or_run_lengths(read):
         ([[1, 2, 3, 4]], "three points"),
         ([[1, 2, 3, 4, 5, 6, 7]], "three points"),
         ([[1, 2, 3, 4, 5, 1e9]], "three points"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "three points"),
+        ([[1, 2, 3, 4, 5, 10**400]], "three points"),
         ([[1, 1, 1, 1, 1, 1]], "no pixel"),
+        ({"size": [20, 40], "counts": [10**400]}, "damaged"),
         ({"size": [40, 20], "counts": [800]}, "of an image of [40, 20]"),
         ({"size": [20, 40], "counts": [800]}, "no pixel"),
         ({"size": [20, 40], "counts": [10, 5]}, "damaged"),
@@ -193,6 +222,21 @@ def test_why_none_is_left_is_told(read):
         ({"images": [{"id": 1}], "annotations": [], "categories": CATEGORIES}, "an image without id, file_name"),
         ({"images": IMAGES * 2, "annotations": [], "categories": CATEGORIES}, "two images of one id"),
         ({"images": [IMAGES[0] | {"width": 0}], "annotations": [], "categories": CATEGORIES}, "without pixels: b.png"),
+        (NESTED, "no JSON"),
+        (f'{{"images": [], "annotations": {NESTED}, "categories": []}}', "no JSON"),
+        (
+            {"images": [IMAGES[0] | {"id": float("inf")}], "annotations": [], "categories": CATEGORIES},
+            "an image without",
+        ),
+        (
+            {"images": [IMAGES[0] | {"width": 1e999}], "annotations": [], "categories": CATEGORIES},
+            "an image without id",
+        ),
+        ({"images": [IMAGES[0] | {"width": 10**400}], "annotations": [], "categories": CATEGORIES}, "a million.*b.png"),
+        ({"images": [IMAGES[0] | {"file_name": None}], "annotations": [], "categories": CATEGORIES}, "None is no text"),
+        ({"images": IMAGES, "annotations": [], "categories": [{"id": 1, "name": None}]}, "None is no text"),
+        ({"images": IMAGES, "annotations": [], "categories": [{"id": 1e999, "name": "y"}]}, "a category without id"),
+        ({"images": IMAGES, "annotations": [], "categories": [*CATEGORIES, {"id": 5, "name": "cat"}]}, "one name: cat"),
         ({"images": IMAGES, "annotations": [], "categories": []}, "no category"),
         ({"images": IMAGES, "annotations": [], "categories": [{"id": "x", "name": "y"}]}, "a category without id"),
         ({"images": IMAGES, "annotations": [], "categories": CATEGORIES * 2}, "two categories of one id"),
