@@ -93,7 +93,7 @@ class DetectionCourse:
 
     def __init__(self, asked: Detection, name: str, context: WorkerContext) -> None:
         config, encoder = asked.config, asked.encoders[name]
-        self.asked = asked
+        self.asked, self.name = asked, name
         self.rank, self.world_size, self.device = context.rank, context.world_size, context.device
         self.steps_per_pass = len(asked.train.scenes) / config.batch
         self.total_steps = max(1, round(config.epochs * self.steps_per_pass))
@@ -149,7 +149,10 @@ class DetectionCourse:
         settle_statistics(self._norms)
         norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         if not bool(norm.isfinite()):
-            raise NonFiniteError(f"detection, step {number}: the norm of the gradients is {float(norm)}")
+            raise NonFiniteError(
+                f"detection, {self.name}: in step {number} the norm of the gradients was {float(norm)}, and no update "
+                "was applied. What to do: lower base_lr of this evaluation, or use precision: fp32."
+            )
         self.schedule.apply(self.optimizer, number)
         self.optimizer.step()
 

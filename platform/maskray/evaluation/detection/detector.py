@@ -30,6 +30,7 @@ from maskray.evaluation.classifier import set_drop_path
 from maskray.evaluation.detection.pyramid import Backbone, build_backbone
 from maskray.models.encoder import Encoder
 from maskray.models.normalize import Normalize
+from maskray.training.randomness import drawn_by
 
 ANCHOR_PLACES = 8
 """An anchor's side in places of its level: 32 pixels where a place has 4 (Lin et al. 2017)."""
@@ -55,8 +56,7 @@ def build_detector(encoder: Encoder, num_classes: int, config: DetectionEvaluati
     Raises:
         ConfigError: the encoder takes no images of that size.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawn_by(seed):
         backbone = build_backbone(encoder, config.image_size, config.pyramid_width)
         set_drop_path(backbone.encoder.layers()[1:], config.drop_path)
         detector = _on(backbone, num_classes + 1, config)

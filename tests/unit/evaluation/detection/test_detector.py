@@ -114,9 +114,10 @@ def test_boxes_are_fp32_and_on_no_grid_where_the_rest_is_bf16(small):
         assert (far != far.bfloat16()).float().mean() > 0.9
 
 
-def test_what_is_drawn_follows_from_the_seed_and_leaves_the_generator_alone(small):
-    before = torch.get_rng_state()
-    one, same, other = (build_detector(encoder_of("vit"), 3, small(), seed).state_dict() for seed in (0, 0, 1))
+def test_what_is_drawn_follows_from_the_seed_and_leaves_the_generator_alone(small, monkeypatch):
+    encoder, before = encoder_of("vit"), torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("that of the GPU was seeded"))
+    one, same, other = (build_detector(encoder, 3, small(), seed).state_dict() for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(one[name], same[name]) for name in one)
     differ = {name for name in one if not torch.equal(one[name], other[name])}
