@@ -156,6 +156,7 @@ def run_all(
                 report()
                 progress.course = None
         progress.results.append(checkpoint.on_host(course.result()))
+        del course  # before the next is built: two models with their optimisers may not fit the device
         progress.step, progress.number = 0, progress.number + 1
         report()
     return progress.results

@@ -1,5 +1,7 @@
 """Courses: left at any step and taken up again they end as if they had not been, and what is done is not done again."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -96,6 +98,18 @@ def test_a_list_that_was_left_ends_as_one_that_was_not(go, moment):
     assert then[0] == (ASKED[course], step - step % CHECKPOINT_STEPS)
     assert first == trained[:moment]
     assert then == trained[-len(then) :]
+
+
+def test_a_course_is_gone_before_the_next_is_built(tmp_path):
+    alive = weakref.WeakSet()
+
+    def build(name, _):
+        assert not alive
+        course = Line(name, [])
+        alive.add(course)
+        return course
+
+    run_all(build, ASKED, LocalWorkerContext(tmp_path), fingerprint="f", checkpoint_steps=2)
 
 
 def test_it_may_be_left_again_and_again(go):
