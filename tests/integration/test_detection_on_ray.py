@@ -1,4 +1,8 @@
-"""Detectors on Ray Train: a killed worker changes nothing."""
+"""Detectors on Ray Train: a killed worker changes nothing.
+
+The long form: that a list of courses goes on after a kill is what `test_courses_on_ray.py` is for, and that a detector
+goes on with the same bits `unit/evaluation/detection/test_course.py`.
+"""
 
 import os
 import signal
@@ -21,7 +25,7 @@ from maskray.on_ray import courses
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.training.folders import folder_name
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 SIDE, STEPS = 64, 6
 AGAIN = "again"
