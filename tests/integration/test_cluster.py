@@ -12,11 +12,12 @@ from ray.cluster_utils import Cluster
 from maskray.config.schema import IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
-from maskray.on_ray import cluster, train
+from maskray.on_ray import cluster, fit, probe
 from maskray.on_ray.board import Board
 
 pytestmark = pytest.mark.ray
 
+PROBED = {"checkpoint_steps": 4, "probe_steps": 4}
 SERVER = "http://mlflow:5000"
 
 
@@ -47,9 +48,10 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def preflight(two_nodes: None, tiny: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., None]:
-    def run(uri: str = SERVER, storage: str | None = None, **of_cluster: object) -> None:
-        config = tiny(cluster={"wait_seconds": 0, **of_cluster})
-        cluster.preflight(config, Storage(storage or tmp_path), uri, streams_on_ray=True)
+    def run(uri: str = SERVER, storage: str | None = None, probe_cpus: float = 0, **of_cluster: object) -> None:
+        config = tiny(cluster={"wait_seconds": 0, **of_cluster}, probe={"cpus": probe_cpus}, training=PROBED)
+        beside = probe.bundles(config)
+        cluster.preflight(config, Storage(storage or tmp_path), uri, beside, streams_on_ray=True)
 
     return run
 
@@ -72,6 +74,8 @@ def test_what_fits_is_let_through(preflight):
 def test_more_than_there_is_on_any_node(preflight):
     with pytest.raises(ClusterError, match="can never hold this run: 1 CPU short"):
         preflight(workers=3, data_cpus=1)
+    with pytest.raises(ClusterError, match=r"1 CPU short\..* 1 CPU for a probe.*or let probes share .*: probe.cpus=0"):
+        preflight(workers=2, data_cpus=1, probe_cpus=1)
 
 
 @pytest.mark.parametrize("key", ["source", "destination"])
@@ -95,6 +99,6 @@ def test_what_workers_warn_of_reaches_the_driver_once_and_without_rays_noise(two
         for _ in range(3):
             logging.getLogger("maskray.training").warning("resumed with %d threads", 7)
 
-    with train._shown(board, total_steps=10):
+    with fit.followed(board, lambda step, metrics: None):
         ray.get([ray.remote(warn).remote() for _ in range(2)])
     assert caplog.messages == ["resumed with 7 threads"]

@@ -14,10 +14,11 @@ from maskray.errors import ClusterError
 from maskray.on_ray import cluster
 
 
-def refuse(monkeypatch, nodes: list[dict[str, float]], *, streams: bool = True, **settings: float) -> None:
+def refuse(monkeypatch, nodes, *, streams: bool = True, beside=(), **settings: float) -> None:
     monkeypatch.setattr(cluster, "_nodes", lambda: [{"Resources": node} for node in nodes])
     config = ClusterConfig(**settings)
-    cluster._refuse_if_scattered(cluster._bundles(config, [], streams_on_ray=streams), [], config)
+    bundles = cluster._bundles(config, list(beside), streams_on_ray=streams)
+    cluster._refuse_if_scattered(bundles, list(beside), config)
 
 
 def test_a_worker_lies_on_one_node(monkeypatch):
@@ -32,6 +33,13 @@ def test_a_task_of_ray_data_takes_a_whole_cpu_of_one_node(monkeypatch):
         refuse(monkeypatch, nodes, workers=2, cpus_per_worker=1.5)
     refuse(monkeypatch, nodes, workers=2, cpus_per_worker=1)
     refuse(monkeypatch, nodes, workers=2, cpus_per_worker=1.5, streams=False)
+
+
+def test_a_probe_has_a_place_of_its_own(monkeypatch):
+    aside = [{"CPU": 1.0, "GPU": 0.0}]
+    with pytest.raises(ClusterError, match=r"room for 2 of 2 workers and for 0 of 1 probe\..*probe.cpus=0"):
+        refuse(monkeypatch, [{"CPU": 2}], workers=2, beside=aside, streams=False)
+    refuse(monkeypatch, [{"CPU": 2}, {"CPU": 1}], workers=2, beside=aside, streams=False)
 
 
 def test_gpus_and_cpus_lie_on_the_same_node(monkeypatch):
