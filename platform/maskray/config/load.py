@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -145,11 +145,19 @@ def parse(model: type[S], raw: Mapping[str, Any], origin: str = "config") -> S:
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
-        problems = [_explain(model, dict(e)) for e in error.errors(include_url=False)]
+        found: list[dict[str, Any]] = [dict(each) for each in error.errors(include_url=False)]
+        # A list of which an item is wrong has too few, for pydantic: that is no second mistake.
+        real = [each for each in found if each["type"] != "too_short" or not _is_inside(each["loc"], found)]
+        problems = [_explain(model, each) for each in real]
         if len(problems) == 1:
             raise ConfigError(problems[0]) from error
         listed = " ".join(f"({i}) {p}" if p.endswith((".", "?")) else f"({i}) {p}." for i, p in enumerate(problems, 1))
         raise ConfigError(f"{len(problems)} mistakes: {listed}", key=origin) from error
+
+
+def _is_inside(loc: tuple[Any, ...], errors: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one of the errors is about something below a location."""
+    return any(len(each["loc"]) > len(loc) and each["loc"][: len(loc)] == loc for each in errors)
 
 
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
@@ -182,6 +190,8 @@ def _walk(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[Any], list
             inside = chosen  # pydantic names the union's member here: that is no key of the YAML
             continue
         keys, holders = [*keys, part], inside
+        if isinstance(part, int):  # an item of a list, of the same sections
+            continue
         fields = [s.model_fields[part] for s in inside if part in s.model_fields]
         inside = [section for field in fields for section in _sections(field.annotation)]
     return keys, holders

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import dump, load, merge, parse, with_overrides
 from maskray.config.schema import IngestConfig, RunConfig
 from maskray.errors import ConfigError
@@ -388,3 +389,20 @@ def test_what_was_not_seen_to_work_is_not_sharded(sections, found):
     ):
         built(**merge(sections, {"training": {"shard": True}}))
     assert built(training={"shard": True}).training.shard
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "said"),
+    [
+        ({"kind": "finetun"}, "evaluations.0.kind: no such kind (found 'finetun'). Allowed: knn, "),
+        (
+            {"kind": "finetune", "layer_decya": 0.5},
+            "evaluations.0.layer_decya: no such key. Did you mean evaluations.0.layer_decay?",
+        ),
+        ({"kind": "knn", "zzzzz": 1}, "evaluations.0.zzzzz: no such key. Valid here: kind, k, temperature."),
+    ],
+)
+def test_a_mistake_in_an_item_of_a_list_is_one_and_names_what_is_meant(evaluation, said):
+    with pytest.raises(ConfigError) as caught:
+        parse(EvaluateConfig, {"name": "x", "model": "m", "data": {"path": "d"}, "evaluations": [evaluation]})
+    assert str(caught.value).startswith(said)
