@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [  # from the ground up; rooms on one line do not impor
     {"models", "objective"},
     {"training"},
     {"evaluation"},
-    {"pretrain", "publish", "estimate"},
+    {"pretrain", "publish", "estimate", "sweeps"},
     {"launch", "appraisal", "embedding"},
     {"on_ray", "bare", "in_use"},
     {"cli"},
@@ -53,6 +53,8 @@ OWNERS: dict[str, set[str]] = {
     },
     "psutil": {"data/lease"},
     "faster_coco_eval": {"evaluation/detection"},
+    "optuna": {"sweeps/search"},
+    "jinja2": {"sweeps"},
     "ray": {"on_ray"},
 }
 WITHOUT_TORCH = {"config", "cli", "errors", "data/plan", "data/spec", "training/folders"}
