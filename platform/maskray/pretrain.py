@@ -87,7 +87,7 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         schedule=schedule,
         meter=Meter(plan.global_batch, context.world_size, sum(costs) / len(costs), rates[on]),
         snapshot=snapshot,
-        probe_steps=config.training.probe_steps if config.probe.enabled else None,
+        probed=lambda done: config.probe.enabled and config.training.probes_after(done),
         ledger=_ledger(config.training.ledger, context.rank),
     )
     return loop.run(parts, config.training, context, tracker, start_step)

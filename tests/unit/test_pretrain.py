@@ -9,7 +9,10 @@ from maskray.evaluation.reconstruction import reconstruct
 from maskray.models.build import initial_model
 from maskray.models.normalize import Normalize
 from maskray.objective import Objective
-from maskray.pretrain import placed
+from maskray.pretrain import placed, pretrain
+from maskray.tracking.base import MemoryTracker
+from maskray.training import checkpoint, folders
+from maskray.training.context import LocalContext
 
 IMAGES = 8
 
@@ -40,3 +43,19 @@ def test_a_compiled_model_has_a_graph_of_static_shapes_for_each_ratio_whatever_w
         num_target = visible[0].numel() - num_visible
         model(images, visible, num_visible, ~visible, num_target, torch.ones(IMAGES)).sum().backward()
     assert graphs == [[]] * len(counts)
+
+
+def test_steps_at_which_it_is_probed_are_logged_and_kept_and_change_nothing_that_is_learned(tiny, tmp_path):
+    weights, steps = {}, {}
+    for at in [(), (3, 7, 12)]:  # 12 is the last step: the last judgement is not on the way
+        config, probed, tracker = tiny(training={"probe_at": at}), [], MemoryTracker()
+        context = LocalContext(
+            tmp_path / str(len(at)), config.data, keep_checkpoints=9, probe=lambda folder, to=probed: to.append(folder)
+        )
+        assert pretrain(config, context, tracker) == 12
+        assert [folders.step_of(folder.name) for folder in probed] == [step for step in at if step < 12]
+        steps[at] = [point.step for point in tracker.store.points if point.key == "pretrain/loss"]
+        with context.latest_checkpoint() as folder:
+            weights[at] = (folder / checkpoint.WEIGHTS).read_bytes()
+    assert steps == {(): [2, 4, 6, 8, 10, 12], (3, 7, 12): [2, 3, 4, 6, 7, 8, 10, 12]}
+    assert weights[()] == weights[(3, 7, 12)]

@@ -200,8 +200,25 @@ class TrainingConfig(Section):
     """Steps between two checkpoints: a multiple of `log_steps`."""
     probe_steps: PositiveInt | None = operational(None)
     """Steps between two probes of the encoder: a multiple of `checkpoint_steps`. None: at the end only."""
+    probe_at: tuple[PositiveInt, ...] = operational(())
+    """Further steps after which the encoder is probed, whatever they are multiples of: logged and checkpointed too."""
     ledger: str | None = operational(None)
     """Folder on the workers' disks for a record of the positions and keys of each step; None keeps none."""
+
+    @property
+    def probes(self) -> bool:
+        """Whether any checkpoint on the way is to be judged."""
+        return self.probe_steps is not None or bool(self.probe_at)
+
+    def probes_after(self, step: int) -> bool:
+        """Whether the checkpoint after so many steps is to be judged."""
+        return step in self.probe_at or (self.probe_steps is not None and step % self.probe_steps == 0)
+
+    @property
+    def first_probe(self) -> int | None:
+        """The first step after which one is; None: on the way none is."""
+        steps = [*self.probe_at, *([] if self.probe_steps is None else [self.probe_steps])]
+        return min(steps, default=None)
 
     @model_validator(mode="after")
     def _multiples(self) -> Self:

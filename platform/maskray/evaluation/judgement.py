@@ -191,7 +191,7 @@ def probe(config: RunConfig, weights: Path, device: torch.device, *, first: bool
     """
     bench, step = Bench(config, device), checkpoint.read_facts(weights).step
     # Without labels no curve ever begins.
-    before = [bench.find(0)] if first and (bench.rows is not None or step == config.training.probe_steps) else []
+    before = [bench.find(0)] if first and (bench.rows is not None or step == config.training.first_probe) else []
     return [*before, bench.find(step, weights)]
 
 

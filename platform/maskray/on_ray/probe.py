@@ -84,7 +84,7 @@ class Hook:
     def __call__(self, checkpoint: ray.train.Checkpoint) -> dict[str, float]:
         """Have it judged. Whatever comes of that is no error."""
         name, config = Path(checkpoint.path).name, RunConfig.model_validate(self.config)
-        if config.training.probe_steps is None or not config.probe.enabled:  # of an earlier launch, that had probes
+        if not config.training.probes or not config.probe.enabled:  # of an earlier launch, that had probes
             return {}
         if (newer := waiting_after(self.run, name)) > config.probe.waiting:
             self._note(folders.step_of(name), f"left out, since {newer} newer ones were waiting (probe.waiting)")
@@ -132,7 +132,7 @@ def waiting_after(run: Storage, name: str) -> int:
 def bundles(config: RunConfig) -> list[dict[str, float]]:
     """What is set aside for probes, as Ray has it; none where there are none on the way, or they share."""
     wanted = {"CPU": config.probe.cpus, "GPU": config.probe.gpus}
-    none = config.training.probe_steps is None or not config.probe.enabled
+    none = not config.training.probes or not config.probe.enabled
     return [] if none or not any(wanted.values()) else [wanted]
 
 

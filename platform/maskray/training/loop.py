@@ -30,8 +30,8 @@ class Parts:
     meter: Meter
     snapshot: Callable[[int], Snapshot | None]
     """A checkpoint's content after so many steps; None on all workers but the first. Each of them must ask."""
-    probe_steps: int | None
-    """Steps between two checkpoints that are judged; None: none is, on the way."""
+    probed: Callable[[int], bool]
+    """Whether the checkpoint after so many steps is judged; the last one is not, on the way."""
     ledger: Path | None
     """File that this worker writes each step's positions and keys to."""
 
@@ -49,12 +49,13 @@ def run(parts: Parts, config: TrainingConfig, context: RunContext, tracker: Trac
             parts.meter.steps += 1
             _note(parts.ledger, step)
             done = step.number + 1
-            if done % config.log_steps == 0 or done == total:
+            due = done == total or done in config.probe_at
+            if due or done % config.log_steps == 0:
                 report = parts.step.report()
                 _stop_if_not_finite(report, parts.spec, done, tracker)
                 tracker.log(_metrics(report, parts, step.number), done)
-            if done % config.checkpoint_steps == 0 or done == total:
-                probed = parts.probe_steps is not None and done % parts.probe_steps == 0 and done < total
+            if due or done % config.checkpoint_steps == 0:
+                probed = done < total and parts.probed(done)
                 waited = context.report(done, parts.snapshot(done), probed=probed)
                 parts.meter.checkpoint_wait_seconds += waited
     return total

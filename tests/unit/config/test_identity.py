@@ -44,6 +44,7 @@ OPERATIONAL: dict[str, set[str] | bool] = {
         "log_steps",
         "checkpoint_steps",
         "probe_steps",
+        "probe_at",
         "ledger",
     },
     "probe": True,
