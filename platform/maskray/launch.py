@@ -8,24 +8,24 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from maskray.config.load import dump
 from maskray.config.resolve import RunPlan, padding_waste, resolve
 from maskray.config.schema import RunConfig
 from maskray.data import lease
 from maskray.data.manifest import kept_versions
+from maskray.data.places import with_absolute_paths
 from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.errors import CheckpointError, ConfigError, MaskrayError, StorageError, TrackingError
+from maskray.errors import CheckpointError, MaskrayError, StorageError, TrackingError
 from maskray.evaluation.judgement import Judgement, Scores, Verdict, first_images
 from maskray.evaluation.logistic import Accuracy
 from maskray.models.build import build_normalize, initial_model, weightless_model
@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 FINISHED, LAUNCHER, DATASET = "finished.json", "launcher", "dataset"
 HOST_TAG = "maskray.host"
 _CHECKED_BYTES = 2**30
-_CREDENTIALS = re.compile(r"secret_key=|//[^/@]*:[^/@]*@")
 _SUMMARY_VERSION = 2
 
 
@@ -146,7 +145,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     Raises:
         MaskrayError: of the kind that is wrong: config, dataset, weights to start from, storage or MLflow.
     """
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     dataset = Dataset.open(config.data.path, config.data.version, unreadable=config.data.unreadable)
     if config.data.unreadable == "stop":
         log.info("%d bytes of the dataset's shards are as they were written", dataset.check(_CHECKED_BYTES))
@@ -333,29 +332,6 @@ def _tell(prepared: Prepared, run_id: str, verdict: Verdict) -> None:
     after._replace(scores=None).tell(tracker)  # its scores are logged with the model
     if not tracker.close():
         raise unstored_metrics()
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    def moved(section: Any, key: str) -> Any:
-        value = getattr(section, key)
-        if value is not None and _CREDENTIALS.search(value):
-            raise ConfigError(
-                "credentials do not belong into a config, which is kept with the run",
-                key=key,
-                found=shown(value.partition("?")[0]),
-                allowed="s3://bucket/prefix",
-                fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead",
-            )
-        return section if value is None else section.model_copy(update={key: Storage(value).uri})
-
-    config = moved(config, "init_from")
-    return config.model_copy(
-        update={
-            "data": moved(moved(config.data, "path"), "cache_folder"),
-            "storage": moved(config.storage, "path"),
-            "training": moved(config.training, "ledger"),
-        }
-    )
 
 
 def datasets_of_runs(root: Storage, prefix: str = "") -> dict[str, str]:

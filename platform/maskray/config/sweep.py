@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
+from maskray.config.load import parse, read, with_overrides
 from maskray.config.section import PositiveInt, Section, of_kind, operational
 from maskray.errors import ConfigError
 
@@ -320,3 +323,14 @@ class SweepConfig(Section):
                 fix="take kind: choice with the same values",
             )
         return self
+
+
+def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
+    """The sweep of a YAML file: a `base` that is a path, relative to it, is read.
+
+    Raises:
+        ConfigError: a file is missing or no YAML mapping, or a value is wrong (all are listed).
+    """
+    raw = with_overrides(read(path), overrides)
+    base = raw.get("base")
+    return parse(SweepConfig, raw | ({"base": read(path.parent / base)} if isinstance(base, str) else {}), str(path))

@@ -62,7 +62,7 @@ class Trial:
     @property
     def name(self) -> str:
         """For people: `mask.ratio=0.75 model.decoder.depth=2 seed=0`."""
-        return " ".join([*(f"{key}={_shown(value)}" for key, value in self.point.items()), f"seed={self.seed}"])
+        return " ".join([*(f"{key}={shown(value)}" for key, value in self.point.items()), f"seed={self.seed}"])
 
 
 @dataclass(frozen=True)
@@ -155,5 +155,6 @@ def painted(folder: Storage) -> Mapping[str, Any] | None:
         return {name: arrays[name] for name in arrays.files}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a point, for people."""
     return f"{value:g}" if isinstance(value, float) else json.dumps(value) if not isinstance(value, str) else value

@@ -1,0 +1,41 @@
+"""The places that a config names, as every process of a run must find them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from maskray.config.schema import RunConfig
+from maskray.data.storage import Storage
+from maskray.errors import ConfigError
+
+_CREDENTIALS = re.compile(r"secret_key=|//[^/@]*:[^/@]*@")
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """A config whose paths are absolute: workers run in other folders.
+
+    Raises:
+        ConfigError: one of them has credentials in it.
+    """
+
+    def moved(section: Any, key: str) -> Any:
+        value = getattr(section, key)
+        if value is not None and _CREDENTIALS.search(value):
+            raise ConfigError(
+                "credentials do not belong into a config, which is kept with the run",
+                key=key,
+                found=re.sub("//[^/@]*@", "//***@", value.partition("?")[0]),
+                allowed="s3://bucket/prefix",
+                fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead",
+            )
+        return section if value is None else section.model_copy(update={key: Storage(value).uri})
+
+    config = moved(config, "init_from")
+    return config.model_copy(
+        update={
+            "data": moved(moved(config.data, "path"), "cache_folder"),
+            "storage": moved(config.storage, "path"),
+            "training": moved(config.training, "ledger"),
+        }
+    )

@@ -1,0 +1,284 @@
+"""Points of a sweep, and the trials that they make: each with its config, length and cost, before anything starts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from maskray import masking
+from maskray.config.load import dotted_keys, fingerprint, merge, parse
+from maskray.config.resolve import RunPlan, resolve
+from maskray.config.schema import RunConfig
+from maskray.config.sweep import (
+    LOSS,
+    SCORES,
+    AnyAxis,
+    Choice,
+    Grid,
+    GridSearch,
+    LogUniform,
+    OptunaSearch,
+    RandInt,
+    SweepConfig,
+    Uniform,
+)
+from maskray.data.places import with_absolute_paths
+from maskray.data.shards import Dataset
+from maskray.data.spec import StreamSpec
+from maskray.errors import ConfigError, DataError
+from maskray.models.build import build_normalize, weightless_model
+from maskray.models.cost import Cost, cost
+from maskray.models.foreign import weights_digest
+from maskray.sweeps.record import Trial, shown
+
+Point = Mapping[str, Any]
+"""Dotted keys of the run's config and their values; a key whose condition does not hold is absent."""
+
+_OF_TRIALS = {
+    # Ray Data within a trial would wait, without a word, for CPUs that the trials hold.
+    "data.stream": "local",
+    # Trials are judged at rungs, and at their ends.
+    "training.probe_steps": None,
+    "storage.keep_checkpoints": 1,
+}
+SAMPLE = 64
+"""Points of a search that has no list of them that are looked at before it starts."""
+
+
+class Space:
+    """What a sweep's points become.
+
+    Args:
+        config: of the sweep.
+        seconds_per_step: of a trial, measured for each point (by `point_key`): for a budget in seconds.
+
+    Raises:
+        MaskrayError: base, dataset and space do not fit together.
+    """
+
+    def __init__(self, config: SweepConfig, seconds_per_step: Mapping[str, float] | None = None) -> None:
+        self.config = config
+        self._raw = _laid(config.base, config.overrides | _OF_TRIALS)
+        self._measured = dict(seconds_per_step or {})
+        self._costs: dict[str, Cost] = {}
+        self.base = with_absolute_paths(parse(RunConfig, self._raw | {"name": config.name}, "base"))
+        _refuse_other_keys(config)
+        self.dataset = Dataset.open(self.base.data.path, self.base.data.version)
+        self._digest = weights_digest(self.base.init_from)
+        self._refuse_without_objective()
+
+    def points(self) -> list[Point] | None:
+        """All of a grid or of a random search, each once; None where they are asked for one after another."""
+        match self.config.search:
+            case OptunaSearch():
+                return None
+            case GridSearch():
+                found = [conditioned(self.config.space, point) for point in _combinations(self.config.space)]
+            case search:
+                found = list(_drawn(self.config.space, search.points, search.seed))
+        return list({point_key(point): point for point in found}.values())
+
+    def sample(self) -> list[Point]:
+        """What is looked at before the sweep starts: all points, or a sample of those that may be asked for."""
+        points = self.points()
+        return list(_drawn(self.config.space, SAMPLE, 0)) if points is None else points
+
+    def trial(self, point: Point, seed: int) -> Trial:
+        """A point with a seed, its schedule's length and what it costs.
+
+        Raises:
+            MaskrayError: there is no such run, or the budget is not enough for a step of it.
+        """
+        config = self._base_of(point, seed)
+        found = self._cost(config, point)
+        per_step = found.training_flops * config.optim.global_batch
+        whole = resolve(config, self.dataset.facts(), self._digest)
+        steps = self._steps(point, per_step, whole.total_steps)
+        config = _as_long_as(config, steps, whole)
+        plan = self.plan(config)
+        StreamSpec.of(config, plan, self.dataset)
+        return Trial(
+            key=plan.fingerprint,
+            point=point,
+            seed=seed,
+            steps=steps,
+            flops_per_step=per_step,
+            encoder_parameters=found.encoder_parameters,
+            decoder_parameters=found.decoder_parameters,
+        )
+
+    def run_config(self, trial: Trial, probe_at: Sequence[int] = ()) -> RunConfig:
+        """What a trial trains, judged on the way after some steps."""
+        config = self._base_of(trial.point, trial.seed)
+        config = _as_long_as(config, trial.steps, resolve(config, self.dataset.facts(), self._digest))
+        training = config.training.model_copy(update={"probe_at": tuple(probe_at)})
+        return config.model_copy(update={"training": training})
+
+    def plan(self, config: RunConfig) -> RunPlan:
+        """The plan of what `run_config` gave."""
+        return resolve(config, self.dataset.facts(), self._digest)
+
+    def _base_of(self, point: Point, seed: int) -> RunConfig:
+        raw = _laid(self._raw, point) | {"name": self.config.name, "seed": seed}
+        try:
+            config = with_absolute_paths(parse(RunConfig, raw, "space"))
+        except ConfigError as error:
+            where = " ".join(f"{key}={shown(value)}" for key, value in point.items())
+            raise ConfigError(f"at {where}: {error}", key="space") from error
+        data = config.data.model_copy(update={"version": self.dataset.manifest.fingerprint})
+        return config.model_copy(update={"data": data})
+
+    def _cost(self, config: RunConfig, point: Point) -> Cost:
+        key = point_key(point)
+        if key not in self._costs:
+            build_normalize(config, self.dataset.manifest)
+            model = weightless_model(config)
+            counts = masking.visible_counts(config.mask, config.grid)
+            costs = [cost(model, n, masking.num_target(config.objective, config.grid, n)) for n in counts]
+            self._costs[key] = _mean(costs)
+        return self._costs[key]
+
+    def _steps(self, point: Point, flops_per_step: float, without_budget: int) -> int:
+        budget = self.config.budget
+        if budget is None:
+            return without_budget
+        if budget.steps is not None:
+            return budget.steps
+        if budget.flops is not None:
+            amount, per_step, key = budget.flops, flops_per_step, "budget.flops"
+        else:
+            assert budget.accelerator_seconds is not None
+            per_step = self._measured.get(point_key(point), 0.0) * self.base.cluster.workers
+            amount, key = budget.accelerator_seconds, "budget.accelerator_seconds"
+            if not per_step:  # not measured yet: as long as one step
+                return 1
+        if amount < per_step:
+            raise ConfigError(
+                "not enough for a single step", key=key, found=f"{amount:g}", allowed=f"{per_step:.4g} and more"
+            )
+        return round(amount / per_step)
+
+    def _refuse_without_objective(self) -> None:
+        metric, manifest = self.config.objective.metric, self.dataset.manifest
+        if metric == LOSS:
+            return
+        lacks = [
+            *(["class names"] if not manifest.class_names else []),
+            *(["held-out rows"] if not self.dataset.num_rows("held_out") else []),
+        ]
+        if lacks:
+            raise DataError(
+                f"the probe finds no {metric} there: the dataset has no {' and no '.join(lacks)}",
+                key="objective.metric",
+                found=self.dataset.storage.uri,
+                fix="ingest pictures in class folders, with held_out_fraction above 0",
+            )
+        if not self.base.probe.enabled:
+            raise ConfigError(
+                "the run's probe, which finds it, is off",
+                key="objective.metric",
+                found=f"{metric}, with probe.enabled false in base",
+                allowed=f"{', '.join(SCORES)} with probe.enabled true",
+            )
+
+
+def point_key(point: Point) -> str:
+    """Sixteen hexadecimal digits that say which point this is."""
+    return fingerprint(dict(point))
+
+
+def _laid(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested keys and values with dotted ones laid over them."""
+    out = dict(raw)
+    for key, value in values.items():
+        nested = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        out = merge(out, nested)
+    return out
+
+
+def _as_long_as(config: RunConfig, steps: int, whole: RunPlan) -> RunConfig:
+    """A config with so many steps, its warm-up the same share of them as it was."""
+    if steps == whole.total_steps:
+        return config
+    warmup = min(round(steps * whole.warmup_steps / whole.total_steps), steps - 1)
+    length = {"steps": steps, "epochs": None, "warmup_steps": warmup, "warmup_epochs": None}
+    return config.model_copy(update={"optim": config.optim.model_copy(update=length)})
+
+
+def _refuse_other_keys(config: SweepConfig) -> None:
+    known = dict(dotted_keys(RunConfig))
+    for key in config.space:
+        if known.get(key):
+            raise ConfigError(
+                "it changes nothing that is learned: all of its points would be one",
+                key=f"space.{key}",
+                fix=f"set it for all of them, in overrides: {{{key}: …}}",
+            )
+
+
+def _mean(costs: Sequence[Cost]) -> Cost:
+    """Of a mask with several ratios, each as often as the others."""
+    first = costs[0]
+    return Cost(
+        encoder_flops=round(fmean(each.encoder_flops for each in costs)),
+        decoder_flops=round(fmean(each.decoder_flops for each in costs)),
+        first_flops=first.first_flops if len(costs) == 1 else round(fmean(each.first_flops for each in costs)),
+        encode_flops=first.encode_flops,
+        encoder_parameters=first.encoder_parameters,
+        decoder_parameters=first.decoder_parameters,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- points
+
+
+def _combinations(space: Mapping[str, AnyAxis]) -> Iterator[Point]:
+    """Of the values of the space's grids."""
+    grids = {key: axis.values for key, axis in space.items() if isinstance(axis, Grid)}
+    for values in itertools.product(*grids.values()):
+        yield dict(zip(grids, values, strict=True))
+
+
+def _drawn(space: Mapping[str, AnyAxis], num: int, seed: int) -> Iterator[Point]:
+    """Points whose axes are drawn, each with every combination of the grids' values."""
+    generator = np.random.default_rng(seed)
+    for _ in range(num):
+        drawn = {key: _draw(axis, generator) for key, axis in space.items() if not isinstance(axis, Grid)}
+        for each in _combinations(space):
+            values = drawn | dict(each)
+            yield conditioned(space, {key: values[key] for key in space})
+
+
+def _draw(axis: AnyAxis, generator: np.random.Generator) -> Any:
+    match axis:
+        case Choice():
+            return axis.values[int(generator.integers(len(axis.values)))]
+        case Uniform():
+            return float(generator.uniform(axis.low, axis.high))
+        case LogUniform():
+            return float(math.exp(generator.uniform(math.log(axis.low), math.log(axis.high))))
+        case RandInt():
+            return int(generator.integers(axis.low, axis.high, endpoint=True))
+    raise AssertionError("a grid is not drawn")
+
+
+def conditioned(space: Mapping[str, AnyAxis], point: Point) -> Point:
+    """A point without the axes whose conditions do not hold at it, nor those that hang on such an axis."""
+    left = dict(point)
+    while True:
+        gone = [
+            key
+            for key in left
+            if any(other not in left or left[other] not in allowed for other, allowed in space[key].when.items())
+        ]
+        if not gone:
+            return left
+        for key in gone:
+            del left[key]
