@@ -250,7 +250,7 @@ def _tracked(prepared: Prepared, held: lease.Lease) -> Iterator[str]:
     """The run's one MLflow run, whose status is true at the end: FINISHED, FAILED or KILLED."""
     store = prepared.store
     mlflow_runs.reconcile(store, lambda tags: _is_abandoned(tags, prepared.plan.fingerprint))
-    run_id = mlflow_runs.ensure_run(store, _card(prepared))
+    run_id = mlflow_runs.ensure_run(store, card(prepared))
     try:
         yield run_id
     except BaseException as error:
@@ -267,7 +267,8 @@ def _tracked(prepared: Prepared, held: lease.Lease) -> Iterator[str]:
     mlflow_runs.close_run(store, run_id, "FINISHED")
 
 
-def _card(prepared: Prepared) -> RunCard:
+def card(prepared: Prepared) -> RunCard:
+    """What MLflow is told of a run when it starts."""
     config, plan, manifest = prepared.config, prepared.plan, prepared.dataset.manifest
     place = prepared.dataset.storage.uri
     settings, params = mlflow_runs.flatten(config.model_dump(mode="json")), mlflow_runs.flatten(plan.identity)

@@ -25,7 +25,7 @@ from maskray.errors import DataError
 from maskray.evaluation.features import Features, Images, pixel_features, pooled_features
 from maskray.evaluation.knn import knn_probabilities
 from maskray.evaluation.logistic import Accuracy, Labels, few_label_correct, full_accuracy
-from maskray.evaluation.reconstruction import reconstruct
+from maskray.evaluation.reconstruction import Reconstruction, reconstruct
 from maskray.models.base import MaskedAutoencoder
 from maskray.models.build import build_normalize, initial_model
 from maskray.models.foreign import load_weights
@@ -77,14 +77,16 @@ class Finding(NamedTuple):
     step: int
     scores: Scores | None
     """None where the dataset cannot be probed."""
-    picture: bytes
-    """PNG: fixed images under fixed masks, and what the model paints of them."""
+    painted: Reconstruction
+    """Fixed images under fixed masks, and what the model paints of them."""
+    title: str
+    """Of their figure."""
 
     def tell(self, tracker: Tracker) -> None:
         """Log them."""
         if self.scores is not None:
             tracker.log(self.scores.metrics(), self.step)
-        tracker.figure(FIGURE, self.picture, self.step)
+        tracker.figure(FIGURE, self.painted.figure(self.title), self.step)
 
 
 class Verdict(NamedTuple):
@@ -139,7 +141,7 @@ class Bench:
             load_weights(model, weights)
         normalize = build_normalize(config, self.dataset.manifest).to(self._device)
         scores = self.scores(lambda images: pooled_features(model, normalize, images))
-        return Finding(step, scores, self._picture(model, normalize, step))
+        return Finding(step, scores, self._painted(model, normalize), f"{config.name}, step {step}")
 
     def scores(self, features: Callable[[Images], Features]) -> Scores | None:
         """Accuracies that can be read from features of the rows. The log says why there are none."""
@@ -159,12 +161,10 @@ class Bench:
             log.warning("No probe: %s", error)
             return None
 
-    def _picture(self, model: MaskedAutoencoder, normalize: Normalize, step: int) -> bytes:
+    def _painted(self, model: MaskedAutoencoder, normalize: Normalize) -> Reconstruction:
         config = self.config
-        images = first_images(self.dataset, config)
         objective = Objective(config.objective, config.cell)
-        painted = reconstruct(model, normalize, objective, images, config.mask, config.seed)
-        return painted.figure(f"{config.name}, step {step}")
+        return reconstruct(model, normalize, objective, first_images(self.dataset, config), config.mask, config.seed)
 
     def _rows(self, split: SplitName) -> tuple[Images, Labels]:
         data = self.config.data

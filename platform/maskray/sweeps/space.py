@@ -100,7 +100,7 @@ class Space:
         whole = resolve(config, self.dataset.facts(), self._digest)
         steps = self._steps(point, per_step, whole.total_steps)
         config = _as_long_as(config, steps, whole)
-        plan = self.plan(config)
+        plan = resolve(config, self.dataset.facts(), self._digest)
         StreamSpec.of(config, plan, self.dataset)
         return Trial(
             key=plan.fingerprint,
@@ -118,10 +118,6 @@ class Space:
         config = _as_long_as(config, trial.steps, resolve(config, self.dataset.facts(), self._digest))
         training = config.training.model_copy(update={"probe_at": tuple(probe_at)})
         return config.model_copy(update={"training": training})
-
-    def plan(self, config: RunConfig) -> RunPlan:
-        """The plan of what `run_config` gave."""
-        return resolve(config, self.dataset.facts(), self._digest)
 
     def _base_of(self, point: Point, seed: int) -> RunConfig:
         raw = _laid(self._raw, point) | {"name": self.config.name, "seed": seed}
@@ -185,6 +181,11 @@ class Space:
                 found=f"{metric}, with probe.enabled false in base",
                 allowed=f"{', '.join(SCORES)} with probe.enabled true",
             )
+
+
+def plan_of(config: RunConfig, dataset: Dataset) -> RunPlan:
+    """The plan of a trial's run."""
+    return resolve(config, dataset.facts(), weights_digest(config.init_from))
 
 
 def point_key(point: Point) -> str:

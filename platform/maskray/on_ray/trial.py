@@ -1,0 +1,299 @@
+"""A trial of a sweep, in the process that Tune gives it: trained, judged, told to MLflow and put on record.
+
+All that outlives the process lies in the trial's folder: its newest checkpoint, and `result.json` once it has ended.
+So a trial that is started again, by whichever driver, goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from maskray.config.schema import RunConfig
+from maskray.config.sweep import LOSS
+from maskray.data import local
+from maskray.data.shards import Dataset
+from maskray.data.spec import StreamSpec
+from maskray.data.storage import Storage
+from maskray.data.stream import Unit
+from maskray.errors import TrainingError
+from maskray.evaluation.judgement import Bench, Finding
+from maskray.launch import Prepared, card, unstored_metrics
+from maskray.pretrain import pretrain, settle
+from maskray.publish.release import training_seconds
+from maskray.sweeps import record
+from maskray.sweeps.record import Result, Trial
+from maskray.sweeps.space import plan_of
+from maskray.tracking import mlflow_runs
+from maskray.tracking.base import Fanout, Observer
+from maskray.tracking.mlflow_store import Store
+from maskray.tracking.mlflow_tracker import MlflowTracker
+from maskray.training import checkpoint, folders
+from maskray.training.context import Snapshot
+from maskray.training.throughput import IMAGES_PER_SECOND
+
+ASKED = "asked"
+"""What Tune's config of a trial has."""
+STEP, RUNG, VALUE, ENDED = "step", "rung", "value", "ended"
+"""What its reports have: only the last has `ended`, and only those at rungs have `rung`, the step."""
+_BEATS = 5  # signs of life in the time that a trial may be silent
+
+Tell = Callable[[int, Mapping[str, float]], None]
+"""Told of a step, and of what is known then: scores where it was judged. It may end the trial, by SystemExit."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A trial, and what it trains."""
+
+    trial: Trial
+    config: Mapping[str, Any]
+    """Of the run, as plain data; it is judged on the way where the trial's rungs are."""
+
+    def dump(self) -> str:
+        """As JSON: Tune looks into configs for spaces, and must find none."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def load(text: str) -> Asked:
+        """The way back."""
+        raw = json.loads(text)
+        return Asked(Trial(**raw["trial"]), raw["config"])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all trials of a sweep have in common."""
+
+    folder: Storage
+    store: Store
+    """MLflow."""
+    parent: str
+    """Its run there."""
+    metric: str
+    """The objective."""
+    limit_seconds: float
+    """A trial may be silent for so long."""
+    code: Mapping[str, str]
+    """As `mlflow_runs.provenance` says it."""
+
+    def folder_of(self, trial: Trial) -> Storage:
+        """Of a trial."""
+        return self.folder.child(record.TRIALS, trial.key)
+
+    def prepared(self, asked: Asked) -> Prepared:
+        """A trial's run, as if it were launched alone."""
+        config = RunConfig.model_validate(asked.config)
+        dataset = Dataset.open(config.data.path, config.data.version)
+        plan, root = plan_of(config, dataset), Storage(config.storage.path)
+        return Prepared(config, plan, dataset, root, self.folder_of(asked.trial), self.store, self.code)
+
+    def run_of(self, asked: Asked) -> str:
+        """The id of a trial's run in MLflow, a child of the sweep's: found, or created; running."""
+        of_run, trial = card(self.prepared(asked)), asked.trial
+        tags = {
+            "mlflow.parentRunId": self.parent,
+            "maskray.trial": trial.key,
+            "maskray.storage": self.folder.uri,  # whose lease says whether anybody is at it
+        }
+        mine = f"{trial.key}@{self.parent}"
+        named = replace(of_run, name=trial.name, fingerprint=mine, tags={**of_run.tags, **tags})
+        return mlflow_runs.ensure_run(self.store, named)
+
+
+def run(config: Mapping[str, Any], sweep: Sweep) -> None:
+    """What Tune runs of each trial.
+
+    Raises:
+        MaskrayError, TrainingError: of the run.
+    """
+    asked = Asked.load(config[ASKED])
+    trial, run_config = asked.trial, RunConfig.model_validate(asked.config)
+    folder, run_id = sweep.folder_of(trial), sweep.run_of(asked)
+    tell = Teller(sweep)
+    settle(run_config)
+    bench = Bench(run_config, _device(run_config))
+    _tell_of_last_rung(folder, run_config, bench, tell)
+    _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
+    with newest(folder) as weights:
+        assert weights is not None, "the last step is a checkpoint"
+        found, name = bench.find(trial.steps, weights), weights.name
+    _keep(found, trial, folder, sweep.store.uri, run_id)
+    loss, rate = (mlflow_runs.curve(sweep.store, run_id, key) for key in (LOSS, IMAGES_PER_SECOND))
+    metrics = {**scores_of(found), LOSS: loss[-1][1]}
+    result = Result(
+        trial=trial,
+        status="finished",
+        steps=trial.steps,
+        seconds=training_seconds(rate, run_config.optim.global_batch),
+        value=objective_of(metrics, sweep.metric, trial.steps),
+        metrics=metrics,
+        run_id=run_id,
+        checkpoint=name,
+    )
+    folder.write_bytes(record.RESULT, result.dump())
+    mlflow_runs.close_run(sweep.store, run_id, "FINISHED")
+    tune.report({STEP: trial.steps, VALUE: result.value, ENDED: True})
+
+
+def _train(config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Bench, tell: Tell) -> None:
+    """In this process."""
+    stored = MlflowTracker(uri, run_id, system_metrics_seconds=config.tracking.system_metrics_seconds)
+    known: dict[str, float] = {}
+
+    def hear(step: int, metrics: Mapping[str, float]) -> None:
+        known.update(metrics)
+        tell(step, {})
+
+    def judge(weights: Path, step: int) -> dict[str, float]:
+        scores = scores_of(bench.find(step, weights))
+        stored.log(scores, step)
+        return {**known, **scores}
+
+    try:
+        pretrain(config, TrialContext(folder, config, judge, tell), Fanout(stored, Observer(hear)))
+    finally:
+        all_stored = stored.close()
+    if not all_stored:
+        raise unstored_metrics()
+
+
+def _tell_of_last_rung(folder: Storage, config: RunConfig, bench: Bench, tell: Tell) -> None:
+    """A trial that was ended at a rung: nobody may have decided whether it goes on."""
+    with newest(folder) as weights:
+        if weights is None or (step := folders.step_of(weights.name)) not in config.training.probe_at:
+            return
+        try:
+            metrics = json.loads((weights / folders.PROBE).read_bytes())["metrics"]
+        except FileNotFoundError:  # ended before it was judged
+            metrics = scores_of(bench.find(step, weights))
+    tell(step, metrics)
+
+
+def _keep(found: Finding, trial: Trial, folder: Storage, uri: str, run_id: str) -> None:
+    """What the last judgement found, in MLflow and for the report."""
+    record.keep_painted(folder, found.painted)
+    tracker = MlflowTracker(uri, run_id)
+    found._replace(title=trial.name).tell(tracker)
+    if not tracker.close():
+        raise unstored_metrics()
+
+
+def scores_of(found: Finding) -> dict[str, float]:
+    """As MLflow has them; none where the dataset cannot be probed."""
+    return {} if found.scores is None else found.scores.metrics()
+
+
+def objective_of(metrics: Mapping[str, float], metric: str, step: int) -> float:
+    """The objective among what was found at a step.
+
+    Raises:
+        TrainingError: it is not there.
+    """
+    if metric not in metrics:
+        raise TrainingError(f"The probe found no {metric} at step {step}: see the trial's warnings.")
+    return metrics[metric]
+
+
+def _device(config: RunConfig) -> torch.device:
+    # The process of a trial whose workers are others has no accelerator.
+    return torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def newest(folder: Storage) -> Iterator[Path | None]:
+    """A trial's newest whole checkpoint, on this machine while the context lasts."""
+    for name in _checkpoints(folder):
+        with checkpoint.on_disk(folder.child(name)) as found:
+            if checkpoint.is_whole(found):
+                yield found
+                return
+    yield None
+
+
+def _checkpoints(folder: Storage) -> list[str]:
+    """Names, the newest first."""
+    names = folder.list_names() if folder.exists() else []
+    return sorted((name for name in names if name.startswith(folders.FOLDER_PREFIX)), reverse=True)
+
+
+class Teller:
+    """Reports a trial to Tune, which may end it by SystemExit.
+
+    Args:
+        sweep: that it belongs to.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._metric, self._seconds, self._last = sweep.metric, sweep.limit_seconds / _BEATS, time.monotonic()
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See `Tell`. Where there is nothing but the step it is a sign of life, and the last one may be enough."""
+        if metrics:
+            self._report({STEP: step, RUNG: step, VALUE: objective_of(metrics, self._metric, step)})
+        elif time.monotonic() - self._last >= self._seconds:
+            self._report({STEP: step})
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        self._last = time.monotonic()
+        tune.report(metrics)
+
+
+class TrialContext:
+    """A trial's `RunContext`: one process, whose newest checkpoint is kept at a place that all nodes see.
+
+    Args:
+        folder: of the trial.
+        config: of its run.
+        judge: what is known of the checkpoint in a folder, after so many steps. Training waits.
+        tell: of it.
+    """
+
+    rank, world_size = 0, 1
+
+    def __init__(
+        self, folder: Storage, config: RunConfig, judge: Callable[[Path, int], Mapping[str, float]], tell: Tell
+    ) -> None:
+        self.device = _device(config)
+        self._folder, self._data, self._judge, self._tell = folder, config.data, judge, tell
+        self._attempt = uuid.uuid4().hex[:8]  # every start writes folders of its own
+
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The newest whole one."""
+        return newest(self._folder)
+
+    def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:
+        """Judge and write at once: nothing to wait for."""
+        assert snapshot is not None, "there is one process"
+        name, metrics = folders.folder_name(step, self._attempt), dict[str, float]()
+        with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
+            local_folder = Path(temporary)
+            snapshot(local_folder)
+            if probed:
+                metrics = dict(self._judge(local_folder, step))
+                (local_folder / folders.PROBE).write_text(json.dumps({"metrics": metrics}))
+            # The file that says that the others are whole goes last.
+            for file in sorted(local_folder.iterdir(), key=lambda f: f.name == checkpoint.STATE):
+                with self._folder.child(name).open_output(file.name) as out, file.open("rb") as source:
+                    shutil.copyfileobj(source, out)
+        for old in _checkpoints(self._folder):
+            if old != name:
+                self._folder.delete(old)
+        if probed:
+            self._tell(step, metrics)
+        return 0.0
+
+    def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
+        """The in-process walk."""
+        return local.open_units(spec, self._data, self.device, rank=0, world_size=1, start_step=start_step)
