@@ -43,6 +43,7 @@ class Stream(IntEnum):
     TARGET = 8
     BOOTSTRAP = 9
     COURSE = 10
+    SEARCH = 11
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

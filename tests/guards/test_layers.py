@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [  # from the ground up; rooms on one line do not impor
     {"evaluation"},
     {"pretrain", "publish", "estimate", "sweeps"},
     {"launch", "appraisal", "embedding"},
+    {"sweeping"},
     {"on_ray", "bare", "in_use"},
     {"cli"},
 ]

@@ -19,13 +19,14 @@ from types import FrameType
 from rich.console import Console
 from rich.logging import RichHandler
 
-from maskray.cli import data, embed, estimate, evaluate, export, masks, pretrain, promote
+from maskray.cli import data, embed, estimate, evaluate, export, masks, pretrain, promote, sweep
 from maskray.config.embedding import EmbedConfig
 from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import json_schema
 from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig, TrackingConfig
 from maskray.config.section import Section
+from maskray.config.sweep import SweepConfig
 from maskray.errors import MaskrayError, TrainingError
 
 USER_MISTAKE, RUN_FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
@@ -76,6 +77,11 @@ def embed_main(arguments: Sequence[str] | None = None) -> int:
     return main(["embed", *(sys.argv[1:] if arguments is None else arguments)])
 
 
+def sweep_main(arguments: Sequence[str] | None = None) -> int:
+    """`jobs/sweep.py`."""
+    return main(["sweep", *(sys.argv[1:] if arguments is None else arguments)])
+
+
 def promote_main(arguments: Sequence[str] | None = None) -> int:
     """`jobs/promote.py`."""
     return main(["promote", *(sys.argv[1:] if arguments is None else arguments)])
@@ -93,6 +99,7 @@ _SCHEMAS: dict[str, type[Section]] = {
     "embed": EmbedConfig,
     "evaluate": EvaluateConfig,
     "promote": PromotionConfig,
+    "sweep": SweepConfig,
 }
 _KINDS = {
     "ConfigError": "Config",
@@ -132,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     masks.add(commands)
     pretrain.add(commands)
     promote.add(commands)
+    sweep.add(commands)
     schema = commands.add_parser("schema", help="JSON Schema of the YAML, for editors")
     schema.add_argument("kind", nargs="?", choices=tuple(_SCHEMAS), default="pretrain", help="of config [pretrain]")
     schema.set_defaults(command=_schema)

@@ -82,6 +82,11 @@ def load_as(model: type[S], path: str | Path, overrides: Iterable[str] = ()) -> 
     return parse(model, with_overrides(read(Path(path)), overrides), origin=str(path))
 
 
+def load_text(model: type[S], text: str, origin: str) -> S:
+    """As `load_as`, of what `dump` gave."""
+    return parse(model, _from_yaml(text, origin), origin)
+
+
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping of a YAML file merged over the files it `extends:` (a path relative to it, or a list of them)."""
     path = path.resolve()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, WithJsonSchema, model_validator
 
 from maskray.config.load import parse, read, with_overrides
 from maskray.config.section import PositiveInt, Section, of_kind, operational
@@ -16,7 +17,10 @@ LOSS = "pretrain/loss"
 SCORES = ("probe/few_labels", "probe/all_labels", "probe/knn")
 """What the probe of a run finds, as MLflow has it."""
 Value = bool | int | float | str | list[Any] | dict[str, Any] | None
-Values = Annotated[tuple[Value, ...], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
+Values = Annotated[
+    tuple[Value, ...],
+    BeforeValidator(lambda value: value if isinstance(value, list) else [value], json_schema_input_type=Value),
+]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_steps", "optim.warmup_epochs")
 
@@ -74,10 +78,25 @@ def _as_axis(value: Any) -> Any:
     return {"kind": "grid", "values": value} if isinstance(value, list | tuple) else value
 
 
-AnyAxis = Annotated[
-    Annotated[Grid | Choice | Uniform | LogUniform | RandInt, Field(discriminator="kind"), of_kind("grid")],
-    BeforeValidator(_as_axis),
-]
+_Axis = Annotated[Grid | Choice | Uniform | LogUniform | RandInt, Field(discriminator="kind"), of_kind("grid")]
+AnyAxis = Annotated[_Axis, BeforeValidator(_as_axis, json_schema_input_type=_Axis | list[Value])]
+
+
+def in_order(space: Mapping[str, Axis]) -> list[str]:
+    """The keys of a space, each after those that its condition is about.
+
+    Raises:
+        ConfigError: there is no such order.
+    """
+    try:
+        return list(TopologicalSorter({key: axis.when for key, axis in space.items()}).static_order())
+    except CycleError as error:
+        raise ConfigError(
+            "conditions hang on each other in a circle, so that none of them can be looked at first",
+            key="space",
+            found=" → ".join(error.args[1]),
+            fix="leave one of them out",
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------- search, stopping
@@ -240,7 +259,7 @@ class SweepConfig(Section):
     """One sweep. `base` and what `extends:` names are files relative to this one."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    base: dict[str, Any]
+    base: Annotated[dict[str, Any], WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})]
     """The run's config: a file of `configs/pretrain/`, or keys and values."""
     overrides: dict[str, Value] = Field(default_factory=dict)
     """Dotted keys of the run's config, and what they are instead: the same for all points."""
@@ -275,6 +294,7 @@ class SweepConfig(Section):
                         found=other,
                         allowed=", ".join(k for k in self.space if k != key) or "none: there is no other",
                     )
+        in_order(self.space)
         return self
 
     @model_validator(mode="after")

@@ -103,8 +103,8 @@ class Sweep:
         """The id of a trial's run in MLflow, a child of the sweep's: found, or created; running."""
         of_run, trial = card(self.prepared(asked)), asked.trial
         tags = {
-            "mlflow.parentRunId": self.parent,
-            "maskray.trial": trial.key,
+            mlflow_runs.PARENT_TAG: self.parent,
+            mlflow_runs.TRIAL_TAG: trial.key,
             "maskray.storage": self.folder.uri,  # whose lease says whether anybody is at it
         }
         mine = f"{trial.key}@{self.parent}"

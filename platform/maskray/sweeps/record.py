@@ -2,7 +2,8 @@
 
     <storage.path>/sweeps/<name>-<n>/     n counts from 1: `--new` begins the next
     ├── sweep.yaml                        as it was begun
-    ├── rungs.jsonl                       who was at which rung with what value (`stopping.py`)
+    ├── asked.json                        points that Optuna asked for, in order (`search.py`)
+    ├── rungs/<key>.json                  where a trial was judged, with what value, and whether it went on (`stopping.py`)
     ├── trials/<key>/                     checkpoint folders; `result.json` once it has ended; `painted.npz`
     ├── finished.json                     written last
     └── report/                           figures and `report.html`
@@ -24,14 +25,15 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
 from maskray.evaluation.reconstruction import Reconstruction
 
-SWEEPS, TRIALS, RESULT, PAINTED, SWEEP_YAML, FINISHED, RUNGS, REPORT = (
+SWEEPS, TRIALS, RESULT, PAINTED, SWEEP_YAML, FINISHED, ASKED, RUNGS, REPORT = (
     "sweeps",
     "trials",
     "result.json",
     "painted.npz",
     "sweep.yaml",
     "finished.json",
-    "rungs.jsonl",
+    "asked.json",
+    "rungs",
     "report",
 )
 _VERSION = 1

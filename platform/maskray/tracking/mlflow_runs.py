@@ -38,6 +38,9 @@ DATASET_PARAM = "dataset"
 JUDGED_TAG = "maskray.judged_on"
 """Tag of models' versions: the fingerprint of the dataset that a promotion judged them on, last."""
 STATUS_TAG = "maskray.ended"
+PARENT_TAG = "mlflow.parentRunId"
+TRIAL_TAG = "maskray.trial"
+"""Tag of a sweep's trials: the key of each."""
 SOURCES_TAG = "maskray.sources"
 NOTE_TAG = "mlflow.note.content"
 FIGURES = "figures"
@@ -180,6 +183,16 @@ def reconcile(store: Store, is_stale: Callable[[Mapping[str, str]], bool]) -> li
             close_run(store, run.info.run_id, "KILLED", "its launch ended without a word")
             closed.append(run.info.run_name)
     return closed
+
+
+def running_children(store: Store, run_id: str) -> list[tuple[str, str]]:
+    """Those of a run that say RUNNING: the id of each, and the trial's key.
+
+    Raises:
+        TrackingError: MLflow is away.
+    """
+    found = _search(store, f"tags.`{PARENT_TAG}` = '{run_id}' AND attributes.status = 'RUNNING'")
+    return [(run.info.run_id, run.data.tags.get(TRIAL_TAG, "")) for run in found]
 
 
 def curve(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:

@@ -1,0 +1,224 @@
+"""A sweep from config to report, whoever runs its trials: checks, folder, lease, MLflow's parent run, the report.
+
+Everything that can be checked is checked before a trial starts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskray.config.load import dump, fingerprint, identity, load_text
+from maskray.config.sweep import SweepConfig
+from maskray.data import lease
+from maskray.data.lease import Kind
+from maskray.data.storage import Storage
+from maskray.errors import ConfigError, TrackingError
+from maskray.launch import HOST_TAG
+from maskray.sweeps import record
+from maskray.sweeps.record import Result, Trial
+from maskray.sweeps.search import Queue, open_queue
+from maskray.sweeps.space import Space
+from maskray.sweeps.stopping import refuse_idle_rungs
+from maskray.tracking import mlflow_runs
+from maskray.tracking.mlflow_runs import DatasetCard, RunCard
+from maskray.tracking.mlflow_store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+SWEEP = Kind("the sweep", "name", "wait for it, or stop it")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sweep that has passed every check that needs no cluster."""
+
+    config: SweepConfig
+    space: Space
+    trials: tuple[Trial, ...]
+    """All that there will be; of a search that asks for its points, those of a sample of them, each with one seed."""
+    name: str
+    """With the number that says which sweep of that name it is."""
+    folder: Storage
+    results: Mapping[str, Result]
+    """Of trials that ended before, where it is resumed."""
+    store: Store
+    """MLflow."""
+    code: Mapping[str, str]
+    """Commit, sources and versions, taken before anything runs."""
+
+    @property
+    def num_trials(self) -> int:
+        """In all."""
+        asked = self.config.search
+        return len(self.trials) if asked.kind != "optuna" else asked.points * len(self.config.seeds)
+
+    def queue(self) -> Queue:
+        """The trials that are left, in order."""
+        return open_queue(self.config, self.space.points(), self.space.trial, self.results, self.folder)
+
+
+def prepare(config: SweepConfig, *, resume: bool = False, new: bool = False, commit: str | None = None) -> Prepared:
+    """Check all that can be checked without a cluster; nothing is written but MLflow's store, where there is none.
+
+    Args:
+        config: of the sweep.
+        resume: go on with the last sweep of this name, where there is one.
+        new: begin another of this name beside it.
+        commit: git commit of the package, where it has left its repository.
+
+    Raises:
+        MaskrayError: of the kind that is wrong: the space or a point of it, base, dataset, storage, MLflow; or there is
+            a sweep of this name already.
+    """
+    space = Space(config)
+    points = space.sample()
+    trials = [space.trial(point, seed) for point in points for seed in _seeds(config)]
+    trials = list({trial.key: trial for trial in trials}.values())
+    refuse_idle_rungs(config.stopping, trials)
+    root = Storage(space.base.storage.path)
+    root.check_writable()
+    number = _last_number(root, config.name)
+    if number and not new:
+        _refuse_unless_resumed(_folder(root, config.name, number), config, resume=resume)
+    number = number + 1 if new or not number else number
+    folder = _folder(root, config.name, number)
+    return Prepared(
+        config=config,
+        space=space,
+        trials=tuple(trials),
+        name=f"{config.name}-{number}",
+        folder=folder,
+        results=record.results(folder),
+        store=open_store(space.base.tracking, root.uri),
+        code=mlflow_runs.provenance(Path(__file__).parent, commit),
+    )
+
+
+@contextmanager
+def begun(prepared: Prepared) -> Iterator[str]:
+    """The sweep's lease, and its run in MLflow, whose status and whose children's are true at the end; the run's id.
+
+    Raises:
+        RunConflictError: somebody else is at it.
+    """
+    with lease.hold(prepared.folder, prepared.name, SWEEP):
+        prepared.folder.write_bytes(record.SWEEP_YAML, dump(prepared.config).encode())
+        run_id = mlflow_runs.ensure_run(prepared.store, _card(prepared))
+        try:
+            yield run_id
+        except BaseException as error:
+            try:
+                close_children(prepared, run_id)
+                if isinstance(error, Exception):
+                    mlflow_runs.close_run(prepared.store, run_id, "FAILED", str(error))
+                else:
+                    mlflow_runs.close_run(prepared.store, run_id, "KILLED", "interrupted")
+            except TrackingError as away:  # what ended the sweep is what the user must hear of
+                log.warning("%s", away)
+            raise
+
+
+def close_children(prepared: Prepared, run_id: str) -> None:
+    """Close those of a sweep's trials that say RUNNING while nobody runs them: as their results say, or as killed.
+
+    Raises:
+        TrackingError: MLflow is away.
+    """
+    results = record.results(prepared.folder)
+    for child, key in mlflow_runs.running_children(prepared.store, run_id):
+        result = results.get(key)
+        if result is not None and result.status == "finished":
+            mlflow_runs.close_run(prepared.store, child, "FINISHED")
+        else:
+            reason = "the sweep ended before it" if result is None else result.reason
+            failed = result is not None and result.status == "failed"
+            mlflow_runs.close_run(prepared.store, child, "FAILED" if failed else "KILLED", reason)
+
+
+def finish(prepared: Prepared, run_id: str) -> dict[str, Result]:
+    """Say in MLflow how the sweep ended; its results.
+
+    Raises:
+        TrackingError: MLflow is away.
+    """
+    results = record.results(prepared.folder)
+    close_children(prepared, run_id)
+    finished = any(result.status == "finished" for result in results.values())
+    prepared.folder.write_bytes(record.FINISHED, json.dumps({"trials": len(results)}).encode())
+    mlflow_runs.close_run(
+        prepared.store,
+        run_id,
+        "FINISHED" if finished else "FAILED",
+        "" if finished else "no trial of it finished",
+    )
+    return results
+
+
+def has_failed(config: SweepConfig, results: Mapping[str, Result]) -> bool:
+    """Whether the sweep's exit code is that of a failure."""
+    statuses = {result.status for result in results.values()}
+    return "finished" not in statuses or (config.trials.fail_if == "any_failed" and "failed" in statuses)
+
+
+def _seeds(config: SweepConfig) -> Sequence[int]:
+    return config.seeds[:1] if config.search.kind == "optuna" else config.seeds
+
+
+def _folder(root: Storage, name: str, number: int) -> Storage:
+    return root.child(record.SWEEPS, f"{name}-{number}")
+
+
+def _last_number(root: Storage, name: str) -> int:
+    """Of the sweeps of a name; 0: there is none."""
+    sweeps = root.child(record.SWEEPS)
+    numbered = (re.fullmatch(rf"{re.escape(name)}-(\d+)", each) for each in sweeps.list_names())
+    return max((int(match[1]) for match in numbered if match), default=0)
+
+
+def _refuse_unless_resumed(folder: Storage, config: SweepConfig, *, resume: bool) -> None:
+    name = folder.uri.rpartition("/")[2]
+    if not resume:
+        ended = folder.exists(record.FINISHED)
+        raise ConfigError(
+            f"there is a sweep of this name, which {'has ended' if ended else 'was begun and has not ended'}",
+            key="name",
+            found=folder.uri,
+            fix=f"--resume {'tries its failed trials again' if ended else 'goes on with it'}; --new begins another",
+        )
+    lease.refuse_if_held(folder, name, SWEEP)
+    try:
+        text = folder.read_bytes(record.SWEEP_YAML).decode()
+    except FileNotFoundError:  # killed before its first trial
+        return
+    before = load_text(SweepConfig, text, folder.join(record.SWEEP_YAML))
+    then, now = (mlflow_runs.flatten(identity(each)) for each in (before, config))
+    if changed := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
+        raise ConfigError(
+            f"the sweep was begun with other values: {', '.join(changed)}",
+            key=changed[0],
+            found=now.get(changed[0], "nothing"),
+            allowed=then.get(changed[0], "nothing"),
+            fix="take those of its sweep.yaml, or begin another with --new",
+        )
+
+
+def _card(prepared: Prepared) -> RunCard:
+    config, dataset = prepared.config, prepared.space.dataset
+    place = dataset.storage.uri
+    axes = ", ".join(f"`{key}`" for key in config.space)
+    return RunCard(
+        name=prepared.name,
+        fingerprint=fingerprint({"sweep": prepared.folder.uri}),
+        params={**identity(config), mlflow_runs.DATASET_PARAM: dataset.manifest.fingerprint},
+        tags={**prepared.code, "maskray.storage": prepared.folder.uri, HOST_TAG: socket.gethostname()},
+        config_yaml=dump(config),
+        dataset=DatasetCard(Path(place).name, place, dataset.manifest.fingerprint, dataset.num_rows()),
+        description=f"Sweep over {axes}, judged by {config.objective.metric}: {prepared.num_trials} trials.",
+    )
