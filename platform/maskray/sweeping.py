@@ -9,12 +9,13 @@ import json
 import logging
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maskray.config.load import dump, fingerprint, identity, load_text
+from maskray.config.schema import RunConfig
 from maskray.config.sweep import SweepConfig
 from maskray.data import lease
 from maskray.data.lease import Kind
@@ -24,7 +25,7 @@ from maskray.launch import HOST_TAG
 from maskray.sweeps import record
 from maskray.sweeps.record import Result, Trial
 from maskray.sweeps.search import Queue, open_queue
-from maskray.sweeps.space import Space
+from maskray.sweeps.space import Space, point_key
 from maskray.sweeps.stopping import refuse_idle_rungs
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
@@ -32,6 +33,8 @@ from maskray.tracking.mlflow_store import Store, open_store
 
 log = logging.getLogger(__name__)
 
+CALIBRATION = "calibration.json"
+"""Seconds that a step of each point took, before the first trial."""
 SWEEP = Kind("the sweep", "name", "wait for it, or stop it")
 
 
@@ -78,10 +81,7 @@ def prepare(config: SweepConfig, *, resume: bool = False, new: bool = False, com
             a sweep of this name already.
     """
     space = Space(config)
-    points = space.sample()
-    trials = [space.trial(point, seed) for point in points for seed in _seeds(config)]
-    trials = list({trial.key: trial for trial in trials}.values())
-    refuse_idle_rungs(config.stopping, trials)
+    trials = _trials(space)
     root = Storage(space.base.storage.path)
     root.check_writable()
     number = _last_number(root, config.name)
@@ -89,16 +89,41 @@ def prepare(config: SweepConfig, *, resume: bool = False, new: bool = False, com
         _refuse_unless_resumed(_folder(root, config.name, number), config, resume=resume)
     number = number + 1 if new or not number else number
     folder = _folder(root, config.name, number)
+    if space.unmeasured() and (measured := _measured(folder)):
+        space = Space(config, measured)
+        trials = _trials(space)
     return Prepared(
         config=config,
         space=space,
-        trials=tuple(trials),
+        trials=trials,
         name=f"{config.name}-{number}",
         folder=folder,
         results=record.results(folder),
         store=open_store(space.base.tracking, root.uri),
         code=mlflow_runs.provenance(Path(__file__).parent, commit),
     )
+
+
+def measured(prepared: Prepared, measure: Callable[[Sequence[RunConfig]], Sequence[float]]) -> Prepared:
+    """A sweep whose budget in seconds is one in steps: measured once for each point, and on record.
+
+    Args:
+        prepared: whose lease is held.
+        measure: seconds that a step of each config takes.
+
+    Raises:
+        MaskrayError: the budget is not enough for a step of some point.
+    """
+    points = prepared.space.unmeasured()
+    if not points:
+        return prepared
+    space, seed = prepared.space, prepared.config.seeds[0]
+    log.warning("Timing a few steps of each of %d points", len(points))
+    found = measure([space.run_config(space.trial(point, seed)) for point in points])
+    known = _measured(prepared.folder) | dict(zip(map(point_key, points), found, strict=True))
+    prepared.folder.write_bytes(CALIBRATION, json.dumps(known, indent=1).encode())
+    space = Space(prepared.config, known)
+    return replace(prepared, space=space, trials=_trials(space))
 
 
 @contextmanager
@@ -165,6 +190,20 @@ def has_failed(config: SweepConfig, results: Mapping[str, Result]) -> bool:
     """Whether the sweep's exit code is that of a failure."""
     statuses = {result.status for result in results.values()}
     return "finished" not in statuses or (config.trials.fail_if == "any_failed" and "failed" in statuses)
+
+
+def _measured(folder: Storage) -> dict[str, float]:
+    try:
+        return dict(json.loads(folder.read_bytes(CALIBRATION)))
+    except FileNotFoundError:
+        return {}
+
+
+def _trials(space: Space) -> tuple[Trial, ...]:
+    found = [space.trial(point, seed) for point in space.sample() for seed in _seeds(space.config)]
+    if not space.unmeasured():
+        refuse_idle_rungs(space.config.stopping, found)
+    return tuple({trial.key: trial for trial in found}.values())
 
 
 def _seeds(config: SweepConfig) -> Sequence[int]:

@@ -53,6 +53,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         console.print(f"{sum(ended.values())}/{prepared.num_trials} ({counts})  {result.trial.name}: {value}")
 
     with connected(prepared.space.base.cluster), sweeping.begun(prepared) as run_id:
+        prepared = sweeping.measured(prepared, sweep.measure)
         sweep.run(prepared, run_id, show)
         results = sweeping.finish(prepared, run_id)
     return int(sweeping.has_failed(config, results))

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from maskray.config.schema import ClusterConfig
+from maskray.calibration import seconds_per_step
+from maskray.config.schema import ClusterConfig, RunConfig
 from maskray.errors import ClusterError, MaskrayError
 from maskray.on_ray import background, trial
 from maskray.on_ray.trial import ASKED, ENDED, RUNG, STEP, VALUE, Asked, Sweep
@@ -125,6 +126,14 @@ def concurrency_of(prepared: Prepared) -> int:
             fix="ask for fewer at once, or for smaller ones: cluster.cpus_per_worker and gpus_per_worker of base",
         )
     return asked or room
+
+
+def measure(configs: Sequence[RunConfig]) -> list[float]:
+    """Seconds that a step of each config takes, with the resources of a trial and nothing beside it."""
+    resources = resources_of(configs[0].cluster)
+    timed = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=0)(seconds_per_step)
+    # One after another: what runs beside a trial takes some of its time.
+    return [ray.get(timed.remote(config)) for config in configs]
 
 
 class _NotKept:

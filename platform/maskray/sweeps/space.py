@@ -55,7 +55,7 @@ class Space:
 
     Args:
         config: of the sweep.
-        seconds_per_step: of a trial, measured for each point (by `point_key`): for a budget in seconds.
+        seconds_per_step: as measured for each point, by `point_key`: for a budget in seconds.
 
     Raises:
         MaskrayError: base, dataset and space do not fit together.
@@ -119,6 +119,12 @@ class Space:
         training = config.training.model_copy(update={"probe_at": tuple(probe_at)})
         return config.model_copy(update={"training": training})
 
+    def unmeasured(self) -> list[Point]:
+        """Points whose steps must be timed before the sweep starts: those of a budget in seconds."""
+        if self.config.budget is None or self.config.budget.accelerator_seconds is None:
+            return []
+        return [point for point in self.points() or [] if point_key(point) not in self._measured]
+
     def _base_of(self, point: Point, seed: int) -> RunConfig:
         raw = _laid(self._raw, point) | {"name": self.config.name, "seed": seed}
         try:
@@ -149,7 +155,7 @@ class Space:
             amount, per_step, key = budget.flops, flops_per_step, "budget.flops"
         else:
             assert budget.accelerator_seconds is not None
-            per_step = self._measured.get(point_key(point), 0.0) * self.base.cluster.workers
+            per_step = self._measured.get(point_key(point), 0.0)
             amount, key = budget.accelerator_seconds, "budget.accelerator_seconds"
             if not per_step:  # not measured yet: as long as one step
                 return 1
