@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -37,11 +36,11 @@ def seconds_per_step(config: RunConfig) -> float:
         }
     )
     done: list[float] = []
-
-    def note(step: int, metrics: Mapping[str, float]) -> None:
-        done.append(time.perf_counter())
-
     device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
     with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
-        pretrain(short, LocalContext(Path(folder), short.data, device=device), Observer(note))
+        pretrain(
+            short,
+            LocalContext(Path(folder), short.data, device=device),
+            Observer(lambda *_: done.append(time.perf_counter())),
+        )
     return median(after - before for before, after in zip(done[_FIRST:], done[_FIRST + 1 :], strict=False))

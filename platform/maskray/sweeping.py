@@ -13,23 +13,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from maskray.config.load import dump, fingerprint, identity, load_text
+import torch
+
+from maskray.config.load import dump, fingerprint, identity, load_text, merge, parse
+from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig
-from maskray.config.sweep import SweepConfig
+from maskray.config.sweep import RegisterConfig, SweepConfig
 from maskray.data import lease
 from maskray.data.lease import Kind
 from maskray.data.storage import Storage
 from maskray.errors import ConfigError, TrackingError
+from maskray.evaluation.judgement import first_images, judge
 from maskray.launch import HOST_TAG
+from maskray.pretrain import settle
+from maskray.publish.decisions import Decision
+from maskray.publish.promotion import promote
+from maskray.publish.release import TrainedRun, release
 from maskray.sweeps import record
 from maskray.sweeps.record import Result, Trial
 from maskray.sweeps.search import Queue, open_queue
-from maskray.sweeps.space import Space, point_key
+from maskray.sweeps.space import Space, plan_of, point_key
 from maskray.sweeps.stopping import refuse_idle_rungs
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
 from maskray.tracking.mlflow_store import Store, open_store
+from maskray.training import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +92,8 @@ def prepare(config: SweepConfig, *, resume: bool = False, new: bool = False, com
     """
     space = Space(config)
     trials = _trials(space)
+    if config.register_best is not None:
+        _promotion(space.base, config.register_best)
     root = Storage(space.base.storage.path)
     root.check_writable()
     number = _last_number(root, config.name)
@@ -184,6 +196,51 @@ def finish(prepared: Prepared, run_id: str) -> dict[str, Result]:
         "" if finished else "no trial of it finished",
     )
     return results
+
+
+class Registered(NamedTuple):
+    """What came of the best trial in the registry."""
+
+    version: str
+    decision: Decision | None
+    """None where no promotion was asked for, or nothing was to be decided."""
+
+
+def register(prepared: Prepared, best: Result) -> Registered | None:
+    """Register the encoder of a trial, and offer it as challenger, where the config says so.
+
+    Raises:
+        MaskrayError: as `publish.release.release` and `publish.promotion.promote` do.
+    """
+    wanted = prepared.config.register_best
+    if wanted is None:
+        return None
+    assert best.run_id is not None and best.checkpoint is not None, "it has finished"
+    config, dataset = prepared.space.run_config(best.trial), prepared.space.dataset
+    tracking = config.tracking.model_copy(update={"register_as": wanted.name})
+    config = config.model_copy(update={"tracking": tracking})
+    run = TrainedRun(config, plan_of(config, dataset), dataset, prepared.store, best.run_id, prepared.code)
+    settle(config)
+    with checkpoint.on_disk(prepared.folder.child(record.TRIALS, best.trial.key, best.checkpoint)) as weights:
+        verdict = judge(config, weights, torch.device("cpu"))
+        _, version = release(run, weights, first_images(dataset, config), verdict.judgement)
+    promotion = _promotion(config, wanted)
+    if promotion is None:
+        return Registered(version, None)
+    return Registered(version, promote(promotion.model_copy(update={"challenger": version})))
+
+
+def _promotion(base: RunConfig, wanted: RegisterConfig) -> PromotionConfig | None:
+    """The promotion that is asked for, of whatever version; by default on the sweep's own dataset."""
+    if wanted.promotion is None:
+        return None
+    places = {
+        "model": wanted.name,
+        "storage": {"path": base.storage.path},
+        "tracking": {"uri": base.tracking.uri},
+    }
+    mine = {"data": {"path": base.data.path}}
+    return parse(PromotionConfig, merge(mine, wanted.promotion) | places, "register_best.promotion")
 
 
 def has_failed(config: SweepConfig, results: Mapping[str, Result]) -> bool:
