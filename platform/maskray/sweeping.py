@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from maskray.calibration import seconds_per_step
 from maskray.config.load import dump, fingerprint, identity, load_text, merge, parse
 from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig
@@ -114,6 +115,16 @@ def prepare(config: SweepConfig, *, resume: bool = False, new: bool = False, com
         store=open_store(space.base.tracking, root.uri),
         code=mlflow_runs.provenance(Path(__file__).parent, commit),
     )
+
+
+def measured_rate(prepared: Prepared) -> float:
+    """FLOP/s that a worker reaches here, from a few steps of the point in the middle of the bill.
+
+    Raises:
+        MaskrayError, TrainingError: of that point's run.
+    """
+    middle = sorted(prepared.trials, key=lambda trial: trial.flops_per_step)[len(prepared.trials) // 2]
+    return middle.flops_per_step / seconds_per_step(prepared.space.run_config(middle))
 
 
 def measured(prepared: Prepared, measure: Callable[[Sequence[RunConfig]], Sequence[float]]) -> Prepared:
@@ -215,7 +226,8 @@ def register(prepared: Prepared, best: Result) -> Registered | None:
     wanted = prepared.config.register_best
     if wanted is None:
         return None
-    assert best.run_id is not None and best.checkpoint is not None, "it has finished"
+    assert best.run_id is not None
+    assert best.checkpoint is not None
     config, dataset = prepared.space.run_config(best.trial), prepared.space.dataset
     tracking = config.tracking.model_copy(update={"register_as": wanted.name})
     config = config.model_copy(update={"tracking": tracking})

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from maskray.cli.amounts import short, time_of
+from maskray.cli.amounts import rate_of, short, time_of
 from maskray.config.load import load
 from maskray.config.schema import RunConfig
-from maskray.errors import ConfigError
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
     from maskray.estimate import Estimate
 
 MILLION = 1_000_000
-SLOWEST = 1e6
 
 
 def add(commands: Any) -> None:
@@ -37,17 +35,11 @@ def add(commands: Any) -> None:
 def _estimate(arguments: argparse.Namespace) -> int:
     gpus = [] if arguments.gpus is None else [f"cluster.workers={arguments.gpus}"]
     config = load(arguments.config, [*arguments.set, *gpus])
-    if arguments.rate is not None and not SLOWEST <= arguments.rate < float("inf"):
-        raise ConfigError(
-            "a rate is in operations a second, not in images",
-            key="--rate",
-            found=arguments.rate,
-            allowed=f"at least {SLOWEST:.0e}, such as 4e14 of a GPU",
-        )
+    rate = rate_of(arguments.rate)
     from maskray.estimate import estimate
 
     facts = Table.grid(padding=(0, 3))
-    for name, words in _facts(estimate(config), config, arguments.rate):
+    for name, words in _facts(estimate(config), config, rate):
         facts.add_row(name, words)
     Console(highlight=False).print(facts)
     return 0

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from maskray.cli.amounts import short
-from maskray.config.sweep import load_sweep
+from maskray.cli.amounts import rate_of, short, time_of
+from maskray.config.sweep import LOSS, load_sweep
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
     from maskray.sweeping import Prepared
-    from maskray.sweeps.record import Result
+    from maskray.sweeps.record import Result, Trial
 
 _MOST_ROWS = 40
 
@@ -27,6 +27,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--config", required=True, type=Path, help="YAML of the sweep")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. seeds=[0]")
     parser.add_argument("--dry-run", action="store_true", help="check all, show what it will take, and stop")
+    parser.add_argument(
+        "--rate", type=float, metavar="FLOP/s", help="what a worker reaches, for hours [timed, where it is a CPU]"
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the last sweep of this name, if there is one")
     again.add_argument("--new", action="store_true", help="begin another sweep of this name, beside the last")
@@ -35,13 +38,14 @@ def add(commands: Any) -> None:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     config = load_sweep(arguments.config, arguments.set)
+    rate = rate_of(arguments.rate)
     from maskray import sweeping
 
-    prepared = sweeping.prepare(
-        config, resume=arguments.resume, new=arguments.new, commit=os.environ.get("MASKRAY_COMMIT")
-    )
+    commit = os.environ.get("MASKRAY_COMMIT")
+    prepared = sweeping.prepare(config, resume=arguments.resume, new=arguments.new, commit=commit)
     console = Console(highlight=False)
     console.print(_bill(prepared))
+    console.print(_total(prepared, rate))
     if arguments.dry_run:
         return 0
     from maskray.on_ray import sweep
@@ -49,31 +53,67 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     def show(result: Result, ended: Counter[str]) -> None:
         counts = ", ".join(f"{number} {status}" for status, number in sorted(ended.items()))
-        value = result.reason if result.value is None else f"{100 * result.value:.1f} %"
-        console.print(f"{sum(ended.values())}/{prepared.num_trials} ({counts})  {result.trial.name}: {value}")
+        said = result.reason if result.value is None else _shown(result.value, config.objective.metric)
+        console.print(f"{sum(ended.values())}/{prepared.num_trials} ({counts})  {result.trial.name}: {said}")
 
-    with connected(prepared.space.base.cluster), sweeping.begun(prepared) as run_id:
-        prepared = sweeping.measured(prepared, sweep.measure)
-        sweep.run(prepared, run_id, show)
-        results = sweeping.finish(prepared, run_id)
+    with connected(prepared.space.base.cluster):
+        sweep.concurrency_of(prepared)  # what is wrong is said before anything is begun
+        with sweeping.begun(prepared) as run_id:
+            prepared = sweeping.measured(prepared, sweep.measure)
+            sweep.run(prepared, run_id, show)
+            results = sweeping.finish(prepared, run_id)
     return int(sweeping.has_failed(config, results))
 
 
+def _shown(value: float, metric: str) -> str:
+    return f"{value:.4f}" if metric == LOSS else f"{100 * value:.1f} %"
+
+
 def _bill(prepared: Prepared) -> Table:
-    """What the sweep will take."""
-    seeds = len(prepared.config.seeds)
-    per_point = {tuple(map(str, each.point.items())): each for each in prepared.trials}
-    title = f"{prepared.name}: {prepared.num_trials} trials, {seeds} seeds a point"
-    table = Table(title=title, title_justify="left")
-    for heading in ("point", "steps", "FLOP an image step", "FLOP a trial", "encoder", "decoder"):
-        table.add_column(heading, justify="left" if heading == "point" else "right")
-    for each in list(per_point.values())[:_MOST_ROWS]:
+    """What each point will take."""
+    axes = list(prepared.config.space)
+    table = Table(title=f"{prepared.name}, judged by {prepared.config.objective.metric}", title_justify="left")
+    for heading in (*axes, "steps", "FLOP a step", "FLOP", "encoder", "decoder"):
+        table.add_column(heading, justify="right")
+    points = list(_points(prepared).values())
+    for each in points[:_MOST_ROWS]:
         table.add_row(
-            " ".join(each.name.split()[:-1]),
+            *(_value(each, axis) for axis in axes),
             f"{each.steps:,}",
             short(each.flops_per_step),
             short(each.flops),
             short(each.encoder_parameters),
             short(each.decoder_parameters),
         )
+    if len(points) > _MOST_ROWS:
+        table.caption = f"and {len(points) - _MOST_ROWS} more points"
     return table
+
+
+def _total(prepared: Prepared, rate: float | None) -> str:
+    """What all of it will take."""
+    from maskray.sweeping import measured_rate
+
+    seeds, cluster = len(prepared.config.seeds), prepared.space.base.cluster
+    left = prepared.num_trials - sum(each.status != "failed" for each in prepared.results.values())
+    mean = sum(each.flops for each in prepared.trials) / len(prepared.trials)
+    words = [f"{prepared.num_trials} trials ({seeds} seeds a point)"]
+    words += [f"{left} of them left"] if left < prepared.num_trials else []
+    words += [f"{short(left * mean)}FLOP in all, if none is stopped"]
+    if rate is None and not cluster.gpus_per_worker:
+        rate = measured_rate(prepared)
+    if rate is not None:
+        unit = "accelerator-hours" if cluster.gpus_per_worker else "worker-hours"
+        hours = left * mean / rate
+        words += [f"{hours:.3g} {unit} at {short(rate)}FLOP/s: {time_of(hours)} one after another"]
+    return "; ".join(words)
+
+
+def _points(prepared: Prepared) -> dict[tuple[str, ...], Trial]:
+    return {tuple(_value(each, axis) for axis in prepared.config.space): each for each in prepared.trials}
+
+
+def _value(trial: Trial, axis: str) -> str:
+    from maskray.sweeps.record import shown
+
+    return shown(trial.point[axis]) if axis in trial.point else "-"

@@ -96,8 +96,12 @@ def run(prepared: Prepared, parent: str, show: Show) -> None:
             verbose=0,
         ),
     )
-    # In the main thread Tune would put handlers in place of its own.
-    background.call("maskray-tune", tuner.fit).result()
+    try:
+        # In the main thread Tune would put handlers of its own in place.
+        background.call("maskray-tune", tuner.fit).result()
+    except BaseException:
+        ray.shutdown()  # no trial goes on while MLflow is told how it ended
+        raise
     prepared.folder.delete("tune")
 
 
