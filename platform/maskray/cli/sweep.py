@@ -104,7 +104,7 @@ def _total(prepared: Prepared, rate: float | None) -> str:
         rate = measured_rate(prepared)
     if rate is not None:
         unit = "accelerator-hours" if cluster.gpus_per_worker else "worker-hours"
-        hours = left * mean / rate
+        hours = left * mean / rate / 3600
         words += [f"{hours:.3g} {unit} at {short(rate)}FLOP/s: {time_of(hours)} one after another"]
     return "; ".join(words)
 
