@@ -64,6 +64,7 @@ schema: $(VENV)/.installed  ## JSON Schema for editors
 	$(BIN)/maskray schema embed > configs/embed/schema.json
 	$(BIN)/maskray schema evaluate > configs/evaluate/schema.json
 	$(BIN)/maskray schema promote > configs/promote/schema.json
+	$(BIN)/maskray schema sweep > configs/sweep/schema.json
 
 ui: $(VENV)/.installed  ## MLflow's UI on the embedded store
 	$(BIN)/maskray ui

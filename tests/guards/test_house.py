@@ -9,10 +9,11 @@ import pytest
 
 from maskray.config.embedding import EmbedConfig
 from maskray.config.evaluation import EvaluateConfig
-from maskray.config.load import json_schema, load_as
+from maskray.config.load import json_schema, load_as, merge, parse
 from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig
 from maskray.config.section import Section
+from maskray.config.sweep import SweepConfig, load_sweep
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -21,6 +22,7 @@ KINDS: dict[str, type[Section]] = {
     "embed": EmbedConfig,
     "evaluate": EvaluateConfig,
     "promote": PromotionConfig,
+    "sweep": SweepConfig,
 }
 """By the folder of the config."""
 HEADER = ("command", "hardware", "time", "result")
@@ -47,7 +49,11 @@ def test_there_is_no_drawer():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_every_config_loads(path: Path):
-    assert load_as(KINDS[path.parent.name], path)
+    if path.parent.name == "sweep":
+        sweep = load_sweep(path)  # its points are tried against a dataset: unit/sweeps/test_space
+        assert parse(RunConfig, merge(sweep.base, {"name": sweep.name}))
+    else:
+        assert load_as(KINDS[path.parent.name], path)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT).as_posix())
