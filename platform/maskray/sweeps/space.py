@@ -200,14 +200,14 @@ def point_key(point: Point) -> str:
 
 
 def _laid(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested keys and values with dotted ones laid over them."""
-    out = dict(raw)
-    for key, value in values.items():
-        nested = value
+    """Nested keys and values with dotted ones laid over them: all at once, since a `kind` replaces its section."""
+    over: dict[str, Any] = {}
+    for key in sorted(values, key=lambda key: key.count(".")):  # a section before what is in it
+        nested = values[key]
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        out = merge(out, nested)
-    return out
+        over = merge(over, nested)
+    return merge(raw, over)
 
 
 def _as_long_as(config: RunConfig, steps: int, whole: RunPlan) -> RunConfig:
