@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -189,8 +189,11 @@ def _walk(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[Any], list
     """The keys of the YAML that a location of pydantic's means, and the sections that may hold the last of them."""
     keys: list[Any] = []
     holders: list[type[BaseModel]] = [model]
-    inside = holders
+    inside, is_open = holders, False
     for part in loc:
+        if is_open:  # any key: the sections are those of its values
+            keys, holders, is_open = [*keys, part], inside, False
+            continue
         if len(inside) > 1 and (chosen := [s for s in inside if s.model_fields["kind"].default == part]):
             inside = chosen  # pydantic names the union's member here: that is no key of the YAML
             continue
@@ -199,6 +202,7 @@ def _walk(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[Any], list
             continue
         fields = [s.model_fields[part] for s in inside if part in s.model_fields]
         inside = [section for field in fields for section in _sections(field.annotation)]
+        is_open = any(get_origin(field.annotation) is dict for field in fields)
     return keys, holders
 
 

@@ -78,8 +78,11 @@ def _as_axis(value: Any) -> Any:
     return {"kind": "grid", "values": value} if isinstance(value, list | tuple) else value
 
 
-_Axis = Annotated[Grid | Choice | Uniform | LogUniform | RandInt, Field(discriminator="kind"), of_kind("grid")]
-AnyAxis = Annotated[_Axis, BeforeValidator(_as_axis, json_schema_input_type=_Axis | list[Value])]
+_Axes = Grid | Choice | Uniform | LogUniform | RandInt
+AnyAxis = Annotated[
+    Annotated[_Axes, Field(discriminator="kind"), of_kind("grid")],
+    BeforeValidator(_as_axis, json_schema_input_type=_Axes | list[Value]),
+]
 
 
 def in_order(space: Mapping[str, Axis]) -> list[str]:
@@ -97,6 +100,26 @@ def in_order(space: Mapping[str, Axis]) -> list[str]:
             found=" → ".join(error.args[1]),
             fix="leave one of them out",
         ) from error
+
+
+def _takes(axis: AnyAxis, value: Value) -> bool:
+    match axis:
+        case Grid() | Choice():
+            return value in axis.values
+        case RandInt():
+            return isinstance(value, int) and axis.low <= value <= axis.high
+        case Uniform() | LogUniform():
+            return False  # one number of all that there are between two
+
+
+def _what_it_takes(axis: AnyAxis) -> str:
+    match axis:
+        case Grid() | Choice():
+            return ", ".join(map(str, axis.values))
+        case RandInt():
+            return f"whole numbers from {axis.low} to {axis.high}"
+        case Uniform() | LogUniform():
+            return f"none: a condition is about a list of values or whole numbers, and that one is {axis.kind}"
 
 
 # ---------------------------------------------------------------------------------------------------- search, stopping
@@ -294,7 +317,20 @@ class SweepConfig(Section):
                         found=other,
                         allowed=", ".join(k for k in self.space if k != key) or "none: there is no other",
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _conditions_can_hold(self) -> Self:
         in_order(self.space)
+        for key, axis in self.space.items():
+            for other, values in axis.when.items():
+                if never := [value for value in values if not _takes(self.space[other], value)]:
+                    raise ConfigError(
+                        "it is never so, and the axis would never be there",
+                        key=f"space.{key}.when.{other}",
+                        found=never[0],
+                        allowed=_what_it_takes(self.space[other]),
+                    )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ import yaml
 
 from maskray.config.load import dotted_keys, dump, json_schema, parse
 from maskray.config.schema import IngestConfig, RunConfig
+from maskray.config.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[3]
 SCHEMA = json.loads(json_schema())
@@ -20,6 +21,7 @@ LIMITS = {
     "exclusiveMaximum": lambda value, limit: value < limit,
     "minItems": lambda value, limit: len(value) >= limit,
     "maxItems": lambda value, limit: len(value) <= limit,
+    "minProperties": lambda value, limit: len(value) >= limit,
     "pattern": lambda value, limit: re.search(limit, value),
     "enum": lambda value, limit: value in limit,
     "const": lambda value, limit: value == limit,
@@ -51,8 +53,10 @@ def _accepts(part, value, whole):
     if not all(check(value, part[word]) for word, check in LIMITS.items() if word in part):
         return False
     if kind == "object":
-        known = part["properties"]
-        return set(value) <= set(known) and all(accepts(known[k], v, whole) for k, v in value.items())
+        known, others = part.get("properties", {}), part.get("additionalProperties", True)
+        return all(k in known or others is not False for k in value) and all(
+            accepts(known.get(k, {} if others is True else others), v, whole) for k, v in value.items()
+        )
     if kind == "array":
         items = part.get("prefixItems", [part.get("items", {})] * len(value))
         return all(accepts(item, v, whole) for item, v in zip(items, value, strict=False))
@@ -128,3 +132,33 @@ def test_mistakes_are_marked(part):
 
 def test_other_sections_have_one_too():
     assert set(json.loads(json_schema(IngestConfig))["properties"]) == {*IngestConfig.model_fields, "extends"}
+
+
+SWEEP = json.loads(json_schema(SweepConfig))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"base": "run.yaml", "space": {"mask.ratio": [0.5, 0.75]}},
+        {"base": {"name": "run"}, "space": {"model": [{"kind": "vit"}], "data.image_size": [[8, 16], 8]}},
+        {"space": {"a": {"kind": "uniform", "low": 0, "high": 1, "when": {"b": 1, "c": ["x", None]}}}},
+        {"space": {"a": {"values": [1]}}, "search": {"kind": "optuna", "points": 3}, "stopping": {"kind": "none"}},
+    ],
+)
+def test_a_sweep_may_be_written_short(part):
+    assert accepts(SWEEP, part, SWEEP)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"base": 3},
+        {"space": {}},
+        {"space": {"mask.ratio": 0.5}},
+        {"space": {"a": {"kind": "uniform", "values": [1]}}},
+        {"space": {"a": {"kind": "normal", "values": [1]}}},
+    ],
+)
+def test_a_sweep_that_is_none_is_marked(part):
+    assert not accepts(SWEEP, part, SWEEP)

@@ -1,0 +1,257 @@
+"""What a sweep is asked for: what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskray.config.load import dump, parse
+from maskray.config.sweep import (
+    Asha,
+    Choice,
+    Grid,
+    GridSearch,
+    LogUniform,
+    Median,
+    NoStopping,
+    OptunaSearch,
+    RandInt,
+    RandomSearch,
+    SweepConfig,
+    Uniform,
+    in_order,
+    load_sweep,
+)
+from maskray.errors import ConfigError
+
+BASE = {"name": "s", "base": {"name": "run"}, "space": {"mask.ratio": [0.5, 0.75]}}
+DRAWN = {"mask.ratio": {"kind": "uniform", "low": 0.5, "high": 0.9}}
+
+
+def sweep(**sections):
+    return parse(SweepConfig, {**BASE, **sections}, origin="sweep.yaml")
+
+
+# --------------------------------------------------------------------------------------------------------------- space
+
+
+def test_a_bare_list_is_a_grid():
+    assert sweep().space == {"mask.ratio": Grid(values=(0.5, 0.75))}
+    assert sweep(space={"mask.ratio": {"values": [0.5, 0.75]}}) == sweep()
+    assert sweep(space={"mask.ratio": {"kind": "grid", "values": [0.5, 0.75]}}) == sweep()
+
+
+def test_each_kind_of_axis():
+    space = {
+        "a": {"kind": "choice", "values": [1, 1.5, "x", True, None, [1, 2], {"kind": "whole"}]},
+        "b": {"kind": "uniform", "low": 0, "high": 1},
+        "c": {"kind": "loguniform", "low": 1e-4, "high": 1},
+        "d": {"kind": "randint", "low": -1, "high": 3},
+    }
+    found = sweep(space=space, search={"kind": "random", "points": 3}).space
+    assert found == {
+        "a": Choice(values=(1, 1.5, "x", True, None, [1, 2], {"kind": "whole"})),
+        "b": Uniform(low=0, high=1),
+        "c": LogUniform(low=1e-4, high=1),
+        "d": RandInt(low=-1, high=3),
+    }
+    assert [type(value) for value in found["a"].values] == [int, float, str, bool, type(None), list, dict]
+
+
+def test_a_condition_has_one_value_or_several():
+    axis = {"values": [1, 2], "when": {"mask.ratio": 0.5, "other": [True, "x"]}}
+    found = sweep(space={**BASE["space"], "other": [True, False, "x"], "third": axis})
+    assert found.space["third"].when == {"mask.ratio": (0.5,), "other": (True, "x")}
+
+
+def test_keys_come_after_those_that_their_conditions_are_about():
+    space = {"c": {"values": [1], "when": {"b": 1, "a": 1}}, "b": {"values": [1], "when": {"a": 1}}, "a": [1], "z": [1]}
+    order = in_order(sweep(space=space).space)
+    assert sorted(order) == ["a", "b", "c", "z"]
+    assert order.index("a") < order.index("b") < order.index("c")
+    assert in_order(sweep(space={"b": [1], "a": [1], "c": [1]}).space) == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, r"^space: .*at least 1 item"),
+        ({"a": []}, r"^space\.a\.values: there is nothing to take\. Found: \[\]\. Allowed: values"),
+        ({"a": {"kind": "choice", "values": []}}, r"^space\.a\.values: there is nothing to take"),
+        ({"a": {"kind": "uniform", "low": 1, "high": 1}}, r"^space\.a: low must be below high\. Found: low 1\.0, high"),
+        ({"a": {"kind": "loguniform", "low": 2, "high": 1}}, r"^space\.a: low must be below high"),
+        ({"a": {"kind": "randint", "low": 2, "high": 1}}, r"^space\.a: low must be below high\. Found: low 2, high 1"),
+        ({"a": {"kind": "loguniform", "low": 0, "high": 1}}, r"^space\.a\.low: .*found 0\). Allowed: greater than 0"),
+        ({"a": {"kind": "randint", "low": 0.5, "high": 1}}, r"^space\.a\.low: "),
+        ({"a": {"kind": "normal", "low": 0, "high": 1}}, r"^space\.a\.kind: no such kind \(found 'normal'\)\."),
+        ({"a": {"kind": "uniform", "low": 0, "hihg": 1}}, r"space\.a\.hihg: no such key\. Did you mean space\.a\.high"),
+        ({"a": {"kind": "uniform", "low": 0}}, r"^space\.a\.high: this key is required"),
+        ({"a": 3}, r"^space\.a: "),
+        ({"a": {"values": [1], "when": {"b": 1}}}, r"^space\.a\.when: .*Found: b\. Allowed: none: there is no other"),
+        (
+            {"a": {"values": [1], "when": {"a": 1}}, "b": [1]},
+            r"^space\.a\.when: .*another key of the space\. Found: a\. Allowed: b\.",
+        ),
+        (
+            {key: {"values": [1], "when": {other: 1}} for key, other in ("ab", "bc", "ca")},
+            r"^space: conditions hang on each other in a circle.*Found: (. → ){3}.\.",
+        ),
+        (
+            {"a": {"values": [1], "when": {"b": [1, 3]}}, "b": [1, "x"]},
+            r"^space\.a\.when\.b: it is never so.*Found: 3\. Allowed: 1, x\.",
+        ),
+        (
+            {"a": {"values": [1], "when": {"b": 4}}, "b": {"kind": "randint", "low": 1, "high": 3}},
+            r"^space\.a\.when\.b: it is never so.*Found: 4\. Allowed: whole numbers from 1 to 3\.",
+        ),
+        (
+            {"a": {"values": [1], "when": {"b": 0.5}}, "b": {"kind": "uniform", "low": 0, "high": 1}},
+            r"^space\.a\.when\.b: it is never so.*Found: 0\.5\. Allowed: none: .* that one is uniform\.",
+        ),
+        ({"seed": [1, 2]}, r"^space\.seed: a seed is no axis.*What to do: list seeds"),
+    ],
+)  # fmt: skip
+def test_a_space_that_is_none_is_refused(space, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep(space=space)
+
+
+# ---------------------------------------------------------------------------------------------------- search, stopping
+
+
+def test_what_is_not_said():
+    config = sweep()
+    assert (config.search, config.stopping, config.budget, config.seeds) == (
+        GridSearch(),
+        NoStopping(),
+        None,
+        (0, 1, 2),
+    )
+    assert (config.objective.metric, config.objective.direction) == ("probe/knn", "max")
+
+
+def test_kinds_of_search_and_stopping():
+    assert sweep(space=DRAWN, search={"kind": "random", "points": 4}).search == RandomSearch(points=4)
+    assert sweep(space=DRAWN, search={"kind": "optuna", "points": 4}).search == OptunaSearch(points=4, startup=10)
+    assert sweep(stopping={"kind": "asha", "first": 1e9}).stopping == Asha(first=1e9, unit="flops", reduction=3)
+    assert sweep(stopping={"kind": "median", "first": 10, "unit": "steps"}).stopping == Median(first=10, unit="steps")
+
+
+def test_a_random_search_may_go_through_a_grid():
+    assert sweep(space={**BASE["space"], "optim.base_lr": DRAWN["mask.ratio"]}, search={"kind": "random", "points": 2})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"space": DRAWN}, r"^space\.mask\.ratio: a grid has no end here\. Found: uniform\. .*or take search\.kind"),
+        ({"search": {"kind": "optuna", "points": 4}}, r"^space\.mask\.ratio: Optuna draws.*Found: grid\..*: choice"),
+        ({"search": {"kind": "bayes"}}, r"^search\.kind: no such kind \(found 'bayes'\)\. Allowed: grid, random, o"),
+        ({"search": {"kind": "random"}}, r"^search\.points: this key is required"),
+        ({"search": {"kind": "random", "points": 0}}, r"^search\.points: .*Allowed: greater than or equal to 1"),
+        ({"stopping": {"kind": "pbt"}}, r"^stopping\.kind: not on the path.*weights.*Found: pbt\. Allowed: none, asha"),
+        ({"stopping": {"kind": "PB2"}}, r"^stopping\.kind: not on the path that a sweep takes: it copies.*Found: PB2"),
+        ({"stopping": {"kind": "hyperband"}}, r"^stopping\.kind: .*it pauses trials.*Found: hyperband"),
+        ({"stopping": {"kind": "never"}}, r"^stopping\.kind: no such kind \(found 'never'\)\. Allowed: none, asha"),
+        ({"stopping": {"kind": "asha"}}, r"^stopping\.first: this key is required"),
+        ({"stopping": {"kind": "asha", "first": 0}}, r"^stopping\.first: .*Allowed: greater than 0"),
+        ({"stopping": {"kind": "asha", "first": 1, "reduction": 1}}, r"^stopping\.reduction: .*greater than 1"),
+        ({"stopping": {"kind": "median", "first": 1, "min_trials": 0}}, r"^stopping\.min_trials: "),
+        ({"seeds": []}, r"^seeds: "),
+        ({"seeds": [0, 1, 0]}, r"^seeds: a seed stands twice\. Found: \[0, 1, 0\]"),
+        ({"seeds": [-1]}, r"^seeds\.0: .*Allowed: greater than or equal to 0"),
+        ({"name": "a/b"}, r"^name: "),
+        ({"confidence": 1}, r"^confidence: "),
+        ({"trials": {"concurrency": 0}}, r"^trials\.concurrency: "),
+        ({"trials": {"limit_seconds": 0}}, r"^trials\.limit_seconds: "),
+        ({"trials": {"fail_if": "never"}}, r"^trials\.fail_if: "),
+        ({"register_best": {"name": "a:b"}}, r"^register_best\.name: "),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep(**sections)
+
+
+# -------------------------------------------------------------------------------------------------- objective, budget
+
+
+def test_the_loss_is_refused_with_the_reason_unless_it_is_forced():
+    with pytest.raises(
+        ConfigError, match=r"^objective\.metric: the loss says nothing of.*easier task.*Found: pretrain/loss"
+    ):
+        sweep(objective={"metric": "pretrain/loss", "direction": "min"})
+    forced = sweep(objective={"metric": "pretrain/loss", "direction": "min", "forced": True})
+    assert forced.objective.metric == "pretrain/loss"
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"metric": "probe/knm"}, r"^objective\.metric: no probe finds this\. Found: probe/knm\. Allowed: probe"),
+        ({"direction": "min"}, r"^objective\.direction: of probe/knn more is better\. Found: min\. Allowed: max"),
+        (
+            {"metric": "pretrain/loss", "forced": True},
+            r"^objective\.direction: of pretrain/loss less is better\. Found: max\. Allowed: min",
+        ),
+        ({"direction": "up"}, r"^objective\.direction: .*Allowed: 'max' or 'min'"),
+    ],
+)  # fmt: skip
+def test_an_objective_that_is_none_is_refused(objective, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep(objective=objective)
+
+
+@pytest.mark.parametrize("budget", [{"steps": 10}, {"flops": 1e12}, {"accelerator_seconds": 60}])
+def test_a_budget_is_one_of_three(budget):
+    assert sweep(budget=budget).budget.model_dump(exclude_none=True) == budget
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"budget": {}}, r"^budget: give exactly one of steps, flops and accelerator_seconds"),
+        ({"budget": {"steps": 1, "flops": 1}}, r"^budget: give exactly one of"),
+        ({"budget": {"flops": 0}}, r"^budget\.flops: "),
+        (
+            {"budget": {"steps": 10}, "space": {"optim.epochs": [1, 2]}},
+            r"^space\.optim\.epochs: the budget says how long.*What to do: leave it out, or set budget: null",
+        ),
+        (
+            {"budget": {"steps": 10}, "space": {**BASE["space"], "optim.warmup_steps": [1, 2]}},
+            r"^space\.optim\.warmup_steps: the budget says how long",
+        ),
+        (
+            {"budget": {"accelerator_seconds": 10}, "space": DRAWN, "search": {"kind": "optuna", "points": 2}},
+            r"^budget\.accelerator_seconds: what a point costs is measured before.*Allowed: budget\.flops or",
+        ),
+    ],
+)  # fmt: skip
+def test_a_budget_that_does_not_go_with_the_rest_is_refused(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep(**sections)
+
+
+def test_lengths_may_be_axes_without_a_budget():
+    assert sweep(space={"optim.epochs": [1, 2]}).budget is None
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_base_is_a_file_beside_the_sweeps(tmp_path: Path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "small.yaml").write_text("name: small\nseed: 3\n")
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(BASE | {"base": "runs/small.yaml"}))
+    assert load_sweep(tmp_path / "sweep.yaml").base == {"name": "small", "seed": 3}
+    assert load_sweep(tmp_path / "sweep.yaml", ["seeds=[5]"]).seeds == (5,)
+    with pytest.raises(ConfigError, match=r"^the config file cannot be read\. Found: .*gone\.yaml"):
+        load_sweep(tmp_path / "sweep.yaml", ["base=gone.yaml"])
+    with pytest.raises(ConfigError, match=r"^base: .*Allowed: a section"):
+        load_sweep(tmp_path / "sweep.yaml", ["base=3"])
+
+
+def test_a_sweep_is_what_its_dump_says():
+    space = {"a": [1, [2], {"b": 3}], "c": {"kind": "grid", "values": ["x"], "when": {"a": 1}}}
+    config = sweep(space=space, stopping={"kind": "asha", "first": 1e9}, budget={"flops": 1e12})
+    assert parse(SweepConfig, yaml.safe_load(dump(config))) == config
