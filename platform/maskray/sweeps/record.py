@@ -3,7 +3,7 @@
     <storage.path>/sweeps/<name>-<n>/     n counts from 1: `--new` begins the next
     ├── sweep.yaml                        as it was begun
     ├── asked.json                        points that Optuna asked for, in order (`search.py`)
-    ├── rungs/<key>.json                  where a trial was judged, with what value, and whether it went on (`stopping.py`)
+    ├── rungs/<key>.json                  at which rungs a trial was, with what, and whether it went on
     ├── trials/<key>/                     checkpoint folders; `result.json` once it has ended; `painted.npz`
     ├── finished.json                     written last
     └── report/                           figures and `report.html`

@@ -164,8 +164,9 @@ class Ladder:
                 return _not_below_the_median(best, _means(others, rung), min_trials)
 
     def _read(self, name: str) -> dict[int, _Entry]:
+        content = self._folder.read_bytes(name)
         try:
-            raw = json.loads(self._folder.read_bytes(name))
+            raw = json.loads(content)
             if (version := raw["schema_version"]) != _VERSION:
                 raise ValueError(f"schema version {version}, where this version of maskray reads {_VERSION}")
             return {int(each["rung"]): self._entry(each) for each in raw["entries"]}
@@ -205,10 +206,9 @@ def _among_the_best(worth: float, others: list[float], reduction: float) -> bool
         return True
     percent = (1 - 1 / reduction) * 100
     low, high = (float(np.percentile(others, percent, method=method)) for method in ("lower", "higher"))
-    if math.isinf(low):  # so is what lies between it and the next
-        return worth > low or math.isinf(max(others))
-    # Only its two neighbours make a percentile; numpy would subtract the infinite ones too.
-    return worth >= float(np.percentile(np.clip(others, low, high), percent))
+    # Its two neighbours make a percentile; numpy subtracts others too, and infinite ones are not to be subtracted.
+    bar = low if math.isinf(low) else float(np.percentile(np.clip(others, low, high), percent))
+    return _reaches(worth, bar, others)
 
 
 def _means(others: list[dict[int, _Entry]], rung: int) -> list[float]:
@@ -226,4 +226,9 @@ def _not_below_the_median(best: float, means: list[float], min_trials: int) -> b
     others the trial goes on (Tune pauses it while others wait); a value that is not finite is worst (Tune leaves such a
     trial out of the median). As with Tune, and unlike the paper, those still running are among the others.
     """
-    return len(means) < min_trials or best >= median(means)
+    return len(means) < min_trials or _reaches(best, median(means), means)
+
+
+def _reaches(worth: float, bar: float, others: list[float]) -> bool:
+    """Whether a trial is not below a bar. Minus infinity is below every number, though the bar may be there too."""
+    return worth >= bar and (math.isfinite(worth) or math.isinf(max(others)))
