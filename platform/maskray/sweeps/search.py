@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from statistics import fmean
 from typing import Any, Protocol
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
@@ -65,7 +63,7 @@ class Queue(Protocol):
         ...
 
     def tell(self, result: Result) -> None:
-        """A trial that was given out has ended."""
+        """A trial that was given out has ended. Twice is as good as once."""
         ...
 
 
@@ -140,7 +138,10 @@ class _Asked:
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # it tells of each point
         self._config, self._search, self._make, self._sweep = config, search, make, sweep
         self._space = {key: config.space[key] for key in in_order(config.space)}
-        self._study = optuna.create_study(direction={"max": "maximize", "min": "minimize"}[config.objective.direction])
+        self._study = optuna.create_study(
+            direction="maximize" if config.objective.direction == "max" else "minimize",
+            sampler=RandomSampler(),  # makes no point: each has a sampler of its own
+        )
         self._begun: list[_Begun] = []
         self._by_key: dict[str, _Begun] = {}
         self._waiting: deque[Trial] = deque()
@@ -165,6 +166,8 @@ class _Asked:
 
     def tell(self, result: Result) -> None:
         begun = self._by_key[result.trial.key]
+        if result.trial.key in begun.ended:
+            return
         begun.ended[result.trial.key] = result
         if len(begun.ended) == len(begun.trials):
             self._settle(begun)
@@ -203,22 +206,17 @@ class _Asked:
         )
 
     def _sampler(self, number: int) -> BaseSampler:
-        """What makes the next point. One for each: of a sampler that had made others, a resumed search would not have
-        the state.
-        """
+        """What makes the next point, and no other: a resumed search would not have the state of one that went on."""
         word = draws.word(self._search.seed, draws.Stream.SEARCH, len(self._begun), number)
         seed = word & draws.MASK32  # numpy's old generator, which Optuna uses, takes no more
         if number >= _GUIDED_TRIES:
             return RandomSampler(seed=seed)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Argument ``group``", ExperimentalWarning)
-            return TPESampler(
-                seed=seed,
-                n_startup_trials=self._search.startup,
-                multivariate=True,
-                group=any(axis.when for axis in self._space.values()),  # axes that not all points have
-                constant_liar=True,  # what runs is taken for bad, so that others are tried beside it
-            )
+        return TPESampler(
+            seed=seed,
+            n_startup_trials=self._search.startup,
+            multivariate=True,  # axes that all points have are drawn together
+            constant_liar=True,  # what runs is taken for bad, so that others are tried beside it
+        )
 
     def _suggested(self, suggestion: optuna.Trial) -> Point:
         point: dict[str, Any] = {}
@@ -266,7 +264,7 @@ class _Asked:
             passed = [rung.index for rung in rungs(self._config.stopping, result.trial) if rung.step <= result.steps]
             if result.value is not None:
                 values[max(passed, default=0)].append(result.value)
-        for rung, found in sorted(values.items()):
+        for rung, found in values.items():
             yield rung, fmean(found)
 
     # --------------------------------------------------------------------------------------------------------- record
@@ -277,8 +275,7 @@ class _Asked:
 
     def _on_record(self, results: Mapping[str, Result]) -> list[Point]:
         """Those that were asked for, in order; then those of results, if the list of the others was lost."""
-        points = self._asked()
-        known = [dict(point) for point in points]
+        known = self._asked()
         for result in sorted(results.values(), key=lambda result: result.trial.key):
             if (point := dict(result.trial.point)) not in known:
                 known.append(point)
@@ -286,12 +283,14 @@ class _Asked:
 
     def _asked(self) -> list[Point]:
         try:
-            raw = json.loads(self._sweep.read_bytes(ASKED))
+            content = self._sweep.read_bytes(ASKED)
+        except FileNotFoundError:
+            return []
+        try:
+            raw = json.loads(content)
             if (version := raw["schema_version"]) != _VERSION:
                 raise ValueError(f"schema version {version}, where this version of maskray reads {_VERSION}")
             return [dict(point) for point in raw["points"]]
-        except FileNotFoundError:
-            return []
         except (ValueError, LookupError, TypeError) as error:
             raise CheckpointError(
                 "the points that were asked for cannot be read",
@@ -307,7 +306,7 @@ class _Asked:
                 "a point on record is none of the space",
                 key=f"space.{min(wrong)}",
                 found=" ".join(f"{key}={shown(value)}" for key, value in point.items()),
-                fix=f"give the space that the sweep was begun with, or begin another ({self._sweep.uri} stays as it is)",
+                fix=f"give the space that the sweep was begun with, or begin another: {self._sweep.uri} stays as it is",
             )
 
     def _has(self, key: str, expected: set[str], point: Point) -> bool:

@@ -1,0 +1,423 @@
+"""Which trial is next: all of a list once, and what Optuna asks for as if nobody had interrupted it."""
+
+import json
+import logging
+from collections import Counter
+from statistics import fmean
+
+import pytest
+from optuna.trial import TrialState
+
+from maskray.config.load import fingerprint, parse
+from maskray.config.sweep import SweepConfig
+from maskray.data.storage import Storage
+from maskray.errors import CheckpointError, ConfigError, StorageError
+from maskray.sweeps.record import Result, Trial
+from maskray.sweeps.search import open_queue
+
+UNIFORM = {"kind": "uniform", "low": 0.0, "high": 1.0}
+SPACE = {
+    "x": UNIFORM,
+    "lr": {"kind": "loguniform", "low": 1e-4, "high": 1.0},
+    "n": {"kind": "randint", "low": 1, "high": 8},
+    "kind": {"kind": "choice", "values": ["a", "b"]},
+}
+# Keys before what their conditions are about, and a condition on an axis that has one itself.
+CONDITIONAL = {
+    "deep": {**UNIFORM, "when": {"b": [2, 3]}},
+    "b": {"kind": "randint", "low": 1, "high": 3, "when": {"kind": "b"}},
+    "kind": {"kind": "choice", "values": ["a", "b"]},
+    "x": UNIFORM,
+}
+
+
+def sweep(space, seeds=(0,), **sections) -> SweepConfig:
+    return parse(SweepConfig, {"name": "s", "base": {}, "space": space, "seeds": list(seeds), **sections})
+
+
+def optuna(space=SPACE, points=20, seeds=(0,), search=(), **sections) -> SweepConfig:
+    return sweep(space, seeds, search={"kind": "optuna", "points": points, "startup": 5, **dict(search)}, **sections)
+
+
+def make(point, seed) -> Trial:
+    return Trial(fingerprint([dict(point), seed]), point, seed, 90, 1e9, 0, 0)
+
+
+def end(trial, value=0.5, status="finished", steps=90) -> Result:
+    return Result(trial, status, steps, 1.0, value)
+
+
+def quality(trial) -> float:
+    """Best at x = 0.3 of kind b."""
+    return 1 - abs(trial.point["x"] - 0.3) - (0.2 if trial.point["kind"] == "a" else 0) + 1e-3 * trial.seed
+
+
+def drain(queue, value=quality, most=10**6) -> list[Result]:
+    """One trial after another, to the end or up to some."""
+    found = []
+    while len(found) < most and (trial := queue.next()) is not None:
+        found.append(end(trial, value(trial)))
+        queue.tell(found[-1])
+    return found
+
+
+def by_key(results) -> dict[str, Result]:
+    return {result.trial.key: result for result in results}
+
+
+def points_of(results) -> list[dict]:
+    return [dict(result.trial.point) for result in results]
+
+
+# ---------------------------------------------------------------------------------------------------------------- list
+
+GRID = [{"x": x, "n": n} for x in (1, 2) for n in (3, 4)]
+
+
+def listed(tmp_path, points=GRID, results=(), seeds=(5, 6)):
+    config = sweep({"x": [1, 2], "n": [3, 4]}, seeds)
+    return open_queue(config, points, make, by_key(results), Storage(tmp_path))
+
+
+def test_one_seed_sees_all_of_the_space_before_the_next(tmp_path):
+    found = drain(listed(tmp_path), lambda _: 0.5)
+    assert [(r.trial.point, r.trial.seed) for r in found] == [(p, s) for s in (5, 6) for p in GRID]
+
+
+def test_many_may_run_at_once_and_all_are_given_out_once(tmp_path):
+    queue = listed(tmp_path)
+    assert not queue.is_done
+    trials = [queue.next() for _ in range(8)]
+    assert len({trial.key for trial in trials}) == 8
+    assert queue.is_done
+    assert queue.next() is None
+    queue.tell(end(trials[0]))
+    assert queue.next() is None
+
+
+def test_of_a_resumed_list_those_that_failed_are_tried_again(tmp_path):
+    finished, pruned, failed = (make(GRID[i], 5) for i in range(3))
+    results = [end(finished), end(pruned, status="pruned", steps=30), end(failed, None, "failed", 3)]
+    found = drain(listed(tmp_path, results=results), lambda _: 0.5)
+    assert [(r.trial.point, r.trial.seed) for r in found] == [(p, 5) for p in GRID[2:]] + [(p, 6) for p in GRID]
+
+
+def test_a_list_that_is_on_record_is_done_at_once(tmp_path):
+    queue = listed(tmp_path, results=[end(make(p, s)) for p in GRID for s in (5, 6)])
+    assert queue.is_done
+    assert queue.next() is None
+
+
+def test_points_that_are_the_same_run_are_one(tmp_path):
+    found = drain(listed(tmp_path, [*GRID, dict(GRID[0])]), lambda _: 0.5)
+    assert Counter(r.trial.key for r in found).most_common(1)[0][1] == 1
+    assert len(found) == 8
+
+
+def test_of_a_list_a_point_that_cannot_be_run_is_an_error_before_anything_starts(tmp_path):
+    def refuse(point, seed):
+        if point["n"] == 4:
+            raise ConfigError("no such run", key="n", found=4)
+        return make(point, seed)
+
+    with pytest.raises(ConfigError, match="no such run"):
+        open_queue(sweep({"n": [3, 4]}), GRID, refuse, {}, Storage(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------------- Optuna
+
+
+def test_each_kind_of_axis_gives_its_values(tmp_path):
+    values = ["a", 1, 1.0, True, None, [1, 2], {"kind": "whole", "size": [1, 2]}]
+    space = {**SPACE, "any": {"kind": "choice", "values": values}}
+    points = points_of(drain(open_queue(optuna(space, 60, search={"startup": 60}), None, make, {}, Storage(tmp_path))))
+    assert len(points) == 60
+    for point in points:
+        assert list(point) == list(space)
+        assert 0 <= point["x"] <= 1
+        assert 1e-4 <= point["lr"] <= 1
+        assert (type(point["x"]), type(point["lr"]), type(point["n"])) == (float, float, int)
+    assert {point["n"] for point in points} >= {1, 8}
+    assert {json.dumps(point["any"]) for point in points} == {json.dumps(value) for value in values}
+    assert 20 < sum(point["lr"] < 1e-2 for point in points) < 40  # half of what is drawn
+
+
+def test_an_axis_is_there_where_its_condition_holds(tmp_path):
+    points = points_of(drain(open_queue(optuna(CONDITIONAL, 40), None, make, {}, Storage(tmp_path))))
+    for point in points:
+        expected = {"kind", "x"} | ({"b"} if point["kind"] == "b" else set())
+        assert set(point) == expected | ({"deep"} if point.get("b") in (2, 3) else set())
+    assert {len(point) for point in points} == {2, 3, 4}
+
+
+def test_seeds_of_a_point_are_given_before_the_next_is_asked_for(tmp_path):
+    queue = open_queue(optuna(points=3, seeds=(4, 7)), None, make, {}, Storage(tmp_path))
+    trials = [queue.next() for _ in range(6)]
+    assert [trial.seed for trial in trials] == [4, 7] * 3
+    assert [trials[i].point for i in (0, 2, 4)] == [trials[i].point for i in (1, 3, 5)]
+    assert queue.is_done
+    assert queue.next() is None
+
+
+def test_it_goes_where_it_is_better(tmp_path):
+    found = drain(open_queue(optuna(points=60), None, make, {}, Storage(tmp_path)))
+    first, last = ([quality(result.trial) for result in part] for part in (found[:10], found[-20:]))
+    assert fmean(last) > fmean(first) + 0.2
+    assert sum(point["kind"] == "b" for point in points_of(found[-20:])) > 15
+
+
+def test_it_goes_where_there_is_less_of_what_is_to_be_less(tmp_path):
+    config = optuna(points=60, objective={"metric": "pretrain/loss", "direction": "min", "forced": True})
+    found = drain(open_queue(config, None, make, {}, Storage(tmp_path)), lambda trial: -quality(trial))
+    assert fmean(quality(r.trial) for r in found[-20:]) > fmean(quality(r.trial) for r in found[:10]) + 0.2
+
+
+def test_several_at_once_are_at_different_places(tmp_path):
+    ranges = []
+    for seed in range(8):
+        queue = open_queue(
+            optuna(CONDITIONAL, 40, search={"seed": seed}), None, make, {}, Storage(tmp_path / str(seed))
+        )
+        drain(queue, most=25)
+        xs = [queue.next().point["x"] for _ in range(8)]
+        ranges.append(max(xs) - min(xs))
+    assert fmean(ranges) > 0.55  # 0.38 where those that run are not looked at
+
+
+def test_another_seed_asks_for_others_and_the_same_for_the_same(tmp_path):
+    one, same, other = (
+        points_of(drain(open_queue(optuna(points=12, search={"seed": seed}), None, make, {}, Storage(tmp_path / name))))
+        for name, seed in (("a", 2**62 + 1), ("b", 2**62 + 1), ("c", 1))
+    )  # fmt: skip
+    assert one == same
+    assert not any(point in other for point in one)
+
+
+# ------------------------------------------------------------------------------------------------ Optuna: what is told
+
+
+def told(tmp_path, results, stopping=None):
+    """What Optuna knows of a point whose seeds ended so: each (status, value) or (status, value, steps)."""
+    config = optuna(points=1, seeds=range(len(results)), stopping=stopping or {"kind": "none"})
+    queue = open_queue(config, None, make, {}, Storage(tmp_path))
+    for status, value, *steps in results:
+        trial = queue.next()
+        assert queue._study.trials[0].state == TrialState.RUNNING
+        queue.tell(end(trial, value, status, *steps))
+    return queue._study.trials[0]
+
+
+def test_a_point_is_told_the_mean_over_its_seeds(tmp_path):
+    known = told(tmp_path, [("finished", 0.25), ("finished", 0.5), ("finished", 0.75)])
+    assert (known.state, known.value) == (TrialState.COMPLETE, 0.5)
+
+
+def test_those_that_failed_are_left_out(tmp_path):
+    known = told(tmp_path / "a", [("finished", 0.25), ("failed", None), ("finished", 0.75), ("failed", 0.9)])
+    assert (known.state, known.value) == (TrialState.COMPLETE, 0.5)
+    known = told(tmp_path / "b", [("finished", float("nan")), ("finished", 0.75)])
+    assert (known.state, known.value) == (TrialState.COMPLETE, 0.75)
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_where_nothing_is_known_it_failed(tmp_path, value):
+    known = told(tmp_path, [("failed", None), ("finished", value)])
+    assert (known.state, known.values) == (TrialState.FAIL, None)
+
+
+ASHA = {"kind": "asha", "first": 10e9, "reduction": 3}  # at 10 and 30 of 90 steps
+
+
+def test_where_all_were_pruned_it_is_told_at_which_rungs(tmp_path):
+    known = told(tmp_path, [("pruned", 0.5, 30), ("pruned", 0.25, 10), ("pruned", 0.75, 30), ("failed", None, 2)], ASHA)
+    assert known.state == TrialState.PRUNED
+    assert known.intermediate_values == {0: 0.25, 1: 0.625}
+
+
+def test_one_that_was_pruned_counts_beside_those_that_were_not(tmp_path):
+    known = told(tmp_path, [("finished", 0.75), ("pruned", 0.25, 10)], ASHA)
+    assert (known.state, known.value) == (TrialState.COMPLETE, 0.5)
+
+
+def test_what_is_told_twice_counts_once(tmp_path):
+    queue = open_queue(optuna(points=2, seeds=(0, 1)), None, make, {}, Storage(tmp_path))
+    first, second = queue.next(), queue.next()
+    for result in (end(first, 0.25), end(first, 0.9), end(second, 0.75), end(second, 0.9)):
+        queue.tell(result)
+    assert queue._study.trials[0].value == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------- Optuna: refusals
+
+
+def refusing(refused):
+    def refuse(point, seed):
+        if refused(point):
+            raise ConfigError("no such run", key="n", found=point["n"])
+        return make(point, seed)
+
+    return refuse
+
+
+def test_a_point_that_cannot_be_run_is_passed_over(tmp_path, caplog):
+    queue = open_queue(optuna(points=20), None, refusing(lambda p: p["n"] % 2), {}, Storage(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        found = drain(queue)
+    assert len(found) == 20
+    assert all(result.trial.point["n"] % 2 == 0 for result in found)
+    failed = [trial for trial in queue._study.trials if trial.state == TrialState.FAIL]
+    assert len(failed) == len(caplog.records) > 3
+    assert "passed over, the 1. in a row: n: no such run. Found:" in caplog.text
+
+
+def test_fifty_of_them_in_a_row_are_an_error(tmp_path):
+    asked = []
+    queue = open_queue(optuna(), None, refusing(lambda p: asked.append(p) or True), {}, Storage(tmp_path))
+    with pytest.raises(ConfigError, match=r"^n: no such run"):
+        queue.next()
+    assert len(asked) == 50
+    assert not Storage(tmp_path).exists("asked.json")
+
+
+def test_a_space_that_has_no_more_points_ends_the_search(tmp_path, caplog):
+    space = {"kind": {"kind": "choice", "values": ["a", "b", "a"]}, "n": {"kind": "randint", "low": 1, "high": 3}}
+    queue = open_queue(optuna(space, 10), None, make, {}, Storage(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        found = drain(queue, lambda trial: trial.point["n"])
+    assert sorted((p["kind"], p["n"]) for p in points_of(found)) == [(k, n) for k in "ab" for n in (1, 2, 3)]
+    assert queue.is_done
+    assert caplog.messages == ["the search ends after 6 of 10 points: none of 200 more was another one"]
+
+
+# ------------------------------------------------------------------------------------------------------ Optuna: resume
+
+
+@pytest.mark.parametrize("space", [SPACE, CONDITIONAL])
+def test_a_resumed_search_goes_on_as_one_that_was_not_interrupted(tmp_path, space):
+    config = optuna(space, 14, seeds=(0, 1))
+    whole = drain(open_queue(config, None, make, {}, Storage(tmp_path / "whole")))
+    assert len(whole) == 28
+    for num in (0, 1, 2, 9, 10, 13, 20, 27, 28):
+        folder = Storage(tmp_path / str(num))
+        begun = drain(open_queue(config, None, make, {}, folder), most=num)
+        kept = {key: Result.load(result.dump(), "") for key, result in by_key(begun).items()}
+        rest = drain(open_queue(config, None, make, kept, folder))
+        assert begun == whole[:num]
+        assert rest == whole[num:]
+
+
+def test_what_was_begun_and_has_not_ended_is_given_out_again(tmp_path):
+    config, folder = optuna(points=12, seeds=(0, 1)), Storage(tmp_path)
+    queue = open_queue(config, None, make, {}, folder)
+    ended = drain(queue, most=14)
+    running = [queue.next() for _ in range(3)]  # both of one point, one of the next
+    ended.append(end(running[1], 0.5))
+    failed = end(ended.pop(0).trial, None, "failed")
+    resumed = open_queue(config, None, make, by_key([*ended, failed]), folder)
+    again = [resumed.next() for _ in range(4)]
+    assert [t.key for t in again[:3]] == [failed.trial.key, running[0].key, running[2].key]
+    assert (again[3].point, again[3].seed) == (running[2].point, 1)
+    assert [trial.state for trial in resumed._study.trials] == [
+        TrialState.RUNNING, *[TrialState.COMPLETE] * 6, TrialState.RUNNING, TrialState.RUNNING
+    ]  # fmt: skip
+    rest = [end(trial) for trial in again]
+    for result in rest:
+        resumed.tell(result)
+    rest += drain(resumed)
+    keys = {result.trial.key for result in (*ended, *rest)}
+    assert len(keys) == len(ended) + len(rest) == 24
+    assert len({fingerprint(point) for point in points_of([*ended, *rest])}) == 12
+
+
+def test_a_point_is_on_record_before_it_is_given_out(place):
+    folder = Storage(place)
+    queue = open_queue(optuna(points=3, seeds=(0, 1)), None, make, {}, folder)
+    given = []
+    for _ in range(6):
+        given.append(queue.next())
+        asked = json.loads(folder.read_bytes("asked.json"))
+        assert asked["schema_version"] == 1
+        assert asked["points"] == [dict(trial.point) for trial in given[::2]]
+    assert open_queue(optuna(points=3, seeds=(0, 1)), None, make, {}, folder).next().key == given[0].key
+
+
+def test_a_point_that_cannot_be_recorded_is_not_given_out(tmp_path):
+    queue = open_queue(optuna(), None, make, {}, Storage(tmp_path / "sweep"))
+    (tmp_path / "sweep").touch()  # a file, where the folder should be
+    with pytest.raises(StorageError, match=r"asked\.json"):
+        queue.next()
+    (tmp_path / "sweep").unlink()
+    trial = queue.next()
+    assert json.loads((tmp_path / "sweep" / "asked.json").read_text())["points"] == [trial.point]
+
+
+def test_results_count_though_the_list_of_points_is_lost(tmp_path):
+    config, folder = optuna(points=8), Storage(tmp_path)
+    begun = drain(open_queue(config, None, make, {}, folder), most=6)
+    folder.delete("asked.json")
+    resumed = open_queue(config, None, make, by_key(begun), folder)
+    assert Counter(trial.value for trial in resumed._study.trials) == Counter(r.value for r in begun)
+    rest = drain(resumed)
+    assert len(rest) == 2
+    assert not {r.trial.key for r in rest} & set(by_key(begun))
+    assert len(json.loads(folder.read_bytes("asked.json"))["points"]) == 8
+
+
+def test_more_points_may_be_asked_for_later(tmp_path):
+    folder = Storage(tmp_path)
+    begun = drain(open_queue(optuna(points=4), None, make, {}, folder))
+    assert open_queue(optuna(points=3), None, make, by_key(begun), folder).is_done
+    assert len(drain(open_queue(optuna(points=6), None, make, by_key(begun), folder))) == 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"schema_version": 1, "points": [{"x": 0.', b"[]", b"{}", b'{"schema_version": 2, "points": []}',
+                b'{"schema_version": 1, "points": [3]}', b'{"schema_version": 1, "points": ["x"]}']
+)  # fmt: skip
+def test_a_list_that_cannot_be_read_is_named(tmp_path, content):
+    Storage(tmp_path).write_bytes("asked.json", content)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read\. Found: .*/asked\.json \(.*What to do: restore the file"
+    ):
+        open_queue(optuna(), None, make, {}, Storage(tmp_path))
+
+
+GOOD = {"x": 0.5, "lr": 0.1, "n": 3, "kind": "a"}
+
+
+@pytest.mark.parametrize(
+    ("point", "key"),
+    [
+        ({**GOOD, "x": 1.5}, "x"),
+        ({**GOOD, "x": "0.5"}, "x"),
+        ({**GOOD, "lr": 1e-5}, "lr"),
+        ({**GOOD, "n": 9}, "n"),
+        ({**GOOD, "n": 3.0}, "n"),
+        ({**GOOD, "n": True}, "n"),
+        ({**GOOD, "kind": "c"}, "kind"),
+        ({**GOOD, "other": 1}, "other"),
+        ({"lr": 0.1, "n": 3, "kind": "a"}, "x"),
+    ],
+)
+def test_a_point_of_another_space_is_refused(tmp_path, point, key):
+    def keep(*points):
+        content = json.dumps({"schema_version": 1, "points": points})
+        Storage(tmp_path).write_bytes("asked.json", content.encode())
+
+    keep(GOOD)
+    assert open_queue(optuna(), None, make, {}, Storage(tmp_path)).next().point == GOOD
+    keep(GOOD, point)
+    with pytest.raises(CheckpointError, match=rf"^space\.{key}: a point on record is none of the space\. Found: .*n="):
+        open_queue(optuna(), None, make, {}, Storage(tmp_path))
+
+
+def test_a_point_whose_condition_holds_no_more_is_refused(tmp_path):
+    content = json.dumps({"schema_version": 1, "points": [{"kind": "a", "b": 2, "deep": 0.5, "x": 0.5}]})
+    Storage(tmp_path).write_bytes("asked.json", content.encode())
+    with pytest.raises(CheckpointError, match=r"^space\.b: a point on record is none of the space"):
+        open_queue(optuna(CONDITIONAL), None, make, {}, Storage(tmp_path))
+
+
+def test_it_says_nothing_of_its_own(tmp_path, capfd):
+    drain(open_queue(optuna(CONDITIONAL, 12), None, make, {}, Storage(tmp_path)))
+    assert capfd.readouterr() == ("", "")
