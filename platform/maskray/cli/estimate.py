@@ -13,13 +13,13 @@ from rich.table import Table
 from maskray.config.load import load
 from maskray.config.schema import RunConfig
 from maskray.errors import ConfigError
+from maskray.wording import short
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
     from maskray.estimate import Estimate
 
 MILLION = 1_000_000
 SLOWEST = 1e6
-_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def add(commands: Any) -> None:
@@ -57,18 +57,19 @@ def _facts(found: Estimate, config: RunConfig, rate: float | None) -> Iterator[t
     first, memory, length = found.costs[0], found.memory, found.length
     forward = found.encoder_flops + found.decoder_flops
     encoder, decoder = first.encoder_parameters, first.decoder_parameters
-    yield "parameters", f"{_short(encoder + decoder)}: {_short(encoder)} encoder, {_short(decoder)} decoder"
+    yield "parameters", f"{short(encoder + decoder)}: {short(encoder)} encoder, {short(decoder)} decoder"
     shares = f"encoder {found.encoder_flops / forward:.0%}, decoder {found.decoder_flops / forward:.0%}"
     several = "" if len(found.costs) == 1 else f" (mean of {len(found.costs)} mask ratios)"
-    yield "training", f"{_short(found.training_flops)}FLOP an image{several}: {shares}"
-    yield "features", f"{_short(first.encode_flops)}FLOP an image, nothing hidden"
-    yield "memory", f"{_short(memory.total)}B a worker, and what its kernels need as they run"
+    yield "training", f"{short(found.training_flops, 'FLOP')} an image{several}: {shares}"
+    yield "features", f"{short(first.encode_flops, 'FLOP')} an image, nothing hidden"
+    yield "memory", f"{short(memory.total, 'B')} a worker, and what its kernels need as they run"
     yield (
         "  weights",
-        f"{_short(memory.weights)}B, gradients {_short(memory.gradients)}B, moments {_short(memory.optimizer)}B",
+        f"{short(memory.weights, 'B')}, gradients {short(memory.gradients, 'B')}, "
+        f"moments {short(memory.optimizer, 'B')}",
     )
     images = f"{found.micro_batch:,} images in {config.training.precision}"
-    yield "  activations", f"{_short(memory.activations)}B for {images}; less with a smaller training.micro_batch"
+    yield "  activations", f"{short(memory.activations, 'B')} for {images}; less with a smaller training.micro_batch"
     yield "padding", f"{found.waste:.0%} of the time of {found.workers} workers, in row groups of {length.group_rows}"
     passes = "" if length.passes is None else f"{length.passes:,.4g} passes over the data"
     if length.views is not None:
@@ -83,11 +84,6 @@ def _facts(found: Estimate, config: RunConfig, rate: float | None) -> Iterator[t
     elif rate is not None and length.passes is not None:
         hours = found.hours(length.passes * config.data.views_per_image * MILLION, rate)
         yield "time", f"{_time(hours)} for each million images of the dataset"
-
-
-def _short(number: float) -> str:
-    size, prefix = next((pair for pair in _PREFIXES if number >= pair[0]), (1.0, ""))
-    return f"{number / size:.3g} {prefix}"
 
 
 def _time(hours: float) -> str:
