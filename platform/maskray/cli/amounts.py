@@ -5,13 +5,6 @@ from __future__ import annotations
 from maskray.errors import ConfigError
 
 _SLOWEST = 1e6
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def short(number: float) -> str:
-    """`1.5 G`, with a space before the unit that follows."""
-    size, prefix = next((pair for pair in _PREFIXES if number >= pair[0]), (1.0, ""))
-    return f"{number / size:.3g} {prefix}"
 
 
 def time_of(hours: float) -> str:
