@@ -19,7 +19,7 @@ SCORES = ("probe/few_labels", "probe/all_labels", "probe/knn")
 Value = bool | int | float | str | list[Any] | dict[str, Any] | None
 Values = Annotated[
     tuple[Value, ...],
-    BeforeValidator(lambda value: value if isinstance(value, list) else [value], json_schema_input_type=Value),
+    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value], json_schema_input_type=Value),
 ]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_steps", "optim.warmup_epochs")

@@ -255,3 +255,4 @@ def test_a_sweep_is_what_its_dump_says():
     space = {"a": [1, [2], {"b": 3}], "c": {"kind": "grid", "values": ["x"], "when": {"a": 1}}}
     config = sweep(space=space, stopping={"kind": "asha", "first": 1e9}, budget={"flops": 1e12})
     assert parse(SweepConfig, yaml.safe_load(dump(config))) == config
+    assert parse(SweepConfig, config.model_dump()) == config

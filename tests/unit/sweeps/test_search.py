@@ -14,6 +14,7 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, ConfigError, StorageError
 from maskray.sweeps.record import Result, Trial
 from maskray.sweeps.search import open_queue
+from maskray.sweeps.space import Space
 
 UNIFORM = {"kind": "uniform", "low": 0.0, "high": 1.0}
 SPACE = {
@@ -145,6 +146,7 @@ def test_each_kind_of_axis_gives_its_values(tmp_path):
 def test_an_axis_is_there_where_its_condition_holds(tmp_path):
     points = points_of(drain(open_queue(optuna(CONDITIONAL, 40), None, make, {}, Storage(tmp_path))))
     for point in points:
+        assert list(point) == [key for key in CONDITIONAL if key in point]
         expected = {"kind", "x"} | ({"b"} if point["kind"] == "b" else set())
         assert set(point) == expected | ({"deep"} if point.get("b") in (2, 3) else set())
     assert {len(point) for point in points} == {2, 3, 4}
@@ -268,6 +270,29 @@ def test_a_point_that_cannot_be_run_is_passed_over(tmp_path, caplog):
     failed = [trial for trial in queue._study.trials if trial.state == TrialState.FAIL]
     assert len(failed) == len(caplog.records) > 3
     assert "passed over, the 1. in a row: n: no such run. Found:" in caplog.text
+
+
+def test_real_runs_are_asked_for_and_those_that_cannot_be_are_passed_over(tmp_path, tiny, caplog):
+    space = {
+        "mask.ratio": {"kind": "uniform", "low": 0.3, "high": 0.9},
+        "optim.base_lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2},
+        "model.heads": {"kind": "choice", "values": [2, 3, 4]},  # of a width of 16
+        "data.crop": {"kind": "choice", "values": [{"kind": "whole"}, {"kind": "random_resized", "scale": [0.5, 1]}]},
+        "model.decoder.depth": {"kind": "randint", "low": 1, "high": 3, "when": {"model.heads": [2, 4]}},
+    }
+    config = parse(SweepConfig, optuna(space, 8, budget={"flops": 1e9}).model_dump() | {"base": tiny().model_dump()})
+    real = Space(config)
+    with caplog.at_level(logging.WARNING):
+        found = drain(open_queue(config, real.points(), real.trial, {}, Storage(tmp_path / "s")), lambda _: 0.5)
+    assert len({result.trial.key for result in found}) == 8
+    assert {point["model.heads"] for point in points_of(found)} == {2, 4}
+    assert "passed over, the 1. in a row: space: at mask.ratio=" in caplog.text
+    for result in found:
+        assert abs(result.trial.flops - 1e9) <= result.trial.flops_per_step / 2
+        run, point = real.run_config(result.trial), result.trial.point
+        assert run.mask.ratio == (point["mask.ratio"],)
+        assert run.data.crop.kind == point["data.crop"]["kind"]
+        assert run.model.decoder.depth == point["model.decoder.depth"]
 
 
 def test_fifty_of_them_in_a_row_are_an_error(tmp_path):

@@ -211,7 +211,7 @@ def test_of_the_median_rule_what_a_trial_had_later_is_no_matter(tmp_path):
     assert ladder.goes_on("b", 1, 0.9)
     assert not ladder.goes_on("b", 0, 0.1)
     ladder = Ladder(Median(first=1, min_trials=2), "max", Storage(tmp_path / "others"))
-    for key, rung, value in (("a", 2, 0.5), ("b", 0, 0.4), ("b", 2, 0.4)):
+    for key, rung, value in (("a", 0, 0.5), ("a", 2, 0.5), ("b", 0, 0.4), ("b", 2, 0.4)):
         assert ladder.goes_on(key, rung, value)
     assert ladder.goes_on("b", 1, 0.0)  # it is none of the others
 
