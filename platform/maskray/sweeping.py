@@ -9,11 +9,12 @@ import json
 import logging
 import re
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,7 +33,8 @@ from maskray.pretrain import settle
 from maskray.publish.decisions import Decision
 from maskray.publish.promotion import promote
 from maskray.publish.release import TrainedRun, release
-from maskray.sweeps import record
+from maskray.sweeps import record, report
+from maskray.sweeps.ranking import ranked
 from maskray.sweeps.record import Result, Trial
 from maskray.sweeps.search import Queue, open_queue
 from maskray.sweeps.space import Space, plan_of, point_key
@@ -105,6 +107,14 @@ def prepare(config: SweepConfig, *, resume: bool = False, new: bool = False, com
     if space.unmeasured() and (measured := _measured(folder)):
         space = Space(config, measured)
         trials = _trials(space)
+    return _prepared(config, space, trials, number, mlflow_runs.provenance(Path(__file__).parent, commit))
+
+
+def _prepared(
+    config: SweepConfig, space: Space, trials: tuple[Trial, ...], number: int, code: Mapping[str, str]
+) -> Prepared:
+    root = Storage(space.base.storage.path)
+    folder = _folder(root, config.name, number)
     return Prepared(
         config=config,
         space=space,
@@ -113,7 +123,7 @@ def prepare(config: SweepConfig, *, resume: bool = False, new: bool = False, com
         folder=folder,
         results=record.results(folder),
         store=open_store(space.base.tracking, root.uri),
-        code=mlflow_runs.provenance(Path(__file__).parent, commit),
+        code=code,
     )
 
 
@@ -191,27 +201,78 @@ def close_children(prepared: Prepared, run_id: str) -> None:
 
 
 def finish(prepared: Prepared, run_id: str) -> dict[str, Result]:
-    """Say in MLflow how the sweep ended; its results.
+    """Say in MLflow what the sweep found and how it ended; its results.
 
     Raises:
         TrackingError: MLflow is away.
     """
     results = record.results(prepared.folder)
     close_children(prepared, run_id)
+    write_report(prepared, run_id, results)
     finished = any(result.status == "finished" for result in results.values())
-    prepared.folder.write_bytes(record.FINISHED, json.dumps({"trials": len(results)}).encode())
-    mlflow_runs.close_run(
-        prepared.store,
-        run_id,
-        "FINISHED" if finished else "FAILED",
-        "" if finished else "no trial of it finished",
-    )
+    ended = Counter(result.status for result in results.values())
+    prepared.folder.write_bytes(record.FINISHED, json.dumps(ended, indent=1).encode())
+    if finished:
+        mlflow_runs.close_run(prepared.store, run_id, "FINISHED")
+    else:
+        mlflow_runs.close_run(prepared.store, run_id, "FAILED", "no trial of it finished")
     return results
+
+
+def write_report(prepared: Prepared, run_id: str | None, results: Mapping[str, Result]) -> str:
+    """The report of what has ended so far, in the sweep's folder and in its MLflow run; where the page is.
+
+    Raises:
+        TrackingError: MLflow is away.
+    """
+
+    def painted(key: str) -> Mapping[str, Any] | None:
+        return record.painted(prepared.folder.child(record.TRIALS, key))
+
+    made = report.build(prepared.config, prepared.space.base, results, painted)
+    report.write(made, prepared.folder)
+    if run_id is not None:
+        best = next(iter(ranked(prepared.config, results)), None)
+        ended = Counter(result.status for result in results.values())
+        metrics = {f"sweep/{status}": float(number) for status, number in ended.items()}
+        if best is not None and best.mean is not None:
+            metrics[f"sweep/best_{prepared.config.objective.metric.replace('/', '_')}"] = best.mean
+        files = {report.PAGE: made.html.encode(), **{f"{name}.png": png for name, png in made.figures.items()}}
+        mlflow_runs.add_evaluation(prepared.store, run_id, record.REPORT, metrics, len(results), files)
+    return prepared.folder.join(record.REPORT, report.PAGE)
+
+
+def report_of(config: SweepConfig) -> str:
+    """Where the report of the last sweep of a name is, made anew; nothing else is touched.
+
+    Raises:
+        ConfigError: there is none.
+        TrackingError: MLflow is away.
+    """
+    space = Space(config)
+    root = Storage(space.base.storage.path)
+    number = _last_number(root, config.name)
+    if not number:
+        raise ConfigError("there is no sweep of this name", key="name", found=config.name, allowed="a begun one")
+    prepared = _prepared(config, space, (), number, {})
+    run_id = mlflow_runs.find_run(prepared.store, _fingerprint(prepared.folder))
+    return write_report(prepared, run_id, record.results(prepared.folder))
+
+
+def best_trial(config: SweepConfig, results: Mapping[str, Result]) -> Result | None:
+    """That of the best point whose seed came out best; None: no trial finished."""
+    points = ranked(config, results)
+    if not points or points[0].mean is None:
+        return None
+    sign = 1 if config.objective.direction == "max" else -1
+    finished = [result for result in points[0].results if result.status == "finished"]
+    return max(finished, key=lambda result: sign * (result.value or 0.0))
 
 
 class Registered(NamedTuple):
     """What came of the best trial in the registry."""
 
+    model: str
     version: str
     decision: Decision | None
     """None where no promotion was asked for, or nothing was to be decided."""
@@ -238,8 +299,8 @@ def register(prepared: Prepared, best: Result) -> Registered | None:
         _, version = release(run, weights, first_images(dataset, config), verdict.judgement)
     promotion = _promotion(config, wanted)
     if promotion is None:
-        return Registered(version, None)
-    return Registered(version, promote(promotion.model_copy(update={"challenger": version})))
+        return Registered(wanted.name, version, None)
+    return Registered(wanted.name, version, promote(promotion.model_copy(update={"challenger": version})))
 
 
 def _promotion(base: RunConfig, wanted: RegisterConfig) -> PromotionConfig | None:
@@ -317,13 +378,18 @@ def _refuse_unless_resumed(folder: Storage, config: SweepConfig, *, resume: bool
         )
 
 
+def _fingerprint(folder: Storage) -> str:
+    """Of a sweep's run in MLflow."""
+    return fingerprint({"sweep": folder.uri})
+
+
 def _card(prepared: Prepared) -> RunCard:
     config, dataset = prepared.config, prepared.space.dataset
     place = dataset.storage.uri
     axes = ", ".join(f"`{key}`" for key in config.space)
     return RunCard(
         name=prepared.name,
-        fingerprint=fingerprint({"sweep": prepared.folder.uri}),
+        fingerprint=_fingerprint(prepared.folder),
         params={**identity(config), mlflow_runs.DATASET_PARAM: dataset.manifest.fingerprint},
         tags={**prepared.code, "maskray.storage": prepared.folder.uri, HOST_TAG: socket.gethostname()},
         config_yaml=dump(config),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # a wrong command line must not wait for torch
     from maskray.sweeping import Prepared
     from maskray.sweeps.record import Result, Trial
 
-_MOST_ROWS = 40
+_MOST_ROWS, _MOST_POINTS = 40, 20
 
 
 def add(commands: Any) -> None:
@@ -34,6 +35,7 @@ def add(commands: Any) -> None:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the last sweep of this name, if there is one")
     again.add_argument("--new", action="store_true", help="begin another sweep of this name, beside the last")
+    again.add_argument("--report", action="store_true", help="the report of what has ended so far, and no more")
     parser.set_defaults(command=_sweep)
 
 
@@ -42,9 +44,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
     rate = rate_of(arguments.rate)
     from maskray import sweeping
 
+    console = Console(highlight=False)
+    if arguments.report:
+        console.print(sweeping.report_of(config), soft_wrap=True)
+        return 0
     commit = os.environ.get("MASKRAY_COMMIT")
     prepared = sweeping.prepare(config, resume=arguments.resume, new=arguments.new, commit=commit)
-    console = Console(highlight=False)
     console.print(_bill(prepared))
     console.print(_total(prepared, rate))
     if arguments.dry_run:
@@ -63,7 +68,33 @@ def _sweep(arguments: argparse.Namespace) -> int:
             prepared = sweeping.measured(prepared, sweep.measure)
             sweep.run(prepared, run_id, show)
             results = sweeping.finish(prepared, run_id)
+    _show_end(console, prepared, results)
+    best = sweeping.best_trial(config, results)
+    if best is not None and (registered := sweeping.register(prepared, best)) is not None:
+        said = "" if registered.decision is None else f", {registered.decision}"
+        console.print(f"registered: version {registered.version} of {registered.model}{said}", soft_wrap=True)
     return int(sweeping.has_failed(config, results))
+
+
+def _show_end(console: Console, prepared: Prepared, results: Mapping[str, Result]) -> None:
+    """The points, the best first, and where to read on."""
+    from maskray.sweeps.measure import measure_of
+    from maskray.sweeps.ranking import judged, ranked
+    from maskray.sweeps.record import REPORT
+    from maskray.sweeps.report import PAGE
+    from maskray.sweeps.tables import points
+
+    config, base = prepared.config, prepared.space.base
+    found = ranked(config, results)
+    measure = measure_of(config, base, found)
+    told = points(config, found, judged(config, found), measure)
+    table = Table(title=told.heading, title_justify="left", caption=told.words, caption_justify="left")
+    for head in told.heads:
+        table.add_column(head.words, justify="right" if head.is_number else "left")
+    for row in told.rows[:_MOST_POINTS]:
+        table.add_row(*(cell.words for cell in row.cells))
+    console.print(table)
+    console.print(f"report: {prepared.folder.join(REPORT, PAGE)}, and in MLflow's run {prepared.name}", soft_wrap=True)
 
 
 def _shown(value: float, metric: str) -> str:
