@@ -99,9 +99,9 @@ def _mapper(address: str | None, config: IngestConfig | None = None) -> Iterator
 
 
 def _data_show(arguments: argparse.Namespace) -> int:
-    from maskray import figures
     from maskray.data.overview import overview, samples
     from maskray.data.shards import Dataset
+    from maskray.figures import pictures
 
     dataset = Dataset.open(arguments.dataset, arguments.version)
     with _mapper(arguments.address) as mapper, Bar() as bar:
@@ -109,9 +109,9 @@ def _data_show(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     for table in _overview_tables(found):
         console.print(table)
-    chosen = samples(dataset, SHEET_PICTURES, figures.TILE)
+    chosen = samples(dataset, SHEET_PICTURES, pictures.TILE)
     title = f"{dataset.storage.uri}: {len(chosen)} of {dataset.num_rows():,} images"
-    png = figures.contact_sheet([s.image_HWC for s in chosen], [(s.key, s.label) for s in chosen], title=title)
+    png = pictures.contact_sheet([s.image_HWC for s in chosen], [(s.key, s.label) for s in chosen], title=title)
     Path(arguments.sheet).write_bytes(png)
     console.print(f"{len(chosen)} of the pictures: {Path(arguments.sheet).absolute()}", soft_wrap=True)
     return 0

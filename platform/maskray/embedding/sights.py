@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskray import figures
 from maskray.data import decode, embeddings
 from maskray.data.embeddings import Floats
 from maskray.data.manifest import SplitName
@@ -16,7 +15,8 @@ from maskray.data.storage import Storage
 from maskray.embedding.table import Prepared
 from maskray.errors import DataError
 from maskray.evaluation import similarity
-from maskray.figures import Neighbour
+from maskray.figures import charts, pictures
+from maskray.figures.pictures import Neighbour
 
 NEIGHBOURS, MAP = "_neighbours.png", "_map.png"
 """Beside the embeddings."""
@@ -75,7 +75,7 @@ def _neighbours(prepared: Prepared, total: int, num_queries: int) -> bytes:
         rows.append([first, *(_shown(prepared, alike[n], float(c)) for n, c in zip(numbers, cosines, strict=True))])
     title = f"Images like the first of each row, among {total:,}, by cosine of their embeddings"
     title += "; red: another class" if any(row.label for row in queries.values()) else ""
-    return figures.neighbours(rows, title=title)
+    return pictures.neighbours(rows, title=title)
 
 
 def _map(prepared: Prepared, total: int) -> bytes:
@@ -87,7 +87,7 @@ def _map(prepared: Prepared, total: int) -> bytes:
     how_many = f"{len(rows):,} of {total:,} images" if len(rows) < total else f"{total:,} images"
     colours = "colour is the class" if fits else f"{len(names)} classes are too many to be told apart" * bool(names)
     first, second = plane.shares
-    return figures.scatter(
+    return charts.scatter(
         plane.points_N2,
         [(name, labels == name) for name in names] if fits else [],
         title=f"{how_many} by {prepared.what.encoder_name}",
@@ -127,6 +127,6 @@ def _picture(prepared: Prepared, row: _Row) -> Any:
     try:
         if isinstance(data, Exception):
             raise data
-        return thumbnail(data, 3 if channels in _CONVERTED else channels, figures.NEIGHBOUR_TILE)
+        return thumbnail(data, 3 if channels in _CONVERTED else channels, pictures.NEIGHBOUR_TILE)
     except (OSError, decode.UndecodableError) as error:
         raise DataError(f"the image {row.key} cannot be read any more", key="images", found=str(error)) from error

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from maskray import figures, masking
+from maskray import masking
 from maskray.config.models import AnyMask, CellMask, Mask, PixelMask
 from maskray.config.schema import RunConfig
 from maskray.data.crop import crop_resize
@@ -20,6 +20,7 @@ from maskray.data.manifest import SplitName
 from maskray.data.shards import Dataset
 from maskray.data.stream import walk
 from maskray.errors import ConfigError, DataError
+from maskray.figures import pictures
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 Visible = np.ndarray[Any, np.dtype[np.bool_]]
@@ -42,7 +43,7 @@ def mask_figure(config: RunConfig, image_CHW: Image) -> tuple[bytes, dict[str, s
             seen[_name(mask)] = _drawn(mask, config)
         except ConfigError as error:
             left_out[_name(mask)] = str(error)
-    return figures.masks(image_CHW, seen, title=f"{config.name}: masks at ratio {config.mask.ratio[0]:g}"), left_out
+    return pictures.masks(image_CHW, seen, title=f"{config.name}: masks at ratio {config.mask.ratio[0]:g}"), left_out
 
 
 def image_of(config: RunConfig, file: Path | None) -> Image:

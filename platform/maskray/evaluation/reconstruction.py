@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskray import draws, figures, masking
+from maskray import draws, masking
 from maskray.config.models import Mask
 from maskray.evaluation.features import Images, evaluating
+from maskray.figures import pictures
 from maskray.models.base import MaskedAutoencoder
 from maskray.models.normalize import Normalize
 from maskray.objective import Objective
@@ -46,7 +47,7 @@ class Reconstruction:
 
     def figure(self, title: str) -> bytes:
         """A PNG of it."""
-        return figures.reconstructions(
+        return pictures.reconstructions(
             self.images_NCHW,
             self.visible_NHW,
             self.painted_NCHW,

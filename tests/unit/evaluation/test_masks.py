@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskray import cli, figures, masking
+from maskray import cli, masking
 from maskray.config.load import dump
 from maskray.errors import ConfigError, DataError
 from maskray.evaluation.masks import image_of, mask_figure
+from maskray.figures import pictures
 
 
 def pixels(png):
@@ -23,9 +24,9 @@ def test_the_run_s_own_mask_is_the_one_that_its_first_image_gets(tiny):
     (num_visible, _) = masking.visible_counts(config.mask, config.grid)
     key = {"seed": config.seed, "pass_": 0, "rows": np.arange(1), "view": 0}
     visible = masking.draw(config.mask, config.grid, num_visible, **key)[0].repeat(20, 0).repeat(20, 1)
-    left, top = figures.MARGIN + 160 + figures.GAP, figures.HEAD
+    left, top = pictures.MARGIN + 160 + pictures.GAP, pictures.HEAD
     shown = pixels(png)[top : top + 160, left : left + 160]
-    expected = np.where(visible[..., None], image[0][..., None], np.array(figures.HIDDEN_COLOR))
+    expected = np.where(visible[..., None], image[0][..., None], np.array(pictures.HIDDEN_COLOR))
     np.testing.assert_array_equal(shown, expected)
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskray import figures
 from maskray.config.evaluation import DetectionEvaluation
 from maskray.data.decode import UndecodableError
 from maskray.data.mapper import Progress, silent
@@ -18,6 +17,7 @@ from maskray.evaluation.detection.average_precision import AveragePrecision
 from maskray.evaluation.detection.coco import GIVE_THEIR_IMAGES, CocoSet, SetAside, check_alike, check_apart, read
 from maskray.evaluation.detection.course import Detection, SetAsideRows
 from maskray.evaluation.finetune import Train
+from maskray.figures import pictures
 
 SURE = 0.5
 """Figures show what was found from this score on."""
@@ -156,18 +156,18 @@ def _set_aside(data: CocoSet, unusable: SetAsideRows) -> list[SetAside]:
 
 def _figure(what: Detection, drawn: list[dict[str, Any]], title: str) -> bytes:
     boxed = [_boxed(what.val, what.channels, each) for each in drawn]
-    return figures.detections(boxed, [each.name for each in what.val.categories], title=title)
+    return pictures.detections(boxed, [each.name for each in what.val.categories], title=title)
 
 
-def _boxed(val: CocoSet, channels: int, drawn: dict[str, Any]) -> figures.Boxed:
+def _boxed(val: CocoSet, channels: int, drawn: dict[str, Any]) -> pictures.Boxed:
     scene = val.scenes[drawn["row"]]
-    fitted = fitting.fit(val.image(drawn["row"], channels), figures.DETECTION_TILE)
+    fitted = fitting.fit(val.image(drawn["row"], channels), pictures.DETECTION_TILE)
     down, across = fitted.scales
     sides = np.array([across, down, across, down])
     image_HWC = fitted.bytes_Chw.numpy().transpose(1, 2, 0)
     there = ~scene.crowd_N
     found = zip(drawn["boxes"], drawn["classes"], drawn["scores"], strict=True)
-    return figures.Boxed(
+    return pictures.Boxed(
         image_HWC=image_HWC[..., :3] if channels >= 3 else image_HWC[..., :1].repeat(3, axis=2),
         caption=scene.file_name,
         true=list(zip((scene.boxes_N4[there] * sides).tolist(), scene.classes_N[there].tolist(), strict=True)),

@@ -1,4 +1,4 @@
-"""Arrays in, PNG out. No window, no pyplot, no state: a figure is made, rendered and dropped.
+"""Pictures of images: reconstructions, masks, contact sheets, neighbours, detections.
 
 Shape letters: N images, C channels (of many, the first three are shown), H and W down and across (pixels of an image,
 cells of a visibility).
@@ -6,23 +6,17 @@ cells of a visibility).
 
 from __future__ import annotations
 
-import io
-import textwrap
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from maskray.figures.canvas import CLASS_COLORS, INK, SOFT_INK, blank, png, wrapped
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
-DPI = 100
 TILE = 160
 """About the side of a picture in pixels: small images are enlarged a whole number of times, so pixels stay square."""
 MIN_COLUMN = 136
@@ -31,14 +25,11 @@ GAP, MARGIN, HEAD, COLUMN_HEAD, FOOT = 8, 12, 34, 24, 26
 SHEET_COLUMNS, MASK_COLUMNS, SHEET_LINE, SHEET_LETTERS = 6, 4, 14, 28
 HIDDEN_COLOR = (128, 134, 150)
 """Gray with a breath of blue: told apart from the gray of a gray image."""
-INK, SOFT_INK, OTHER_INK = "#1f2430", "#5b6375", "#c0392b"
+OTHER_INK = "#c0392b"
 NEIGHBOUR_TILE = 112
 DETECTION_TILE, DETECTION_COLUMNS = 256, 3
 LABEL_SHARE = 0.05
 """Of a picture's height: a box that begins above has its label inside."""
-_COLORS = matplotlib.color_sequences["tab20"][::2] + matplotlib.color_sequences["tab20"][1::2]
-_MARKS = "osD^vP*X"
-_LEGEND_ROWS = 34
 
 
 def reconstructions(
@@ -176,7 +167,7 @@ def detections(
         for box, _ in pictures[number].true:
             axes.add_patch(_rectangle(box, edgecolor="white", linewidth=2.2, linestyle=(0, (2, 2))))
         for box, class_, score in pictures[number].found:
-            color = _COLORS[class_ % len(_COLORS)]
+            color = CLASS_COLORS[class_ % len(CLASS_COLORS)]
             axes.add_patch(_rectangle(box, edgecolor=color, linewidth=1.4))
             is_at_top = box[1] < LABEL_SHARE * pictures[number].image_HWC.shape[0]
             axes.text(
@@ -194,50 +185,6 @@ def detections(
 def _rectangle(box: Sequence[float], **options: Any) -> Rectangle:
     left, top, right, bottom = (each - 0.5 for each in box)  # matplotlib's 0 is the middle of the first pixel
     return Rectangle((left, top), right - left, bottom - top, fill=False, **options)
-
-
-def scatter(
-    points_N2: Floats,
-    classes: Sequence[tuple[str, Bools]],
-    *,
-    title: str,
-    axis_names: tuple[str, str],
-    note: str = "",
-) -> bytes:
-    """PNG of points in the plane, each class in its own colour with its name in a legend.
-
-    Args:
-        points_N2: where they lie.
-        classes: name, and which points are of it, (N,) bool; empty where there are none. Beyond the number of colours
-            those are used again, with other marks.
-        title: stands above all.
-        axis_names: across and up.
-        note: below all.
-    """
-    shown = classes or [("", np.ones(len(points_N2), dtype=np.bool_))]
-    figure = Figure(figsize=(9.6, 7.2), dpi=DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    columns = -(-len(classes) // _LEGEND_ROWS)
-    right = 1 - (0.16 * columns if classes else 0.03)
-    axes = figure.add_axes((0.08, 0.11, max(0.3, right - 0.09), 0.82))
-    size = float(np.clip(20_000 / max(1, len(points_N2)), 4, 28))
-    for number, (name, is_of_it) in enumerate(shown):
-        color, mark = _COLORS[number % len(_COLORS)], _MARKS[number // len(_COLORS) % len(_MARKS)]
-        points = points_N2[is_of_it]
-        axes.scatter(points[:, 0], points[:, 1], s=size, c=[color], marker=mark, alpha=0.75, linewidths=0, label=name)
-    axes.set_xlabel(axis_names[0], fontsize=9, color=SOFT_INK)
-    axes.set_ylabel(axis_names[1], fontsize=9, color=SOFT_INK)
-    axes.tick_params(labelsize=8, colors=SOFT_INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.text(0.08, 0.965, title, fontsize=11, color=INK, va="center", weight="bold", parse_math=False)
-    figure.text(0.08, 0.025, note, fontsize=8, color=SOFT_INK, va="center", parse_math=False)
-    if classes:
-        legend = axes.legend(
-            loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False, ncols=columns, markerscale=1.6
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-    return _png(canvas)
 
 
 def _sheet(
@@ -264,8 +211,7 @@ def _sheet(
     apart = 3 * GAP if first_apart else 0
     width = 2 * MARGIN + num_columns * (tile + GAP) - GAP + apart
     height = HEAD + num_rows * (tile_height + foot + GAP) + MARGIN
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure = blank(width, height)
     figure.text(
         MARGIN / width, 1 - (HEAD / 2) / height, title, fontsize=11, color=INK, va="center", weight="bold",
         parse_math=False,
@@ -289,15 +235,7 @@ def _sheet(
             figure.text(
                 *where, shown, fontsize=7, color=colors[number][line], va="center", ha="center", parse_math=False
             )
-    return _png(canvas)
-
-
-def _png(canvas: FigureCanvasAgg) -> bytes:
-    png = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        canvas.print_png(png)
-    return png.getvalue()
+    return png(figure)
 
 
 def _grid(columns: Sequence[tuple[str, Bytes]], *, title: str, note: str, row_names: Sequence[str]) -> bytes:
@@ -308,12 +246,11 @@ def _grid(columns: Sequence[tuple[str, Bytes]], *, title: str, note: str, row_na
     left = MARGIN + (22 if row_names else 0)
     column_w = max(tile_w, MIN_COLUMN)
     width = left + len(columns) * (column_w + GAP) - GAP + MARGIN
-    lines = _wrapped(note, width - left - MARGIN)
+    lines = wrapped(note, width - left - MARGIN)
     foot = FOOT + 15 * (len(lines) - 1)
     height = HEAD + COLUMN_HEAD + num_rows * (tile_h + GAP) - GAP + foot
 
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure = blank(width, height)
 
     def text(x: float, y: float, words: str, size: int, color: str, **options: Any) -> None:
         figure.text(x / width, 1 - y / height, words, fontsize=size, color=color, **options)
@@ -331,10 +268,7 @@ def _grid(columns: Sequence[tuple[str, Bytes]], *, title: str, note: str, row_na
     for r, name in enumerate(row_names):
         y = HEAD + COLUMN_HEAD + r * (tile_h + GAP) + tile_h / 2
         text(left - 10, y, name, 8, SOFT_INK, va="center", ha="center", rotation=90)
-
-    png = io.BytesIO()
-    canvas.print_png(png)
-    return png.getvalue()
+    return png(figure)
 
 
 def _rgb(images_NCHW: Bytes) -> Bytes:
@@ -346,8 +280,3 @@ def _rgb(images_NCHW: Bytes) -> Bytes:
 def _to_pixels(cells_NHW: Bools, size_HW: tuple[int, int]) -> Bools:
     rows, columns = (pixels // cells for pixels, cells in zip(size_HW, cells_NHW.shape[1:], strict=True))
     return cells_NHW.repeat(rows, axis=1).repeat(columns, axis=2)
-
-
-def _wrapped(words: str, width: float) -> list[str]:
-    """Lines of the foot, at about 5.6 pixels a letter of 8 points."""
-    return [part for line in words.splitlines() for part in textwrap.wrap(line, max(20, int(width / 5.6)))]

@@ -1,0 +1,1 @@
+"""Arrays in, PNG out. No window, no pyplot, no state: a figure is made, rendered and dropped."""
