@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "platform" / "maskray"
 
 LAYERS: list[set[str]] = [  # from the ground up; rooms on one line do not import each other
-    {"config", "errors", "draws", "figures"},
+    {"config", "errors", "draws", "figures", "wording"},
     {"masking", "cells"},
     {"data", "tracking"},
     {"models", "objective"},

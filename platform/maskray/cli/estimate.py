@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from maskray.cli.amounts import rate_of, short, time_of
+from maskray.cli.rate import rate_of
 from maskray.config.load import load
 from maskray.config.schema import RunConfig
+from maskray.wording import short, time_of
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
     from maskray.estimate import Estimate
@@ -52,15 +53,16 @@ def _facts(found: Estimate, config: RunConfig, rate: float | None) -> Iterator[t
     yield "parameters", f"{short(encoder + decoder)}: {short(encoder)} encoder, {short(decoder)} decoder"
     shares = f"encoder {found.encoder_flops / forward:.0%}, decoder {found.decoder_flops / forward:.0%}"
     several = "" if len(found.costs) == 1 else f" (mean of {len(found.costs)} mask ratios)"
-    yield "training", f"{short(found.training_flops)}FLOP an image{several}: {shares}"
-    yield "features", f"{short(first.encode_flops)}FLOP an image, nothing hidden"
-    yield "memory", f"{short(memory.total)}B a worker, and what its kernels need as they run"
+    yield "training", f"{short(found.training_flops, 'FLOP')} an image{several}: {shares}"
+    yield "features", f"{short(first.encode_flops, 'FLOP')} an image, nothing hidden"
+    yield "memory", f"{short(memory.total, 'B')} a worker, and what its kernels need as they run"
     yield (
         "  weights",
-        f"{short(memory.weights)}B, gradients {short(memory.gradients)}B, moments {short(memory.optimizer)}B",
+        f"{short(memory.weights, 'B')}, gradients {short(memory.gradients, 'B')}, "
+        f"moments {short(memory.optimizer, 'B')}",
     )
     images = f"{found.micro_batch:,} images in {config.training.precision}"
-    yield "  activations", f"{short(memory.activations)}B for {images}; less with a smaller training.micro_batch"
+    yield "  activations", f"{short(memory.activations, 'B')} for {images}; less with a smaller training.micro_batch"
     yield "padding", f"{found.waste:.0%} of the time of {found.workers} workers, in row groups of {length.group_rows}"
     passes = "" if length.passes is None else f"{length.passes:,.4g} passes over the data"
     if length.views is not None:

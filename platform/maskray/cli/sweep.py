@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from maskray.cli.amounts import rate_of, short, time_of
+from maskray.cli.rate import rate_of
 from maskray.config.sweep import LOSS, load_sweep
+from maskray.wording import short, time_of
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
     from maskray.sweeping import Prepared
@@ -99,13 +100,13 @@ def _total(prepared: Prepared, rate: float | None) -> str:
     mean = sum(each.flops for each in prepared.trials) / len(prepared.trials)
     words = [f"{prepared.num_trials} trials ({seeds} seeds a point)"]
     words += [f"{left} of them left"] if left < prepared.num_trials else []
-    words += [f"{short(left * mean)}FLOP in all, if none is stopped"]
+    words += [f"{short(left * mean, 'FLOP')} in all, if none is stopped"]
     if rate is None and not cluster.gpus_per_worker:
         rate = measured_rate(prepared)
     if rate is not None:
         unit = "accelerator-hours" if cluster.gpus_per_worker else "worker-hours"
         hours = left * mean / rate / 3600
-        words += [f"{hours:.3g} {unit} at {short(rate)}FLOP/s: {time_of(hours)} one after another"]
+        words += [f"{hours:.3g} {unit} at {short(rate, 'FLOP/s')}: {time_of(hours)} one after another"]
     return "; ".join(words)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from maskray.wording import short
+
 SCHEMA_VERSION = 1
 LINEAGE, CONFIG, FIGURE = "lineage.json", "config.yaml", "reconstruction.png"
 """Files beside the model."""
@@ -15,7 +17,6 @@ VERSION, MODEL_ID = "{version}", "{model_id}"
 _FIGURE_ADDRESS = f"ajax-api/2.0/mlflow/logged-models/{MODEL_ID}/artifacts/files?artifact_file_path={FIGURE}"
 """Where MLflow's own pages get a model's file from, relative to them."""
 SUBJECTS = {"before": "before pretraining", "after": "after", "pixels": "raw pixels"}
-_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,6 @@ def markdown(lineage: Lineage) -> str:
     )
 
 
-def short(number: float) -> str:
-    """Three digits and a prefix: 86.4 M."""
-    size, prefix = next((pair for pair in _PREFIXES if number >= pair[0]), (1.0, ""))
-    return f"{number / size:.3g} {prefix}".strip()
-
-
 def _scores(lineage: Lineage) -> list[str]:
     heading = "## What it is worth"
     if not lineage.scores:
@@ -188,7 +183,7 @@ def _training(lineage: Lineage) -> list[tuple[str, str]]:
         ("loss", f"{lineage.first_loss:.4g} first, {lineage.last_loss:.4g} last"),
         (
             "cost",
-            f"{short(trained.views)} views, {short(trained.flops)}FLOP, "
+            f"{short(trained.views)} views, {short(trained.flops, 'FLOP')}, "
             f"{trained.hours:.3g} {trained.hours_of} hours on {_number(trained.workers, 'worker')}",
         ),
         ("seed", ", ".join(f"{seed}" for seed in lineage.seeds.values())),

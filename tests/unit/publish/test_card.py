@@ -13,7 +13,7 @@ from maskray.evaluation.judgement import Judgement, Scores
 from maskray.evaluation.logistic import Accuracy
 from maskray.models.build import weightless_model
 from maskray.models.cost import cost
-from maskray.publish.card import CONFIG, FIGURE, LINEAGE, Lineage, markdown, short
+from maskray.publish.card import CONFIG, FIGURE, LINEAGE, Lineage, markdown
 from maskray.publish.registry import MAX_DESCRIPTION
 from maskray.publish.release import TrainedRun, gather, training_seconds
 
@@ -112,11 +112,6 @@ def test_the_longest_card_fits_into_mlflow(lineage: Lineage):
     mask = {"kind": "inverse_block", "ratio": [0.1234] * 8, "unit": [1, 1], "aspect": [0.3, 3.3], "roll": True}
     long = replace(lineage, data=data, code=code, mask=mask, init_from="s3://" + "x" * 300, init_digest="0" * 64)
     assert len(markdown(long)) < MAX_DESCRIPTION
-
-
-@pytest.mark.parametrize(("number", "shown"), [(0, "0"), (999, "999"), (86_400_000, "86.4 M"), (4.2e17, "420 P")])
-def test_short(number: float, shown: str):
-    assert short(number) == shown
 
 
 def test_a_run_that_is_registered_carries_its_lineage(tiny: Callable[..., RunConfig]):
