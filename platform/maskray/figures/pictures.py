@@ -51,8 +51,8 @@ def reconstructions(
         losses: of each image, shown beside its row where given.
         uses_target_statistics: each painted cell's mean and std were taken from the original; the figure says so.
     """
-    images, painted = _rgb(images_NCHW), _rgb(painted_NCHW)
-    visible = _to_pixels(visible_NHW, images.shape[1:3])[..., None]
+    images, painted = rgb(images_NCHW), rgb(painted_NCHW)
+    visible = to_pixels(visible_NHW, images.shape[1:3])[..., None]
     share = float(visible_NHW.mean())
     star = " *" if uses_target_statistics else ""
     columns = [
@@ -77,9 +77,9 @@ def masks(image_CHW: Bytes, visible: Mapping[str, Bools], *, title: str) -> byte
         visible: by the name of the mask, (H, W) in cells, True = seen.
         title: stands above all.
     """
-    image_HWC = _rgb(image_CHW[None])[0]
+    image_HWC = rgb(image_CHW[None])[0]
     size_HW, hidden = image_HWC.shape[:2], np.array(HIDDEN_COLOR, dtype=np.uint8)
-    seen = [np.where(_to_pixels(each[None], size_HW)[0, :, :, None], image_HWC, hidden) for each in visible.values()]
+    seen = [np.where(to_pixels(each[None], size_HW)[0, :, :, None], image_HWC, hidden) for each in visible.values()]
     counts = [f"{each.mean():.1%} of {each.shape[0]} × {each.shape[1]} cells seen" for each in visible.values()]
     captions = [("the image", ""), *zip(visible, counts, strict=True)]
     tile = max(size_HW) * max(1, round(TILE / max(size_HW)))
@@ -271,12 +271,13 @@ def _grid(columns: Sequence[tuple[str, Bytes]], *, title: str, note: str, row_na
     return png(figure)
 
 
-def _rgb(images_NCHW: Bytes) -> Bytes:
+def rgb(images_NCHW: Bytes) -> Bytes:
     """Gray, or the first three of any number of bands as if they were red, green and blue (of two, the first)."""
     images = images_NCHW.transpose(0, 2, 3, 1)
     return images[..., :3] if images.shape[3] >= 3 else np.repeat(images[..., :1], 3, axis=3)
 
 
-def _to_pixels(cells_NHW: Bools, size_HW: tuple[int, int]) -> Bools:
+def to_pixels(cells_NHW: Bools, size_HW: tuple[int, int]) -> Bools:
+    """(N, H, W) in cells, as large as images of so many pixels down and across."""
     rows, columns = (pixels // cells for pixels, cells in zip(size_HW, cells_NHW.shape[1:], strict=True))
     return cells_NHW.repeat(rows, axis=1).repeat(columns, axis=2)
