@@ -1,11 +1,10 @@
-"""Numbers and values as people read them."""
+"""Numbers as people read them."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
-_PREFIXES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_PREFIXES = (
+    (1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"),
+)  # fmt: skip
 
 
 def short(number: float, unit: str = "") -> str:
@@ -20,8 +19,9 @@ def prefix(number: float) -> tuple[float, str]:
     return next((pair for pair in _PREFIXES if number >= pair[0]), (1.0, ""))
 
 
-def value(of_config: Any) -> str:
-    """A value as the YAML could have it: `0.75`, `null`, `[3, 7]`, `random`."""
-    if isinstance(of_config, float):
-        return f"{of_config:g}"
-    return of_config if isinstance(of_config, str) else json.dumps(of_config, ensure_ascii=False)
+def time_of(hours: float) -> str:
+    """`2.5 h`, or in a unit below."""
+    units = ((1, "h"), (60, "min"), (3600, "s"))
+    per_hour, unit = next((pair for pair in units if hours * pair[0] >= 1), units[-1])
+    number = hours * per_hour
+    return f"{number:,.0f} {unit}" if number >= 1000 else f"{number:.3g} {unit}"

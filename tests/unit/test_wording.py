@@ -22,17 +22,7 @@ def test_a_number_has_three_digits_and_a_prefix(number, unit, shown):
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (0.75, "0.75"),
-        (1e-4, "0.0001"),
-        (2, "2"),
-        (True, "true"),
-        (None, "null"),
-        ([3, 7], "[3, 7]"),
-        ("block", "block"),
-        ({"kind": "grid", "unit": "ü"}, '{"kind": "grid", "unit": "ü"}'),
-    ],
+    ("hours", "shown"), [(0, "0 s"), (0.5 / 3600, "0.5 s"), (0.25, "15 min"), (2.5, "2.5 h"), (12345, "12,345 h")]
 )
-def test_a_value_is_written_as_in_the_yaml(value, shown):
-    assert wording.value(value) == shown
+def test_a_time_is_in_the_largest_unit_of_which_it_is_one(hours, shown):
+    assert wording.time_of(hours) == shown

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from maskray.cli.amounts import rate_of, time_of
+from maskray.cli.rate import rate_of
 from maskray.config.load import load
 from maskray.config.schema import RunConfig
-from maskray.wording import short
+from maskray.wording import short, time_of
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
     from maskray.estimate import Estimate

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from maskray.cli.amounts import rate_of, time_of
+from maskray.cli.rate import rate_of
 from maskray.config.sweep import LOSS, load_sweep
-from maskray.wording import short, value
+from maskray.wording import short, time_of
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
     from maskray.sweeping import Prepared
@@ -146,4 +146,6 @@ def _points(prepared: Prepared) -> dict[tuple[str, ...], Trial]:
 
 
 def _value(trial: Trial, axis: str) -> str:
-    return value(trial.point[axis]) if axis in trial.point else "-"
+    from maskray.sweeps.record import shown
+
+    return shown(trial.point[axis]) if axis in trial.point else "-"

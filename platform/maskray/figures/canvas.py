@@ -15,7 +15,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
@@ -27,7 +26,7 @@ INK, SOFT_INK = "#1f2430", "#5b6375"
 CLASS_COLORS = matplotlib.color_sequences["tab20"][::2] + matplotlib.color_sequences["tab20"][1::2]
 _RAMP = matplotlib.colormaps["YlGnBu"]
 """Light to dark, so that it can be read in gray and by whoever confuses colours. Dark is good."""
-_RAMP_ENDS = 0.04, 0.88
+_RAMP_ENDS = 0.03, 0.8
 _FAR = 3.0
 """Quartile distances below the lower quartile at which colours end."""
 
@@ -109,8 +108,7 @@ class Ramp:
 
     def ink(self, number: float) -> str:
         """Black or white, whichever is further from the number's colour (contrast as WCAG 2 has it)."""
-        here, black = _luminance(self.color(number)), _luminance(to_rgba(INK))
-        return INK if (here + 0.05) / (black + 0.05) > 1.05 / (here + 0.05) else "white"
+        return "black" if (_luminance(self.color(number)) + 0.05) ** 2 > 1.05 * 0.05 else "white"
 
     def draw(self, figure: Figure, box: Box, say: Callable[[float], str]) -> None:
         """The colours as a bar, best on top, with its ends beside it."""

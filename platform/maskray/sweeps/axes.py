@@ -16,7 +16,7 @@ class Axis:
 
     key: str
     values: tuple[Any, ...]
-    """In order; all that the config lists, or those that were drawn from between two ends."""
+    """In order; all that the config lists, and those that points have."""
     is_listed: bool
     """The config lists the values."""
     is_crossed: bool
@@ -93,7 +93,8 @@ def _agree(one: PointSummary, best: PointSummary, key: str) -> bool:
 def _axis(config: SweepConfig, key: str, points: Sequence[PointSummary]) -> Axis:
     axis = config.space[key]
     is_listed = isinstance(axis, Grid | Choice)
-    given = axis.values if isinstance(axis, Grid | Choice) else (one.point[key] for one in points if key in one.point)
+    found = [one.point[key] for one in points if key in one.point]  # more than is listed, if the config was changed
+    given = [*axis.values, *found] if isinstance(axis, Grid | Choice) else found
     distinct: tuple[Any, ...] = tuple({identity(value): value for value in given}.values())
     ordered = tuple(sorted(distinct)) if all(_is_number(value) for value in distinct) else distinct
     return Axis(key, ordered, is_listed, isinstance(axis, Grid), isinstance(axis, LogUniform))

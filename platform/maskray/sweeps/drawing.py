@@ -20,6 +20,7 @@ from maskray.sweeps import paper
 from maskray.sweeps.axes import Axis, View, axes_of, main_axes, view
 from maskray.sweeps.measure import Measure, Names, flops
 from maskray.sweeps.ranking import PointSummary, Verdict, front, identity, is_known
+from maskray.sweeps.record import shown
 
 Look = Callable[[str], Mapping[str, Any] | None]
 """What is kept of a trial's painting, by its key."""
@@ -104,7 +105,8 @@ def _over_two(scene: Scene, first: Axis, second: Axis) -> Drawing:
     cells, conditional = seen.cells(), bool(scene.config.space[first.key].when or scene.config.space[second.key].when)
     absent = "no such point" if conditional else "not run"
     table = [[_cell(scene, cells.get((identity(a), identity(b))), absent) for a in first.values] for b in second.values]
-    note = f"Means over seeds, and half of their {scene.interval}s. ★ best"
+    is_sure = any(one.half is not None for one in seen.points)
+    note = f"Means over seeds, and half of their {scene.interval}s. ★ best" if is_sure else "One seed each. ★ best"
     if scene.close:
         note += ", ≈ not told apart from it"
     if any(0 < len(one.values) < len(scene.verdict.best.values) for one in seen.points):
@@ -112,8 +114,8 @@ def _over_two(scene: Scene, first: Axis, second: Axis) -> Drawing:
     png = heat_map(
         table,
         title=title + (f", {measure.unit}" if measure.unit else ""),
-        across=Side(first.key, [wording.value(value) for value in first.values]),
-        down=Side(second.key, [wording.value(value) for value in second.values]),
+        across=Side(first.key, [shown(value) for value in first.values]),
+        down=Side(second.key, [shown(value) for value in second.values]),
         say=measure.number,
         note=f"{note}. {_held(scene, seen)}".strip(),
         less_is_better=measure.less_is_better,
@@ -138,10 +140,10 @@ def _cell(scene: Scene, one: PointSummary | None, absent: str) -> Cell:
 
 def _field(scene: Scene, first: Axis, second: Axis, seen: View, title: str) -> bytes:
     across, up = (first, second) if second.is_numeric else (second, first)
-    shown = [one for one in seen.points if one.mean is not None and {across.key, up.key} <= one.point.keys()]
-    xs, ys = ([_place(axis, one.point[axis.key]) for one in shown] for axis in (across, up))
+    there = [one for one in seen.points if one.mean is not None and {across.key, up.key} <= one.point.keys()]
+    xs, ys = ([_place(axis, one.point[axis.key]) for one in there] for axis in (across, up))
     return charts.coloured(
-        [Placed(x, y, one.reached, scene.is_best(one)) for x, y, one in zip(xs, ys, shown, strict=True)],
+        [Placed(x, y, one.reached, scene.is_best(one)) for x, y, one in zip(xs, ys, there, strict=True)],
         title=title,
         lines=(_line(across, xs), _line(up, ys)),
         axis_names=(across.key, up.key),
@@ -157,7 +159,7 @@ def _place(axis: Axis, value: Any) -> float:
 
 
 def _line(axis: Axis, places: Sequence[float]) -> Line:
-    names = [] if axis.is_numeric else [wording.value(value) for value in axis.values]
+    names = [] if axis.is_numeric else [shown(value) for value in axis.values]
     return Line(places, names, logarithmic=axis.is_logarithmic or (None if axis.is_listed else False))
 
 
@@ -178,14 +180,14 @@ def _held(scene: Scene, seen: View) -> str:
 def _along(scene: Scene, axis: Axis) -> Drawing | None:
     seen, measure = view(scene.axes, scene.points, [axis.key]), scene.measure
     cells = {place: one for (place,), one in seen.cells().items()}
-    shown = cells.values() if axis.is_listed else [one for one in seen.points if axis.key in one.point]
-    measured = [_measured(scene, axis, one) for one in shown if one.mean is not None]
+    there = cells.values() if axis.is_listed else [one for one in seen.points if axis.key in one.point]
+    measured = [_measured(scene, axis, one) for one in there if one.mean is not None]
     if len(measured) < 2:
         return None
     known = {place for place, one in cells.items() if one.mean is not None}
     absent = [value for value in axis.values if identity(value) not in known] if axis.is_listed else []
     held = _held(scene, seen)
-    beside = paper.BY_KEY.get(axis.key)
+    beside = None if measure.less_is_better else paper.BY_KEY.get(axis.key)  # theirs are accuracies
     data, cost = scene.base.data, flops(scene.verdict.best.cost.flops)
     png = curves(
         measured,
@@ -193,7 +195,7 @@ def _along(scene: Scene, axis: Axis) -> Drawing | None:
         across=Across(
             axis.key,
             [_place(axis, value) for value in absent],
-            [] if axis.is_numeric else [wording.value(value) for value in axis.values],
+            [] if axis.is_numeric else [shown(value) for value in axis.values],
             axis.is_logarithmic or (None if axis.is_listed else False),
             axis.is_listed and axis.is_numeric,
         ),
@@ -211,7 +213,7 @@ def _along(scene: Scene, axis: Axis) -> Drawing | None:
 
 
 def _unknown(absent: Sequence[Any]) -> list[str]:
-    listed = ", ".join(map(wording.value, absent))
+    listed = ", ".join(map(shown, absent))
     return [f"Nothing has run to its end at {listed}."] if absent else []
 
 
@@ -319,8 +321,8 @@ def _painted_table(scene: Scene, look: Look, across: Axis, down: Axis | None) ->
     png = paintings(
         table,
         title="One image, as each point sees and paints it",
-        across=(across.key, [wording.value(value) for value in across.values]),
-        down=(down.key, [wording.value(value) for value in down.values]) if down else None,
+        across=(across.key, [shown(value) for value in across.values]),
+        down=(down.key, [shown(value) for value in down.values]) if down else None,
         note=note,
     )
     return Drawing("paintings", "What they paint", note, png)
@@ -334,7 +336,7 @@ def _painted_list(scene: Scene, look: Look) -> Drawing | None:
     note = _of_whom([[painted] for _, painted in known])
     png = paintings(
         [[painted] for _, painted in known],
-        title=f"One image by the {len(known)} best points",
+        title=f"One image by the {len(known)} best points" if len(known) > 1 else "One image",
         across=("", [""]),
         down=("point, the best first", [scene.names.point(one.point, "\n") for one, _ in known]),
         note=note,

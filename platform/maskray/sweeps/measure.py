@@ -11,6 +11,7 @@ from maskray import wording
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import LOSS, LogUniform, SweepConfig, Uniform
 from maskray.sweeps.ranking import PointSummary
+from maskray.sweeps.record import shown
 
 _VAGUE = ("", "kind", "name")
 """What is left of a key without its section, and does not say enough."""
@@ -56,8 +57,8 @@ class Measure:
     def difference(self, value: float) -> str:
         """Between two values: of shares, in points of a per cent."""
         least = 10.0**-self.digits
-        shown = self.number(value) if self.factor * abs(value) >= least / 2 else f"less than {least:g}"
-        return f"{shown} {'points' if self.unit else ''}".strip()
+        digits = self.number(value) if self.factor * abs(value) >= least / 2 else f"less than {least:g}"
+        return f"{digits} {'points' if self.unit else ''}".strip()
 
 
 def measure_of(config: SweepConfig, base: RunConfig, points: Sequence[PointSummary]) -> Measure:
@@ -90,11 +91,11 @@ class Names:
 
     def of(self, key: str) -> str:
         """`decoder.depth` for `model.decoder.depth`."""
-        return self._names[key]
+        return self._names.get(key, key)
 
     def value(self, key: str, value: Any) -> str:
         """As the YAML has it; three digits of one that was drawn."""
-        return f"{value:.3g}" if key in self._drawn else wording.value(value)
+        return f"{value:.3g}" if key in self._drawn else shown(value)
 
     def point(self, point: Mapping[str, Any], between: str = " · ") -> str:
         """`ratio 0.75 · decoder.depth 2`."""
@@ -104,10 +105,3 @@ class Names:
 def flops(number: float) -> str:
     """With prefix and unit."""
     return wording.short(number, "FLOP")
-
-
-def duration(seconds: float) -> str:
-    """In the largest unit of which it is one."""
-    units = ((3600, "h"), (60, "min"), (1, "s"))
-    size, unit = next((pair for pair in units if seconds >= pair[0]), units[-1])
-    return f"{seconds / size:.3g} {unit}"

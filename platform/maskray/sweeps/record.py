@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from maskray import wording
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
 from maskray.evaluation.reconstruction import Reconstruction
@@ -65,7 +64,7 @@ class Trial:
     @property
     def name(self) -> str:
         """For people: `mask.ratio=0.75 model.decoder.depth=2 seed=0`."""
-        return " ".join([*(f"{key}={wording.value(value)}" for key, value in self.point.items()), f"seed={self.seed}"])
+        return " ".join([*(f"{key}={shown(value)}" for key, value in self.point.items()), f"seed={self.seed}"])
 
 
 @dataclass(frozen=True)
@@ -156,3 +155,8 @@ def painted(folder: Storage) -> Mapping[str, Any] | None:
         return None
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
+
+
+def shown(value: Any) -> str:
+    """A value of a point, for people."""
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value) if not isinstance(value, str) else value

@@ -15,7 +15,7 @@ import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
-from maskray import draws, wording
+from maskray import draws
 from maskray.config.sweep import (
     AnyAxis,
     Choice,
@@ -29,7 +29,7 @@ from maskray.config.sweep import (
 )
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, MaskrayError
-from maskray.sweeps.record import ASKED, Result, Trial
+from maskray.sweeps.record import ASKED, Result, Trial, shown
 from maskray.sweeps.space import Point
 from maskray.sweeps.stopping import rungs
 
@@ -305,7 +305,7 @@ class _Asked:
             raise CheckpointError(
                 "a point on record is none of the space",
                 key=f"space.{min(wrong)}",
-                found=" ".join(f"{key}={wording.value(value)}" for key, value in point.items()),
+                found=" ".join(f"{key}={shown(value)}" for key, value in point.items()),
                 fix=f"give the space that the sweep was begun with, or begin another: {self._sweep.uri} stays as it is",
             )
 

@@ -11,7 +11,7 @@ from maskray import wording
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import LOSS, Asha, Grid, GridSearch, Median, OptunaSearch, SweepConfig
 from maskray.sweeps.drawing import Scene
-from maskray.sweeps.measure import Measure, duration, flops
+from maskray.sweeps.measure import Measure, flops
 from maskray.sweeps.ranking import Other, PointSummary, Verdict
 from maskray.sweeps.record import Result
 
@@ -44,7 +44,7 @@ def _limits(config: SweepConfig) -> list[str]:
     elif budget is not None and budget.steps is not None:
         found.append(f"{budget.steps:,} steps for each trial")
     elif budget is not None and budget.accelerator_seconds is not None:
-        found.append(f"{duration(budget.accelerator_seconds)} of all its workers together for each trial")
+        found.append(f"{wording.time_of(budget.accelerator_seconds / 3600)} of all its workers together for each trial")
     if isinstance(stopping, Asha | Median):
         first = flops(stopping.first) if stopping.unit == "flops" else f"{stopping.first:,.0f} steps"
         rule = f"ASHA, the best of every {stopping.reduction:g}" if isinstance(stopping, Asha) else "the median rule"
@@ -95,7 +95,7 @@ def answer(scene: Scene) -> dict[str, Any]:
         facts = [("Others", "none has run to its end: there is nothing to compare it with.")]
     else:
         facts = [("Runner-up", _runner_up(scene, scene.verdict.others[0])), ("Noise", _noise(scene))]
-        facts += [("Cheapest as good", _cheapest(scene))] if scene.verdict.margin is not None else []
+        facts += [("Cheapest of these", _cheapest(scene))] if scene.verdict.margin is not None else []
     return {
         "point": scene.names.point(best.point),
         "value": measure.say(best.reached, best.half),
@@ -112,7 +112,7 @@ def _runner_up(scene: Scene, other: Other) -> str:
         return f"{said}; no seed ran to its end at both."
     if math.isclose(other.behind, 0, abs_tol=1e-12):
         return f"{said}; as good, and the best is the cheaper."
-    is_noise = {True: " That is noise.", False: " That is more than noise.", None: ""}[other.is_noise]
+    is_noise = {True: " That may be noise.", False: " That is more than noise.", None: ""}[other.is_noise]
     return f"{said}, {measure.difference(other.behind)} behind.{is_noise}"
 
 
@@ -121,7 +121,7 @@ def _noise(scene: Scene) -> str:
     if verdict.margin is None:
         return "not known: it takes two seeds or more of two points."
     alike = [each for each in others if each.is_noise]
-    upto = f"a difference of up to {scene.measure.difference(verdict.margin)}"
+    upto = f"up to {scene.measure.difference(verdict.margin)} may be noise"
     few = sum(len(each.summary.values) < len(verdict.best.values) for each in alike)
     lenient = f" ({few} of them with fewer seeds, where noise is more)" if few else ""
     if not alike:
@@ -158,7 +158,7 @@ def tiles(config: SweepConfig, base: RunConfig, points: Sequence[PointSummary]) 
         ("Computed", flops(spent), "in training, forward and backward"),
         (
             "Time",
-            duration(seconds) if seconds else "not known",
+            wording.time_of(seconds / 3600) if seconds else "not known",
             f"of all trials together, on {_count(workers, 'worker')} each{missing}",
         ),
     ]
@@ -206,9 +206,9 @@ def method(config: SweepConfig, points: Sequence[PointSummary], verdict: Verdict
         )
         found.append(
             f"A point that is up to {measure.difference(verdict.margin)} behind the best is not told apart from it. "
-            f"With a probability of {confidence} or more, the point that is truly the best is among those: this holds "
-            f"for {others} together, and though the best was picked after looking (subset selection, Gupta 1965, "
-            f"with Bonferroni's bound). It does not say that these points are equal."
+            f"With a probability of {confidence} or more, the truly best of those that ran to their end is among them: "
+            f"this holds for {others} together, and though the best was picked after looking (subset selection, Gupta "
+            f"1965, with Bonferroni's bound). It does not say that these points are equal."
         )
     if any(each.status == "pruned" for one in points for each in one.results):
         found.append(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from maskray import masking, wording
+from maskray import masking
 from maskray.config.load import dotted_keys, fingerprint, merge, parse
 from maskray.config.resolve import RunPlan, resolve
 from maskray.config.schema import RunConfig
@@ -34,7 +34,7 @@ from maskray.errors import ConfigError, DataError
 from maskray.models.build import build_normalize, weightless_model
 from maskray.models.cost import Cost, cost
 from maskray.models.foreign import weights_digest
-from maskray.sweeps.record import Trial
+from maskray.sweeps.record import Trial, shown
 
 Point = Mapping[str, Any]
 """Dotted keys of the run's config and their values; a key whose condition does not hold is absent."""
@@ -130,7 +130,7 @@ class Space:
         try:
             config = with_absolute_paths(parse(RunConfig, raw, "space"))
         except ConfigError as error:
-            where = " ".join(f"{key}={wording.value(value)}" for key, value in point.items())
+            where = " ".join(f"{key}={shown(value)}" for key, value in point.items())
             raise ConfigError(f"at {where}: {error}", key="space") from error
         data = config.data.model_copy(update={"version": self.dataset.manifest.fingerprint})
         return config.model_copy(update={"data": data})

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from maskray import wording
 from maskray.config.sweep import SweepConfig
-from maskray.sweeps.measure import Measure, duration, flops
+from maskray.sweeps.measure import Measure, flops
 from maskray.sweeps.ranking import Other, PointSummary, Verdict, identity, is_known
-from maskray.sweeps.record import Result
+from maskray.sweeps.record import Result, shown
 
 STATUS = {"finished": "finished", "pruned": "stopped early", "failed": "failed"}
 
@@ -76,7 +76,7 @@ def trials(config: SweepConfig, ranked: Sequence[PointSummary], measure: Measure
     """All trials that have ended."""
     keys = list(config.space)
     heads = [*_heads(keys, ranked), Head("seed", is_number=True), Head("status"), Head(measure.scale, is_number=True)]
-    heads += [Head(words, is_number=True) for words in ("steps", "spent", "time")] + [Head("MLflow run"), Head("why")]
+    heads += [Head(words, is_number=True) for words in ("steps", "spent", "time")] + [Head("why")]
     rows = [Row(list(_trial(keys, each, measure))) for one in ranked for each in one.results]
     return Table("All trials", "A click on the head of a column sorts by it.", heads, rows)
 
@@ -97,8 +97,7 @@ def _trial(keys: Sequence[str], result: Result, measure: Measure) -> Iterator[En
     yield _number("" if value is None else measure.say(value) if is_known(value) else str(value), value)
     yield _number(f"{result.steps:,} of {result.trial.steps:,}", result.steps)
     yield _number(flops(result.flops), result.flops)
-    yield _number(duration(result.seconds) if result.seconds else "", result.seconds or None)
-    yield Entry((result.run_id or "")[:8], result.run_id or "")
+    yield _number(wording.time_of(result.seconds / 3600) if result.seconds else "", result.seconds or None)
     yield Entry(result.reason, kind="long" if result.reason else "")
 
 
@@ -107,7 +106,7 @@ def _values(keys: Sequence[str], point: Any) -> Iterator[Entry]:
         if key not in point:
             yield Entry("", "")
         else:
-            words = wording.value(point[key])
+            words = shown(point[key])
             yield _number(words, point[key]) if _is_number(point[key]) else Entry(words)
 
 

@@ -29,7 +29,7 @@ def test_both_pictures_lie_beside_the_embeddings_and_show_the_right_images(
     digits, digits_encoder, tmp_path, monkeypatch
 ):
     shown = []
-    monkeypatch.setattr(sights.figures, "neighbours", lambda rows, title: shown.append((rows, title)) or b"png")
+    monkeypatch.setattr(sights.pictures, "neighbours", lambda rows, title: shown.append((rows, title)) or b"png")
     prepared = embedded(digits_encoder, digits, tmp_path / "out")
     assert sights.draw(prepared, 4) == [str(tmp_path / "out" / name) for name in (sights.NEIGHBOURS, sights.MAP)]
     (rows, title) = shown[0]

@@ -20,6 +20,11 @@ def test_an_axis_has_more_than_one_value_and_numbers_are_in_order():
     assert [axis.is_numeric for axis in axes] == [True, False, True]
 
 
+def test_a_value_that_points_have_and_the_config_no_more_is_one_too():
+    _, (axis,) = points_of({"a.b": ["x"]}, [{"a.b": "x"}, {"a.b": "y"}])
+    assert axis.values == ("x", "y")
+
+
 def test_true_and_one_are_two_values_and_have_no_order():
     _, (axis,) = points_of({"a.b": [1, True, 1.5]})
     assert axis.values == (1, True, 1.5)
@@ -93,6 +98,7 @@ def test_the_main_axes_are_the_first_two_and_listed_ones_before_drawn_ones():
     random = {"search": {"kind": "random", "points": 2}}
     _, axes = points_of({"a.lr": lr, "a.b": choice(1, 2), "a.c": choice(2, 3)}, points, **random)
     assert [axis.key for axis in main_axes(axes)] == ["a.b", "a.c"]
-    _, axes = points_of({"a.lr": lr, "a.b": choice(1, 2), "a.c": choice(2)}, points, **random)
+    of_one_c = [one | {"a.c": 2} for one in points]
+    _, axes = points_of({"a.lr": lr, "a.b": choice(1, 2), "a.c": choice(2)}, of_one_c, **random)
     assert [axis.key for axis in main_axes(axes)] == ["a.lr", "a.b"]
     assert main_axes(axes[:1]) is None
