@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import pytest
 import ray
-import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from ray import tune
@@ -27,19 +26,16 @@ from maskray.config.load import merge, parse
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import LOSS, SweepConfig
 from maskray.errors import ClusterError, DataError
-from maskray.evaluation.judgement import Bench
 from maskray.on_ray import sweep as on_ray
 from maskray.on_ray import trial
 from maskray.on_ray.trial import ASKED, ENDED, Asked, Sweep
-from maskray.pretrain import pretrain
 from maskray.sweeping import Prepared
 from maskray.sweeps import record
 from maskray.sweeps.record import Result
-from maskray.tracking.base import Observer
 from maskray.tracking.mlflow_runs import NOTE_TAG, PARENT_TAG, TRIAL_TAG
 from maskray.tracking.mlflow_store import DATABASE, Store
-from maskray.training import checkpoint, folders
-from maskray.training.context import LocalContext
+from maskray.training import checkpoint
+from trials import alone
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -129,15 +125,6 @@ def processes() -> list[str]:
         except psutil.Error:  # gone in the meantime
             continue
     return [name for name in names if name.startswith("ray::Implicit")]
-
-
-def alone(prepared: Prepared, result: Result, folder: Path) -> dict[str, float]:
-    """What a trial comes to in this process, without Ray."""
-    config, logged = prepared.space.run_config(result.trial), dict[str, float]()
-    pretrain(config, LocalContext(folder, config.data), Observer(lambda _, metrics: logged.update(metrics)))
-    (weights,) = folder.glob(f"{folders.FOLDER_PREFIX}*{result.trial.steps}-*")
-    found = Bench(config, torch.device("cpu")).find(result.trial.steps, weights)
-    return {**trial.scores_of(found), LOSS: logged[LOSS]}
 
 
 # -------------------------------------------------------------------------------------------------- what befalls trials
@@ -269,7 +256,7 @@ def test_trials_that_are_stopped_leave_nothing_and_those_that_share_a_process_ha
 
     finished = [result for result in ended.told if result.status == "finished"]
     for result in reversed(finished):
-        assert alone(prepared, result, tmp_path / result.trial.key) == result.metrics
+        assert alone(prepared.space, result.trial, tmp_path / result.trial.key) == result.metrics
 
 
 def counting(parameters: Mapping[str, Any], sweep: Sweep) -> None:
@@ -332,7 +319,7 @@ def test_trials_that_failed_are_tried_again_from_their_newest_whole_checkpoints(
     assert trained == [*range(4), *range(4), *range(4, 12), *range(12)]
     for result in after.told:
         assert after.child(result).info.status == "FINISHED"
-        assert alone(after.prepared, result, tmp_path / result.trial.key) == result.metrics
+        assert alone(after.prepared.space, result.trial, tmp_path / result.trial.key) == result.metrics
         history = after.client.get_metric_history(after.child(result).info.run_id, LOSS)
         assert sorted(point.step for point in history) == list(range(2, 13, 2)), "once each"
 

@@ -76,14 +76,18 @@ class _Out:
     is_hung: bool = False
 
 
+class Closed(Exception):  # noqa: N818
+    """What ends Tune, once the book is closed."""
+
+
 def _kept(method: M) -> M:
-    """For what Tune calls: nothing happens once the book is closed. An error is kept, of which Tune has but a text."""
+    """For what Tune calls, which raises once the book is closed. An error is kept, of which Tune has but a text."""
 
     @functools.wraps(method)
     def call(self: Book, *arguments: Any, **options: Any) -> Any:
         with self.lock:
             if self.is_closed:
-                return None
+                raise Closed
             try:
                 return method(self, *arguments, **options)
             except Exception as error:
@@ -142,7 +146,10 @@ class Book(NotKept, tune.Callback):
         return self._ladder.goes_on(asked.trial.key, self._rung(asked, step).index, value)
 
     def close(self) -> None:
-        """End the processes of trials, and note nothing of it: they have neither failed nor been pruned."""
+        """End the processes of trials, and note nothing of it: they have neither failed nor been pruned.
+
+        Those that are starting begin no trial, and end with Tune, which is not waited for.
+        """
         with self.lock:
             self.is_closed = True
         running = [each.temporary_state.ray_actor for each in self._tunes if each.trial_id in self._out]

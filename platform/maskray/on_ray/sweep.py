@@ -89,7 +89,6 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
         background.call("maskray-tune", tuner.fit).result()
     except BaseException as error:
         book.close()  # no trial goes on while MLflow is told how it ended
-        ray.shutdown()
         if isinstance(error, Exception) and book.error is not None:
             raise book.error from error  # of which Tune made a text
         raise
