@@ -56,15 +56,23 @@ class Launches:
     folder: Path
     config: Path
     environment: dict[str, str]
+    command: str = "pretrain"
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     killed: set[int] = field(default_factory=set)
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self, *options: str) -> subprocess.Popen[bytes]:
         """The command that a user would type."""
-        command = [sys.executable, "-m", "maskray.cli", "pretrain", "--config", str(self.config)]
+        command = [sys.executable, "-m", "maskray.cli", self.command, "--config", str(self.config), *options]
         with (self.folder / "output.log").open("ab") as log:
             process = subprocess.Popen(
-                command, cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=self.folder,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                # Whoever runs the tests in the background has Ctrl-C ignored, and so have all that they start.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         self.processes.append(process)
         return process
@@ -95,7 +103,7 @@ class Launches:
         return max((line["step"] for line in self.lines()), default=-1)
 
     def wait_for_step(self, process: subprocess.Popen[bytes], step: int) -> None:
-        self._wait(process, lambda: self.last_step() >= step)
+        self.wait(process, lambda: self.last_step() >= step)
 
     @contextmanager
     def hung_upload(self, process: subprocess.Popen[bytes]) -> Iterator[Path]:
@@ -106,16 +114,16 @@ class Launches:
 
         disk = self.folder / HUNG
         disk.touch()
-        self._wait(process, hung)
+        self.wait(process, hung)
         (folder,) = hung()
         yield folder
         disk.unlink()
 
     def wait_for_workers(self, process: subprocess.Popen[bytes]) -> None:
         """Until there are workers that were not killed before, and they have trained a step."""
-        self._wait(process, lambda: {p.pid for p in self.workers(process)} - self.killed != set())
+        self.wait(process, lambda: {p.pid for p in self.workers(process)} - self.killed != set())
         trained = len(self.lines())
-        self._wait(process, lambda: len(self.lines()) > trained)
+        self.wait(process, lambda: len(self.lines()) > trained)
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """SIGKILL of the driver, until its cluster is gone too: a worker may live on for seconds."""
@@ -172,7 +180,8 @@ class Launches:
             if any(self.environment["RAY_TMPDIR"] in part for part in p.info["cmdline"] or []):
                 p.kill()
 
-    def _wait(self, process: subprocess.Popen[bytes], ready: Callable[[], object]) -> None:
+    def wait(self, process: subprocess.Popen[bytes], ready: Callable[[], object]) -> None:
+        """Until something is so; the process lives."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not ready():
             assert process.poll() is None, f"ended too early\n{self.output()}"

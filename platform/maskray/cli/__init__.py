@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         return _say(f"The run failed: {error}", RUN_FAILED)
     except KeyboardInterrupt:
-        return _say("Stopped. The same command goes on where it stopped.", INTERRUPTED)
+        return _say(f"Stopped. {parsed.again}", INTERRUPTED)
     except _Terminated:
-        return _say("Terminated. The same command goes on where it stopped.", TERMINATED)
+        return _say(f"Terminated. {parsed.again}", TERMINATED)
 
 
 def pretrain_main(arguments: Sequence[str] | None = None) -> int:
@@ -129,6 +129,7 @@ def _say(message: str, code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="maskray", description="Masked autoencoders on Ray.")
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
+    parser.set_defaults(again="The same command goes on where it stopped.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     data.add(commands)

@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     again.add_argument("--resume", action="store_true", help="go on with the last sweep of this name, if there is one")
     again.add_argument("--new", action="store_true", help="begin another sweep of this name, beside the last")
     again.add_argument("--report", action="store_true", help="the report of what has ended so far, and no more")
-    parser.set_defaults(command=_sweep)
+    parser.set_defaults(command=_sweep, again="With --resume the same command goes on where it stopped.")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

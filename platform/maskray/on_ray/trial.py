@@ -7,6 +7,8 @@ So a trial that is started again, by whichever driver, goes on where it was.
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import tempfile
 import time
@@ -21,7 +23,7 @@ import torch
 from ray import tune
 
 from maskray.config.schema import RunConfig
-from maskray.config.sweep import LOSS
+from maskray.config.sweep import LOSS, SCORES
 from maskray.data import local
 from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
@@ -47,7 +49,12 @@ ASKED = "asked"
 """What Tune's config of a trial has."""
 STEP, RUNG, VALUE, ENDED = "step", "rung", "value", "ended"
 """What its reports have: only the last has `ended`, and only those at rungs have `rung`, the step."""
-_BEATS = 5  # signs of life in the time that a trial may be silent
+BEATS = 5
+"""Signs of life in the time that a trial may be silent."""
+_FLUSH_SECONDS = 10.0
+_ENVIRONMENT = {  # read by Tune in this process, before it is given to another trial
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "45",  # a trial that is stopped has 30 s to tell MLflow what it has not told yet
+}
 
 Tell = Callable[[int, Mapping[str, float]], None]
 """Told of a step, and of what is known then: scores where it was judged. It may end the trial, by SystemExit."""
@@ -99,6 +106,10 @@ class Sweep:
         plan, root = plan_of(config, dataset), Storage(config.storage.path)
         return Prepared(config, plan, dataset, root, self.folder_of(asked.trial), self.store, self.code)
 
+    def fingerprint_of(self, trial: Trial) -> str:
+        """Of a trial's run in MLflow."""
+        return f"{trial.key}@{self.parent}"
+
     def run_of(self, asked: Asked) -> str:
         """The id of a trial's run in MLflow, a child of the sweep's: found, or created; running."""
         of_run, trial = card(self.prepared(asked)), asked.trial
@@ -107,7 +118,7 @@ class Sweep:
             mlflow_runs.TRIAL_TAG: trial.key,
             "maskray.storage": self.folder.uri,  # whose lease says whether anybody is at it
         }
-        mine = f"{trial.key}@{self.parent}"
+        mine = self.fingerprint_of(trial)
         named = replace(of_run, name=trial.name, fingerprint=mine, tags={**of_run.tags, **tags})
         return mlflow_runs.ensure_run(self.store, named)
 
@@ -118,13 +129,14 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     Raises:
         MaskrayError, TrainingError: of the run.
     """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     asked = Asked.load(config[ASKED])
     trial, run_config = asked.trial, RunConfig.model_validate(asked.config)
     folder, run_id = sweep.folder_of(trial), sweep.run_of(asked)
     tell = Teller(sweep)
     settle(run_config)
     bench = Bench(run_config, _device(run_config))
-    _tell_of_last_rung(folder, run_config, bench, tell)
     _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
     with newest(folder) as weights:
         assert weights is not None, "the last step is a checkpoint"
@@ -159,9 +171,15 @@ def _train(config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Ben
     def judge(weights: Path, step: int) -> dict[str, float]:
         scores = scores_of(bench.find(step, weights))
         stored.log(scores, step)
+        stored.flush(_FLUSH_SECONDS)  # a trial that is stopped here may have no time to
         return {**known, **scores}
 
     try:
+        if (last := _last_rung(folder, config, bench)) is not None:
+            step, metrics = last
+            # Known since before it was ended, and to MLflow or not: then it drops them.
+            stored.log({key: metrics[key] for key in SCORES if key in metrics}, step)
+            tell(step, metrics)
         pretrain(config, TrialContext(folder, config, judge, tell), Fanout(stored, Observer(hear)))
     finally:
         all_stored = stored.close()
@@ -169,16 +187,15 @@ def _train(config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Ben
         raise unstored_metrics()
 
 
-def _tell_of_last_rung(folder: Storage, config: RunConfig, bench: Bench, tell: Tell) -> None:
-    """A trial that was ended at a rung: nobody may have decided whether it goes on."""
+def _last_rung(folder: Storage, config: RunConfig, bench: Bench) -> tuple[int, dict[str, float]] | None:
+    """Step and metrics of a trial that was ended at a rung: nobody may have decided whether it goes on."""
     with newest(folder) as weights:
         if weights is None or (step := folders.step_of(weights.name)) not in config.training.probe_at:
-            return
+            return None
         try:
-            metrics = json.loads((weights / folders.PROBE).read_bytes())["metrics"]
+            return step, json.loads((weights / folders.PROBE).read_bytes())["metrics"]
         except FileNotFoundError:  # ended before it was judged
-            metrics = scores_of(bench.find(step, weights))
-    tell(step, metrics)
+            return step, scores_of(bench.find(step, weights))
 
 
 def _keep(found: Finding, trial: Trial, folder: Storage, uri: str, run_id: str) -> None:
@@ -222,6 +239,12 @@ def newest(folder: Storage) -> Iterator[Path | None]:
     yield None
 
 
+def newest_step(folder: Storage) -> int:
+    """Steps done at a trial's newest checkpoint; 0 where there is none."""
+    names = _checkpoints(folder)
+    return folders.step_of(names[0]) if names else 0
+
+
 def _checkpoints(folder: Storage) -> list[str]:
     """Names, the newest first."""
     names = folder.list_names() if folder.exists() else []
@@ -236,7 +259,8 @@ class Teller:
     """
 
     def __init__(self, sweep: Sweep) -> None:
-        self._metric, self._seconds, self._last = sweep.metric, sweep.limit_seconds / _BEATS, time.monotonic()
+        self._metric, self._seconds = sweep.metric, sweep.limit_seconds / BEATS
+        self._last = -math.inf
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Tell`. Where there is nothing but the step it is a sign of life, and the last one may be enough."""

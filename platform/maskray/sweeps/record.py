@@ -4,7 +4,8 @@
     ├── sweep.yaml                        as it was begun
     ├── asked.json                        points that Optuna asked for, in order (`search.py`)
     ├── rungs/<key>.json                  at which rungs a trial was, with what, and whether it went on
-    ├── trials/<key>/                     checkpoint folders; `result.json` once it has ended; `painted.npz`
+    ├── trials/<key>/                     checkpoint folders; `painted.npz`; `error.txt` of one that failed;
+    │                                     `result.json` once it has ended
     ├── finished.json                     written last
     └── report/                           figures and `report.html`
 
@@ -25,11 +26,12 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
 from maskray.evaluation.reconstruction import Reconstruction
 
-SWEEPS, TRIALS, RESULT, PAINTED, SWEEP_YAML, FINISHED, ASKED, RUNGS, REPORT = (
+SWEEPS, TRIALS, RESULT, PAINTED, ERROR, SWEEP_YAML, FINISHED, ASKED, RUNGS, REPORT = (
     "sweeps",
     "trials",
     "result.json",
     "painted.npz",
+    "error.txt",
     "sweep.yaml",
     "finished.json",
     "asked.json",

@@ -47,6 +47,7 @@ FIGURES = "figures"
 """Folder of the run's figures among its artifacts."""
 MAX_PARAM_LENGTH, MAX_DIGEST_LENGTH, MAX_TAG_LENGTH, MAX_PER_BATCH = 6000, 36, 8000, 100
 VERSIONS = ("maskray", "ray", "torch", "torchvision", "torchcodec", "timm", "numpy", "scikit-learn", "mlflow")
+Ended = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def ensure_run(store: Store, card: RunCard) -> str:
     return run_id
 
 
-def close_run(store: Store, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"], message: str = "") -> None:
+def close_run(store: Store, run_id: str, status: Ended, message: str = "") -> None:
     """Say how a run ended, and why.
 
     Raises:
@@ -168,6 +169,18 @@ def add_evaluation(
             client.log_batch(run_id, metrics=some)
     except MlflowException as error:
         raise TrackingError("MLflow does not take the evaluation", found=f"{folder}: {shown(str(error))}") from error
+
+
+def keep_text(store: Store, run_id: str, name: str, text: str) -> None:
+    """Keep a text among a run's artifacts; it replaces the one of its name.
+
+    Raises:
+        TrackingError: MLflow refuses or is away.
+    """
+    try:
+        store.client().log_text(run_id, text, name)
+    except MlflowException as error:
+        raise TrackingError("MLflow does not take a file", found=f"{name}: {shown(str(error))}") from error
 
 
 def reconcile(store: Store, is_stale: Callable[[Mapping[str, str]], bool]) -> list[str]:

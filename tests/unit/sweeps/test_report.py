@@ -291,11 +291,11 @@ def test_a_click_on_a_head_sorts_by_it_in_the_frame_that_mlflow_shows_pages_in(t
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
-        "--virtual-time-budget=5000",
+        "--virtual-time-budget=30000",
         f"--user-data-dir={tmp_path}/u",
     ]
     out = subprocess.run(
-        ["chromium", *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60, check=True
+        ["chromium", *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
     lines = re.search(r"<pre>(.*?)</pre>", out.stdout, re.DOTALL)[1].splitlines()
     cells = [[words for words in line.split("|") if words] for line in lines]
