@@ -26,6 +26,7 @@ from maskray.on_ray.board import TrialBoard
 from maskray.on_ray.judging import Judge
 
 Tell = Callable[[int, Mapping[str, float]], None]
+"""Told of a step, and of what is known then: scores where it was judged. It may end the trial, by SystemExit."""
 
 _POLL_SECONDS, _HEARTBEAT_SECONDS = 0.5, 3.0
 

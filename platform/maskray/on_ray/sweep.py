@@ -25,7 +25,7 @@ from ray.tune.search import Searcher
 from maskray.calibration import seconds_per_step
 from maskray.config.schema import ClusterConfig, RunConfig
 from maskray.errors import ClusterError, MaskrayError
-from maskray.on_ray import background, trial
+from maskray.on_ray import background, nested, trial
 from maskray.on_ray.trial import ASKED, ENDED, RUNG, STEP, VALUE, Asked, Sweep
 from maskray.sweeping import Prepared
 from maskray.sweeps import record
@@ -105,8 +105,13 @@ def run(prepared: Prepared, parent: str, show: Show) -> None:
     prepared.folder.delete("tune")
 
 
-def resources_of(cluster: ClusterConfig) -> dict[str, float]:
-    """What a trial takes, as Ray has it."""
+def resources_of(cluster: ClusterConfig) -> dict[str, float] | tune.PlacementGroupFactory:
+    """What a trial takes, as Ray has it: its own process, or its workers."""
+    return nested.resources(cluster) if cluster.workers > 1 else of_worker(cluster)
+
+
+def of_worker(cluster: ClusterConfig) -> dict[str, float]:
+    """What each takes."""
     gpus = {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}
     return {"CPU": cluster.cpus_per_worker, **gpus}
 
@@ -118,23 +123,23 @@ def concurrency_of(prepared: Prepared) -> int:
         ClusterError: the cluster has no room for so many, or for any.
     """
     cluster, asked = prepared.space.base.cluster, prepared.config.trials.concurrency
-    needs = resources_of(cluster)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(name, 0.0) / need + 1e-6) for name, need in needs.items()) for node in nodes)
+    room = nested.concurrency(cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     if room < (asked or 1):
+        each = ", ".join(f"{need:g} {name}" for name, need in of_worker(cluster).items())
+        workers = f"{cluster.workers} workers with {each}" if cluster.workers > 1 else each
         raise ClusterError(
             f"the cluster has room for {room} trials at once",
             key="trials.concurrency" if asked else "overrides.cluster.cpus_per_worker",
-            found=f"{asked or 1} of {', '.join(f'{need:g} {name}' for name, need in needs.items())} each",
-            allowed=f"at most {room}" if room else "what one node has",
-            fix="ask for fewer at once, or for smaller ones: cluster.cpus_per_worker and gpus_per_worker of base",
+            found=f"{asked or 1} of {workers} each",
+            allowed=f"at most {room}" if room else "what the nodes have, each worker on one of them",
+            fix="ask for fewer at once, or for smaller ones: cluster.workers, cpus_per_worker, gpus_per_worker of base",
         )
     return asked or room
 
 
 def measure(configs: Sequence[RunConfig]) -> list[float]:
     """Seconds that a step of each config takes, with the resources of a trial and nothing beside it."""
-    resources = resources_of(configs[0].cluster)
+    resources = of_worker(configs[0].cluster)
     timed = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=0)(seconds_per_step)
     # One after another: what runs beside a trial takes some of its time.
     return [ray.get(timed.remote(config)) for config in configs]
