@@ -32,6 +32,8 @@ from maskray.data.stream import Unit
 from maskray.errors import TrainingError
 from maskray.evaluation.judgement import Bench, Finding
 from maskray.launch import Prepared, card, unstored_metrics
+from maskray.on_ray import nested
+from maskray.on_ray.nested import Tell
 from maskray.pretrain import pretrain, settle
 from maskray.publish.release import training_seconds
 from maskray.sweeps import record
@@ -55,9 +57,6 @@ _FLUSH_SECONDS = 10.0
 _ENVIRONMENT = {  # read by Tune in this process, before it is given to another trial
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "45",  # a trial that is stopped has 30 s to tell MLflow what it has not told yet
 }
-
-Tell = Callable[[int, Mapping[str, float]], None]
-"""Told of a step, and of what is known then: scores where it was judged. It may end the trial, by SystemExit."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,11 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     tell = Teller(sweep)
     settle(run_config)
     bench = Bench(run_config, _device(run_config))
-    _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
+    if run_config.cluster.workers > 1:
+        root, judge = Storage(run_config.storage.path), InWorker(sweep.store.uri, run_id)
+        nested.train(run_config, root, folder, sweep.store.uri, run_id, judge, tell)
+    else:
+        _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
     with newest(folder) as weights:
         assert weights is not None, "the last step is a checkpoint"
         found, name = bench.find(trial.steps, weights), weights.name
@@ -185,6 +188,25 @@ def _train(config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Ben
         all_stored = stored.close()
     if not all_stored:
         raise unstored_metrics()
+
+
+@dataclass(frozen=True)
+class InWorker:
+    """Judges a checkpoint in the first of several workers, and tells MLflow."""
+
+    uri: str
+    """Of MLflow."""
+    run_id: str
+
+    def __call__(self, config: RunConfig, weights: Path) -> dict[str, float]:
+        """What it is worth: as `nested.Judge`."""
+        step = checkpoint.read_facts(weights).step
+        scores = scores_of(Bench(config, _device(config)).find(step, weights))
+        tracker = MlflowTracker(self.uri, self.run_id)
+        tracker.log(scores, step)
+        if not tracker.close():
+            raise unstored_metrics()
+        return scores
 
 
 def _last_rung(folder: Storage, config: RunConfig, bench: Bench) -> tuple[int, dict[str, float]] | None:
