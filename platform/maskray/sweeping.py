@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from maskray.calibration import seconds_per_step
-from maskray.config.load import dump, fingerprint, identity, load_text, merge, parse
+from maskray.config.load import dotted_keys, dump, fingerprint, identity, load_text, merge, parse
 from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import RegisterConfig, SweepConfig
@@ -37,7 +37,7 @@ from maskray.sweeps import record, report
 from maskray.sweeps.ranking import ranked
 from maskray.sweeps.record import Result, Trial
 from maskray.sweeps.search import Queue, open_queue
-from maskray.sweeps.space import Space, plan_of, point_key
+from maskray.sweeps.space import Space, plan_of, point_key, refuse_equal_points
 from maskray.sweeps.stopping import refuse_idle_rungs
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
@@ -101,7 +101,7 @@ def prepare(config: SweepConfig, *, resume: bool = False, new: bool = False, com
     root.check_writable()
     number = _last_number(root, config.name)
     if number and not new:
-        _refuse_unless_resumed(_folder(root, config.name, number), config, resume=resume)
+        _refuse_unless_resumed(_folder(root, config.name, number), space, resume=resume)
     number = number + 1 if new or not number else number
     folder = _folder(root, config.name, number)
     if space.unmeasured() and (measured := _measured(folder)):
@@ -167,6 +167,8 @@ def begun(prepared: Prepared) -> Iterator[str]:
         RunConflictError: somebody else is at it.
     """
     with lease.hold(prepared.folder, prepared.name, SWEEP):
+        prepared.folder.delete(record.FINISHED)
+        prepared.folder.write_bytes(record.DATASET, prepared.space.dataset.manifest.fingerprint.encode())
         prepared.folder.write_bytes(record.SWEEP_YAML, dump(prepared.config).encode())
         run_id = mlflow_runs.ensure_run(prepared.store, _card(prepared))
         try:
@@ -313,7 +315,10 @@ def _promotion(base: RunConfig, wanted: RegisterConfig) -> PromotionConfig | Non
         "tracking": {"uri": base.tracking.uri},
     }
     mine = {"data": {"path": base.data.path}}
-    return parse(PromotionConfig, merge(mine, wanted.promotion) | places, "register_best.promotion")
+    try:
+        return parse(PromotionConfig, merge(mine, wanted.promotion) | places, "it")
+    except ConfigError as error:
+        raise ConfigError(str(error), key="register_best.promotion") from error
 
 
 def has_failed(config: SweepConfig, results: Mapping[str, Result]) -> bool:
@@ -331,6 +336,7 @@ def _measured(folder: Storage) -> dict[str, float]:
 
 def _trials(space: Space) -> tuple[Trial, ...]:
     found = [space.trial(point, seed) for point in space.sample() for seed in _seeds(space.config)]
+    refuse_equal_points(found)
     if not space.unmeasured():
         refuse_idle_rungs(space.config.stopping, found)
     return tuple({trial.key: trial for trial in found}.values())
@@ -351,7 +357,7 @@ def _last_number(root: Storage, name: str) -> int:
     return max((int(match[1]) for match in numbered if match), default=0)
 
 
-def _refuse_unless_resumed(folder: Storage, config: SweepConfig, *, resume: bool) -> None:
+def _refuse_unless_resumed(folder: Storage, space: Space, *, resume: bool) -> None:
     name = folder.uri.rpartition("/")[2]
     if not resume:
         ended = folder.exists(record.FINISHED)
@@ -367,7 +373,7 @@ def _refuse_unless_resumed(folder: Storage, config: SweepConfig, *, resume: bool
     except FileNotFoundError:  # killed before its first trial
         return
     before = load_text(SweepConfig, text, folder.join(record.SWEEP_YAML))
-    then, now = (mlflow_runs.flatten(identity(each)) for each in (before, config))
+    then, now = map(_meaning, (before, space.config))
     if changed := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
         raise ConfigError(
             f"the sweep was begun with other values: {', '.join(changed)}",
@@ -376,6 +382,30 @@ def _refuse_unless_resumed(folder: Storage, config: SweepConfig, *, resume: bool
             allowed=then.get(changed[0], "nothing"),
             fix="take those of its sweep.yaml, or begin another with --new",
         )
+    dataset, version = folder.read_bytes(record.DATASET).decode(), space.dataset.manifest.fingerprint
+    if dataset != version:
+        raise ConfigError(
+            "the sweep was begun on another version of the dataset: images were added to it",
+            key="data.version",
+            found=version,
+            allowed=dataset,
+            fix=f"--set overrides.data.version={dataset}, or begin another sweep with --new",
+        )
+
+
+def _meaning(config: SweepConfig) -> dict[str, str]:
+    """Dotted keys and values of a sweep that say what is learned in it: the others may change when it goes on."""
+    may_change = [f"{key}." for key, is_operational in dotted_keys(RunConfig) if is_operational]
+
+    def counts(key: str) -> bool:
+        section, _, rest = key.partition(".")
+        if section not in ("base", "overrides"):
+            return True
+        return bool(rest) and not f"{rest}.".startswith(
+            tuple(may_change)
+        )  # where there is no rest the section is empty
+
+    return {key: value for key, value in mlflow_runs.flatten(identity(config)).items() if counts(key)}
 
 
 def _fingerprint(folder: Storage) -> str:
@@ -390,7 +420,7 @@ def _card(prepared: Prepared) -> RunCard:
     return RunCard(
         name=prepared.name,
         fingerprint=_fingerprint(prepared.folder),
-        params={**identity(config), mlflow_runs.DATASET_PARAM: dataset.manifest.fingerprint},
+        params={**_meaning(config), mlflow_runs.DATASET_PARAM: dataset.manifest.fingerprint},
         tags={**prepared.code, "maskray.storage": prepared.folder.uri, HOST_TAG: socket.gethostname()},
         config_yaml=dump(config),
         dataset=DatasetCard(Path(place).name, place, dataset.manifest.fingerprint, dataset.num_rows()),

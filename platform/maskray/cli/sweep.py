@@ -108,12 +108,13 @@ def _bill(prepared: Prepared) -> Table:
     for heading in (*axes, "steps", "FLOP a step", "FLOP", "encoder", "decoder"):
         table.add_column(heading, justify="right")
     points = list(_points(prepared).values())
+    is_known = not prepared.space.unmeasured()
     for each in points[:_MOST_ROWS]:
         table.add_row(
             *(_value(each, axis) for axis in axes),
-            f"{each.steps:,}",
+            f"{each.steps:,}" if is_known else "as timed",
             short(each.flops_per_step),
-            short(each.flops),
+            short(each.flops) if is_known else "as timed",
             short(each.encoder_parameters),
             short(each.decoder_parameters),
         )
@@ -129,8 +130,14 @@ def _total(prepared: Prepared, rate: float | None) -> str:
     seeds, cluster = len(prepared.config.seeds), prepared.space.base.cluster
     left = prepared.num_trials - sum(each.status != "failed" for each in prepared.results.values())
     mean = sum(each.flops for each in prepared.trials) / len(prepared.trials)
-    words = [f"{prepared.num_trials} trials ({seeds} seeds a point)"]
+    words = [f"{prepared.num_trials} trials ({seeds} seed{'' if seeds == 1 else 's'} a point)"]
     words += [f"{left} of them left"] if left < prepared.num_trials else []
+    if prepared.space.unmeasured():
+        assert prepared.config.budget is not None
+        assert prepared.config.budget.accelerator_seconds is not None
+        seconds = prepared.config.budget.accelerator_seconds
+        words += [f"{seconds:g} s of training each: a few steps of every point are timed before the first trial"]
+        return "; ".join([*words, f"{time_of(left * seconds / cluster.workers / 3600)} one after another"])
     words += [f"{short(left * mean, 'FLOP')} in all, if none is stopped"]
     if rate is None and not cluster.gpus_per_worker:
         rate = measured_rate(prepared)

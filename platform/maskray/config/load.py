@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -52,6 +52,10 @@ _TYPES = {
     "number": "a number",
     "string": "a string",
     "tuple": "a list",
+}
+_LACKS: dict[str, Callable[[list[Any], dict[str, Any]], str]] = {
+    "missing": lambda keys, _: f"this {'value' if isinstance(keys[-1], int) else 'key'} is required",
+    "too_short": lambda _, context: f"it must have at least {context['min_length']} item, and has none",
 }
 _NUMBER = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -170,8 +174,8 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     key, context = ".".join(map(str, keys)) or "config", error.get("ctx", {})
     if error["type"] == "extra_forbidden":
         return f"{key}: no such key. {_suggestion(model, keys, holders)}"
-    if error["type"] == "missing":
-        return f"{key}: this {'value' if isinstance(keys[-1], int) else 'key'} is required"
+    if error["type"] in _LACKS:
+        return f"{key}: {_LACKS[error['type']](keys, context)}"
     if error["type"] == "union_tag_invalid":
         allowed = context["expected_tags"].replace("'", "")
         return f"{key}.kind: no such kind (found {context['tag']!r}). Allowed: {allowed}"

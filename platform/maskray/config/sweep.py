@@ -75,7 +75,11 @@ class RandInt(Axis):
 
 
 def _as_axis(value: Any) -> Any:
-    return {"kind": "grid", "values": value} if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return {"kind": "grid", "values": value}
+    if not isinstance(value, Mapping | Axis):
+        raise ValueError("an axis is a list of values, or a section with a kind and what goes with it")
+    return value
 
 
 _Axes = Grid | Choice | Uniform | LogUniform | RandInt

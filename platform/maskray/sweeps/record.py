@@ -1,7 +1,8 @@
 """What a sweep has on record: files of its own folder, by key, so that nothing of Tune's must be read again.
 
     <storage.path>/sweeps/<name>-<n>/     n counts from 1: `--new` begins the next
-    ├── sweep.yaml                        as it was begun
+    ├── sweep.yaml                        as it was begun, or went on
+    ├── dataset                           fingerprint of the version of the dataset that it is on
     ├── asked.json                        points that Optuna asked for, in order (`search.py`)
     ├── rungs/<key>.json                  at which rungs a trial was, with what, and whether it went on
     ├── trials/<key>/                     checkpoint folders; `painted.npz`; `error.txt` of one that failed;
@@ -26,13 +27,14 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError
 from maskray.evaluation.reconstruction import Reconstruction
 
-SWEEPS, TRIALS, RESULT, PAINTED, ERROR, SWEEP_YAML, FINISHED, ASKED, RUNGS, REPORT = (
+SWEEPS, TRIALS, RESULT, PAINTED, ERROR, SWEEP_YAML, DATASET, FINISHED, ASKED, RUNGS, REPORT = (
     "sweeps",
     "trials",
     "result.json",
     "painted.npz",
     "error.txt",
     "sweep.yaml",
+    "dataset",
     "finished.json",
     "asked.json",
     "rungs",

@@ -30,7 +30,7 @@ from maskray.config.sweep import (
 from maskray.data.places import with_absolute_paths
 from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
-from maskray.errors import ConfigError, DataError
+from maskray.errors import ConfigError, DataError, MaskrayError
 from maskray.models.build import build_normalize, weightless_model
 from maskray.models.cost import Cost, cost
 from maskray.models.foreign import weights_digest
@@ -66,7 +66,7 @@ class Space:
         self._raw = _laid(config.base, config.overrides | _OF_TRIALS)
         self._measured = dict(seconds_per_step or {})
         self._costs: dict[str, Cost] = {}
-        self.base = with_absolute_paths(parse(RunConfig, self._raw | {"name": config.name}, "base"))
+        self.base = _base(config, self._raw)
         _refuse_other_keys(config)
         self.dataset = Dataset.open(self.base.data.path, self.base.data.version)
         self._digest = weights_digest(self.base.init_from)
@@ -92,8 +92,14 @@ class Space:
         """A point with a seed, its schedule's length and what it costs.
 
         Raises:
-            MaskrayError: there is no such run, or the budget is not enough for a step of it.
+            MaskrayError: there is no such run, or the budget is not enough for a step of it; it names the point.
         """
+        try:
+            return self._trial(point, seed)
+        except MaskrayError as error:
+            raise type(error)(f"at {name_of(point)}: {error}", key="space") from error
+
+    def _trial(self, point: Point, seed: int) -> Trial:
         config = self._base_of(point, seed)
         found = self._cost(config, point)
         per_step = found.training_flops * config.optim.global_batch
@@ -127,11 +133,7 @@ class Space:
 
     def _base_of(self, point: Point, seed: int) -> RunConfig:
         raw = _laid(self._raw, point) | {"name": self.config.name, "seed": seed}
-        try:
-            config = with_absolute_paths(parse(RunConfig, raw, "space"))
-        except ConfigError as error:
-            where = " ".join(f"{key}={shown(value)}" for key, value in point.items())
-            raise ConfigError(f"at {where}: {error}", key="space") from error
+        config = with_absolute_paths(parse(RunConfig, raw, "the run"))
         data = config.data.model_copy(update={"version": self.dataset.manifest.fingerprint})
         return config.model_copy(update={"data": data})
 
@@ -194,6 +196,11 @@ def plan_of(config: RunConfig, dataset: Dataset) -> RunPlan:
     return resolve(config, dataset.facts(), weights_digest(config.init_from))
 
 
+def name_of(point: Point) -> str:
+    """A point, for people."""
+    return " ".join(f"{key}={shown(value)}" for key, value in point.items())
+
+
 def point_key(point: Point) -> str:
     """Sixteen hexadecimal digits that say which point this is."""
     return fingerprint(dict(point))
@@ -219,14 +226,57 @@ def _as_long_as(config: RunConfig, steps: int, whole: RunPlan) -> RunConfig:
     return config.model_copy(update={"optim": config.optim.model_copy(update=length)})
 
 
+def _base(config: SweepConfig, raw: Mapping[str, Any]) -> RunConfig:
+    """What the points have in common. A mistake in it says which of the sweep's sections it is in."""
+    try:
+        return with_absolute_paths(parse(RunConfig, {**raw, "name": config.name}, "the run"))
+    except ConfigError as error:
+        section = "overrides" if any(key in str(error) for key in config.overrides) else "base"
+        raise ConfigError(str(error), key=section) from error
+
+
 def _refuse_other_keys(config: SweepConfig) -> None:
-    known = dict(dotted_keys(RunConfig))
-    for key in config.space:
+    known = dict(dotted_keys(RunConfig)) | {"name": True}
+    for key, axis in config.space.items():
         if known.get(key):
             raise ConfigError(
                 "it changes nothing that is learned: all of its points would be one",
                 key=f"space.{key}",
-                fix=f"set it for all of them, in overrides: {{{key}: …}}",
+                fix="leave it out" if key == "name" else f"set it for all of them, in overrides: {{{key}: …}}",
+            )
+        if key in config.overrides and not axis.when:
+            raise ConfigError(
+                "it is an axis of the space, whose values would replace this one",
+                key=f"overrides.{key}",
+                found=config.overrides[key],
+                fix="leave it out, or take the axis out of the space",
+            )
+    for key, value in _OF_TRIALS.items():
+        if config.overrides.get(key, value) != value:
+            raise ConfigError(
+                "the trials of a sweep cannot have it otherwise",
+                key=f"overrides.{key}",
+                found=config.overrides[key],
+                allowed=shown(value),
+                fix="leave it out",
+            )
+
+
+def refuse_equal_points(trials: Sequence[Trial]) -> None:
+    """Look whether points that are not the same make the same run, as 1 and 1.0 do.
+
+    Raises:
+        ConfigError: two of them do.
+    """
+    first: dict[str, Point] = {}
+    for trial in trials:
+        other = first.setdefault(trial.key, trial.point)
+        if point_key(other) != point_key(trial.point):
+            raise ConfigError(
+                "two of its points are the same run",
+                key="space",
+                found=f"{name_of(other)} and {name_of(trial.point)}",
+                fix="leave one of them out",
             )
 
 
