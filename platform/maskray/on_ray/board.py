@@ -26,3 +26,19 @@ class Board:
     def read(self, seen: int) -> tuple[int, dict[str, float], list[str]]:
         """From the driver: the newest step and metrics, and the warnings after the first `seen`."""
         return self._step, self._metrics, list(self._warnings)[seen:]
+
+
+class TrialBoard(Board):
+    """Also what a trial's checkpoints are worth: each is kept, and none but once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[int, dict[str, float]] = {}
+
+    def found(self, step: int, metrics: Mapping[str, float]) -> None:
+        """From the first worker. One that was lost and came again may find the same again."""
+        self._found.setdefault(step, dict(metrics))
+
+    def read_found(self, seen: int) -> list[tuple[int, dict[str, float]]]:
+        """From the trial's process: what came after the first `seen`."""
+        return list(self._found.items())[seen:]

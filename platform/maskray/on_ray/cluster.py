@@ -194,17 +194,19 @@ def _refuse_if_scattered(
 
 def _unplaced(bundles: list[dict[str, float]], nodes: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     """Bundles without a place on any one node, the others having theirs."""
-    left, out = [dict(node) for node in nodes], []
-    for bundle in bundles:
-        amounts = {name: amount for name, amount in bundle.items() if amount}
-        room = (node for node in left if not _shortage(amounts, node))
-        node = next(room, None)
-        if node is None:
-            out.append(bundle)
-            continue
-        for name, amount in amounts.items():
-            node[name] -= amount
-    return out
+    left = [dict(node) for node in nodes]
+    return [bundle for bundle in bundles if not place(bundle, left)]
+
+
+def place(bundle: Mapping[str, float], left: Sequence[dict[str, float]]) -> bool:
+    """Take a bundle from the first of the nodes that has room for it, in what is left of each; whether one had."""
+    amounts = {name: amount for name, amount in bundle.items() if amount}
+    node = next((node for node in left if not _shortage(amounts, node)), None)
+    if node is None:
+        return False
+    for name, amount in amounts.items():
+        node[name] -= amount
+    return True
 
 
 def _largest() -> dict[str, float]:

@@ -40,6 +40,7 @@ class RayWorkerContext:
         self._attempt = uuid.uuid4().hex[:8]
         self._uploaded = threading.Event()
         self._uploaded.set()
+        self._newest: str | None = None
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
@@ -56,10 +57,11 @@ class RayWorkerContext:
         start = time.perf_counter()
         self._uploaded.wait()
         waited = time.perf_counter() - start
-        reported = None
+        reported, name = None, folders.folder_name(step, self._attempt)
         copies = [snapshot]  # dropped after the upload: Ray keeps `upload` itself until the controller has the report
         if snapshot is not None:
             self._uploaded.clear()
+            self._newest = name
             # An empty folder stands for the checkpoint until `upload` fills it; Train deletes it afterwards.
             reported = ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="maskray-"))
 
@@ -76,13 +78,19 @@ class RayWorkerContext:
         ray.train.report(
             {"step": step, folders.SCORE: folders.NO_SCORE},
             checkpoint=reported,
-            checkpoint_dir_name=folders.folder_name(step, self._attempt),
+            checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
             delete_local_checkpoint_after_upload=True,
             validation=probed and reported is not None,
         )
         return waited
+
+    def newest_checkpoint(self) -> Storage:
+        """The folder of what this worker reported last, once all of it is there."""
+        assert self._newest is not None, "the first worker's, once it has reported"
+        self._uploaded.wait()
+        return self._run.child(self._newest)
 
     def _upload(self, snapshot: Snapshot, local: Path, name: str) -> ray.train.Checkpoint:
         snapshot(local)

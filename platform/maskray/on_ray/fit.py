@@ -29,9 +29,10 @@ def trainer(
     root: Storage,
     name: str,
     checkpoints: ray.train.CheckpointConfig,
+    kind: type[TorchTrainer] = TorchTrainer,
     **data: Any,
 ) -> TorchTrainer:
-    """A trainer.
+    """A trainer, of a kind.
 
     Args:
         function: what each worker runs.
@@ -40,11 +41,12 @@ def trainer(
         root: where runs are kept.
         name: of the run, and of its folder there.
         checkpoints: which are kept.
+        kind: its class.
         data: what else `TorchTrainer` takes: `datasets`, `dataset_config` and `validation_config`.
     """
     on_gpu = cluster.gpus_per_worker > 0
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if on_gpu else {})
-    return TorchTrainer(
+    return kind(
         function,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),

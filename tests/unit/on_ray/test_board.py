@@ -1,6 +1,6 @@
 """What the board keeps for the driver."""
 
-from maskray.on_ray.board import MOST_WARNINGS, Board
+from maskray.on_ray.board import MOST_WARNINGS, Board, TrialBoard
 
 
 def test_a_warning_is_kept_once_and_given_once():
@@ -18,3 +18,14 @@ def test_a_flood_is_cut_and_says_so():
     warnings = board.read(0)[2]
     assert len(warnings) == MOST_WARNINGS + 1
     assert "more warnings" in warnings[-1]
+
+
+def test_what_a_checkpoint_is_worth_is_kept_once():
+    """A worker that was lost may judge again."""
+    board = TrialBoard()
+    board.found(5, {"probe/knn": 0.5})
+    board.found(5, {"probe/knn": 0.5})
+    assert board.read_found(0) == [(5, {"probe/knn": 0.5})]
+    board.found(9, {"probe/knn": 0.6})
+    assert board.read_found(1) == [(9, {"probe/knn": 0.6})]
+    assert board.read_found(2) == []

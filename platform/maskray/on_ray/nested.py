@@ -1,0 +1,211 @@
+"""A trial of a sweep that takes several workers: Ray Train within the process of a trial of Ray Tune.
+
+Tune gives the trial one placement group with all of its workers' resources, and the workers are placed in it
+(`lent.py`): two trials can never hold half of what each needs, and what Tune ends is gone, workers and all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray import tune
+
+from maskray.config.schema import RunConfig
+from maskray.data.storage import Storage
+from maskray.errors import NonFiniteError
+from maskray.launch import unstored_metrics
+from maskray.on_ray import cluster, fit, lent, worker
+from maskray.on_ray.board import TrialBoard
+from maskray.on_ray.context import RayContext
+from maskray.tracking.base import Observer
+from maskray.training import checkpoint, folders
+from maskray.training.context import Snapshot
+
+Judge = Callable[[RunConfig, Path], dict[str, float]]
+"""What the checkpoint in a local folder is worth, by name."""
+Tell = Callable[[int, Mapping[str, float]], None]
+
+_POLL_SECONDS, _HEARTBEAT_SECONDS = 0.5, 3.0
+
+
+def train(
+    config: RunConfig, root: Storage, folder: Storage, tracking_uri: str, run_id: str, judge: Judge, tell: Tell
+) -> None:
+    """Train a trial to its end on the workers of its placement group, which `resources` asks Tune for.
+
+    Checkpoints are kept in the trial's folder, and it goes on from them; lost workers are Train's to start again, and a
+    lost controller is ours, `cluster.max_failures` times each. After each of the steps of `training.probe_at`, the last
+    of the run among them or not, the first worker judges the checkpoint, on what it trains on; the others wait for it
+    in their next collective, half an hour at most (`timeout_s` of Ray Train's `TorchConfig`). Where the trial goes on
+    from such a checkpoint, what was found is told again. Training does not wait for what `tell` does: a trial that it
+    ends has done a few steps more.
+
+    When `tell` raises, Train's controller and the workers are killed. They also die with this process.
+
+    Args:
+        config: of the trial, `data.stream` local.
+        root: where runs are kept, as all nodes see it.
+        folder: the trial's, below it.
+        tracking_uri: MLflow's.
+        run_id: the trial's run there; it gets what training logs.
+        judge: is called in the first worker.
+        tell: is called here: after each judgement, with what was logged at its step and what was found; and with
+            nothing, every few seconds, as long as there are new lines of the log (where workers were lost the step goes
+            back, and a step may be told of twice). It may raise, SystemExit too.
+
+    Raises:
+        MaskrayError: a mistake that only the workers could see, or metrics that MLflow has not taken.
+        TrainingError: a step was not finite, or the workers were lost too often.
+    """
+    board = ray.remote(num_cpus=0)(TrialBoard).remote()
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "run": folder.uri,
+        "run_id": run_id,
+        "tracking_uri": tracking_uri,
+        "board": board,
+        "judge": ray.put(judge),
+    }
+    make = partial(_trainer, settings, config, root, folder)
+    pulse = _Pulse()
+    try:
+        with fit.followed(board, pulse.beat), lent.fitting(make, folder, config.cluster.max_failures) as fitting:
+            num_told, ended = 0, False
+            while not ended:
+                ended = bool(wait([fitting], _POLL_SECONDS).done)  # and looks once more
+                for step, metrics in ray.get(board.read_found.remote(num_told)):
+                    num_told += 1
+                    tell(step, metrics)
+                if pulse.is_due():
+                    tell(pulse.step, {})
+            outcome = fitting.result()
+    finally:
+        ray.kill(board)  # an error's traceback may be kept, and would keep it
+    if "not_finite" in outcome:
+        raise NonFiniteError(outcome["not_finite"])
+    if not outcome["stored"]:
+        raise unstored_metrics()
+
+
+def resources(config: RunConfig) -> tune.PlacementGroupFactory:
+    """What Tune is to hold for a trial: nothing for its own process, which waits, and a bundle for each worker."""
+    return tune.PlacementGroupFactory([{}, *_bundles(config)])
+
+
+def concurrency(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many trials the cluster holds at once: all workers of each, every worker on one node.
+
+    Args:
+        config: of a trial.
+        nodes: what each of the nodes has.
+    """
+    left = [dict(node) for node in nodes]
+    return next(n for n in itertools.count() if not all(cluster.place(bundle, left) for bundle in _bundles(config)))
+
+
+def _bundles(config: RunConfig) -> list[dict[str, float]]:
+    of = config.cluster
+    amounts = {"CPU": of.cpus_per_worker, "GPU": of.gpus_per_worker}
+    return [{name: amount for name, amount in amounts.items() if amount} for _ in range(of.workers)]
+
+
+def _trainer(settings: dict[str, Any], config: RunConfig, root: Storage, folder: Storage) -> lent.Trainer:
+    name = folder.address[0].removeprefix(f"{root.address[0].rstrip('/')}/")
+    keep = ray.train.CheckpointConfig(num_to_keep=config.storage.keep_checkpoints)
+    trainer: lent.Trainer = fit.trainer(_work, settings, config.cluster, root, name, keep, lent.Trainer)
+    return trainer
+
+
+class _Pulse:
+    """Whether training goes on: the newest line of its log, and what of it was told."""
+
+    def __init__(self) -> None:
+        self.step = self._told = 0
+        self._at = time.monotonic()
+
+    def beat(self, step: int, _: Mapping[str, float]) -> None:
+        """There is a line."""
+        self.step = step
+
+    def is_due(self) -> bool:
+        """Whether there is one to tell of, and the last time was long enough ago; that is then now."""
+        now = time.monotonic()
+        if self.step == self._told or now - self._at < _HEARTBEAT_SECONDS:
+            return False
+        self._told, self._at = self.step, now
+        return True
+
+
+# --------------------------------------------------------------------------------------------------------- the workers
+
+
+def _work(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each of Ray Train's workers runs."""
+    config = RunConfig.model_validate(settings["config"])
+    context = _JudgingContext(config, Storage(settings["run"]), ray.get(settings["judge"]), settings["board"])
+    return worker.train(settings, config, context, Observer(context.note))
+
+
+class _JudgingContext(RayContext):
+    """A `RayContext` whose first worker judges the checkpoints that the config names.
+
+    Args:
+        config: of the trial.
+        run: its folder.
+        judge: judges.
+        board: where what is found is posted.
+    """
+
+    def __init__(self, config: RunConfig, run: Storage, judge: Judge, board: Any) -> None:
+        super().__init__(config.data, run, on_ray=False)
+        self._config, self._judge, self._board = config, judge, board
+        self._line: tuple[int, dict[str, float]] = (0, {})
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What training logged: told with what is found at the same step."""
+        self._line = step, dict(metrics)
+
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        """As there. What it is worth is told: nobody may have heard of it, and it may not even have been judged."""
+        with super().latest_checkpoint() as folder:
+            if folder is not None and self._is_judged(step := checkpoint.read_facts(folder).step):
+                self._tell(step, _note(folder) or self._judge(self._config, folder))
+            yield folder
+
+    def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:  # noqa: ARG002
+        """As there, and judge."""
+        waited = super().report(step, snapshot, probed=False)
+        if self._is_judged(step):
+            weights, (at, logged) = self.newest_checkpoint(), self._line
+            with checkpoint.on_disk(weights) as folder:
+                found = self._judge(self._config, folder)
+            metrics = {**(logged if at == step else {}), **found}
+            weights.write_bytes(folders.PROBE, json.dumps({"metrics": metrics}, indent=1).encode())
+            self._tell(step, metrics)
+        return waited
+
+    def _is_judged(self, step: int) -> bool:
+        return self.rank == 0 and step in self._config.training.probe_at
+
+    def _tell(self, step: int, metrics: Mapping[str, float]) -> None:
+        # Waited for: what is ended now must not have judged in vain.
+        ray.get(self._board.found.remote(step, dict(metrics)))
+
+
+def _note(folder: Path) -> dict[str, float] | None:
+    """What was found of a checkpoint; None where it was not judged, or the note is torn."""
+    try:
+        return dict(json.loads((folder / folders.PROBE).read_bytes())["metrics"])
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None

@@ -1,0 +1,61 @@
+"""What a trial of several workers takes, and how often it says that it goes on."""
+
+import pytest
+
+from maskray.on_ray import nested
+
+
+@pytest.fixture
+def config(tiny):
+    return lambda **of_cluster: tiny(cluster=of_cluster)
+
+
+def test_tune_holds_a_bundle_for_each_worker_and_nothing_for_the_trials_own_process(config):
+    asked = nested.resources(config(workers=2, cpus_per_worker=0.5))
+    assert asked.head_bundle_is_empty
+    assert asked.bundles == [{"CPU": 0.5}, {"CPU": 0.5}]
+    on_gpus = nested.resources(config(workers=3, cpus_per_worker=4, gpus_per_worker=1))
+    assert on_gpus.bundles == [{"CPU": 4, "GPU": 1}] * 3
+
+
+@pytest.mark.parametrize(
+    ("of_cluster", "nodes", "trials"),
+    [
+        ({"workers": 2}, [{"CPU": 2.0}], 1),
+        ({"workers": 2, "cpus_per_worker": 0.5}, [{"CPU": 2.0}], 2),
+        ({"workers": 2, "cpus_per_worker": 0.1}, [{"CPU": 1.0}], 5),
+        ({"workers": 2, "cpus_per_worker": 3}, [{"CPU": 4.0}, {"CPU": 4.0}], 1),  # not the 8 / 6 of the sums
+        ({"workers": 2, "cpus_per_worker": 3}, [{"CPU": 5.0}, {"CPU": 2.0}], 0),  # nor the 7 / 6
+        ({"workers": 2, "gpus_per_worker": 1}, [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 64.0}], 2),
+        ({"workers": 4, "gpus_per_worker": 1}, [{"CPU": 8.0, "GPU": 2.0}] * 5, 2),
+    ],
+)
+def test_every_worker_lies_on_one_node(config, of_cluster, nodes, trials):
+    assert nested.concurrency(config(**of_cluster), nodes) == trials
+
+
+def test_what_the_nodes_have_is_not_touched(config):
+    nodes = [{"CPU": 2.0}]
+    nested.concurrency(config(workers=2), nodes)
+    assert nodes == [{"CPU": 2.0}]
+
+
+def test_a_trial_says_that_it_goes_on_only_where_it_does_and_not_too_often(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(nested.time, "monotonic", lambda: now)
+    pulse = nested._Pulse()
+    now += 60
+    assert not pulse.is_due()  # no line yet, however long it takes
+    pulse.beat(10, {})
+    assert pulse.is_due()
+    assert pulse.step == 10
+    now += 60
+    assert not pulse.is_due()  # it hangs
+    pulse.beat(20, {})
+    assert pulse.is_due()
+    now += nested._HEARTBEAT_SECONDS / 2
+    pulse.beat(30, {})
+    assert not pulse.is_due()
+    now += nested._HEARTBEAT_SECONDS / 2
+    assert pulse.is_due()
+    assert pulse.step == 30
