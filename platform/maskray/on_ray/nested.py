@@ -7,13 +7,10 @@ Tune gives the trial one placement group with all of its workers' resources, and
 from __future__ import annotations
 
 import itertools
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,15 +21,10 @@ from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import NonFiniteError
 from maskray.launch import unstored_metrics
-from maskray.on_ray import cluster, fit, lent, worker
+from maskray.on_ray import cluster, fit, judging, lent
 from maskray.on_ray.board import TrialBoard
-from maskray.on_ray.context import RayContext
-from maskray.tracking.base import Observer
-from maskray.training import checkpoint, folders
-from maskray.training.context import Snapshot
+from maskray.on_ray.judging import Judge
 
-Judge = Callable[[RunConfig, Path], dict[str, float]]
-"""What the checkpoint in a local folder is worth, by name."""
 Tell = Callable[[int, Mapping[str, float]], None]
 
 _POLL_SECONDS, _HEARTBEAT_SECONDS = 0.5, 3.0
@@ -122,7 +114,7 @@ def _bundles(config: RunConfig) -> list[dict[str, float]]:
 def _trainer(settings: dict[str, Any], config: RunConfig, root: Storage, folder: Storage) -> lent.Trainer:
     name = folder.address[0].removeprefix(f"{root.address[0].rstrip('/')}/")
     keep = ray.train.CheckpointConfig(num_to_keep=config.storage.keep_checkpoints)
-    trainer: lent.Trainer = fit.trainer(_work, settings, config.cluster, root, name, keep, lent.Trainer)
+    trainer: lent.Trainer = fit.trainer(judging.run, settings, config.cluster, root, name, keep, lent.Trainer)
     return trainer
 
 
@@ -144,68 +136,3 @@ class _Pulse:
             return False
         self._told, self._at = self.step, now
         return True
-
-
-# --------------------------------------------------------------------------------------------------------- the workers
-
-
-def _work(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each of Ray Train's workers runs."""
-    config = RunConfig.model_validate(settings["config"])
-    context = _JudgingContext(config, Storage(settings["run"]), ray.get(settings["judge"]), settings["board"])
-    return worker.train(settings, config, context, Observer(context.note))
-
-
-class _JudgingContext(RayContext):
-    """A `RayContext` whose first worker judges the checkpoints that the config names.
-
-    Args:
-        config: of the trial.
-        run: its folder.
-        judge: judges.
-        board: where what is found is posted.
-    """
-
-    def __init__(self, config: RunConfig, run: Storage, judge: Judge, board: Any) -> None:
-        super().__init__(config.data, run, on_ray=False)
-        self._config, self._judge, self._board = config, judge, board
-        self._line: tuple[int, dict[str, float]] = (0, {})
-
-    def note(self, step: int, metrics: Mapping[str, float]) -> None:
-        """What training logged: told with what is found at the same step."""
-        self._line = step, dict(metrics)
-
-    @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        """As there. What it is worth is told: nobody may have heard of it, and it may not even have been judged."""
-        with super().latest_checkpoint() as folder:
-            if folder is not None and self._is_judged(step := checkpoint.read_facts(folder).step):
-                self._tell(step, _note(folder) or self._judge(self._config, folder))
-            yield folder
-
-    def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:  # noqa: ARG002
-        """As there, and judge."""
-        waited = super().report(step, snapshot, probed=False)
-        if self._is_judged(step):
-            weights, (at, logged) = self.newest_checkpoint(), self._line
-            with checkpoint.on_disk(weights) as folder:
-                found = self._judge(self._config, folder)
-            metrics = {**(logged if at == step else {}), **found}
-            weights.write_bytes(folders.PROBE, json.dumps({"metrics": metrics}, indent=1).encode())
-            self._tell(step, metrics)
-        return waited
-
-    def _is_judged(self, step: int) -> bool:
-        return self.rank == 0 and step in self._config.training.probe_at
-
-    def _tell(self, step: int, metrics: Mapping[str, float]) -> None:
-        # Waited for: what is ended now must not have judged in vain.
-        ray.get(self._board.found.remote(step, dict(metrics)))
-
-
-def _note(folder: Path) -> dict[str, float] | None:
-    """What was found of a checkpoint; None where it was not judged, or the note is torn."""
-    try:
-        return dict(json.loads((folder / folders.PROBE).read_bytes())["metrics"])
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
-        return None
