@@ -54,24 +54,28 @@ def trial(parameters: dict) -> None:
     def tell(step, metrics):
         tune.report({"step": step, "score": metrics.get(SCORE), "loss": metrics.get("pretrain/loss")})
 
-    judge = Judge(Path(root.uri), point["key"], dies=point["fault"] == "worker")
+    judge = Judge(Path(point["notes"]), point["key"], point["fault"])
     nested.train(config, root, folder, point["uri"], point["run_id"], judge, tell)
     tune.report({"step": config.optim.steps, "score": None, "loss": None, "complete": True})
 
 
 class Judge:
-    """As a run's probe. The first of the workers that asks may be killed at that."""
+    """As a run's probe; and the first time that it is asked, it may be the end of a process."""
 
-    def __init__(self, notes: Path, key: str, *, dies: bool) -> None:
-        self.notes, self.key, self.dies = notes, key, dies
+    def __init__(self, notes: Path, key: str, fault: str) -> None:
+        self.notes, self.key, self.fault = notes, key, fault
 
     def __call__(self, config: RunConfig, folder: Path) -> dict[str, float]:
         assert checkpoint.is_whole(folder)
-        with (self.notes / f"{self.key}.judged").open("a") as file:
+        is_first = not (self.notes / self.key).exists()
+        with (self.notes / self.key).open("a") as file:
             file.write(f"{checkpoint.read_facts(folder).step}\n")
-        if self.dies and not (self.notes / f"{self.key}.died").exists():
-            (self.notes / f"{self.key}.died").touch()
+        if is_first and self.fault == "worker":
             os.kill(os.getpid(), signal.SIGKILL)
+        if is_first and self.fault == "controller":
+            (controller,) = [p for p in psutil.Process().parent().children() if "ray::_Controller" in str(p.cmdline())]
+            controller.kill()
+            time.sleep(60)  # and goes with it
         return judgement.probe(config, folder, torch.device("cpu"), first=False)[-1].scores.metrics()
 
 
@@ -90,11 +94,12 @@ class KillsSome(tune.Callback):
     """Ends the process of a trial that trains, as a watchdog does; and keeps what all of them said."""
 
     def __init__(self):
-        self.said = defaultdict(list)
+        self.said, self.was_there = defaultdict(list), set()
 
     def on_trial_result(self, iteration, trials, trial, result, **_):
         point = trial.config["point"]
         self.said[point["key"]].append((result["step"], result["score"], result["loss"]))
+        self.was_there.update(left())
         if point["fault"] == "killed":
             ray.kill(trial.temporary_state.ray_actor)
 
@@ -147,9 +152,13 @@ def ray_folder() -> Iterator[str]:
 
 def left() -> list[str]:
     """What there still is of trials in the cluster that this process started."""
-    groups = [f"placement group {key}" for key, each in placement_group_table().items() if each["state"] != "REMOVED"]
+    groups = [f"placement group of {len(g['bundles'])}" for g in placement_group_table().values() if is_there(g)]
     alive = [f"actor {each['ActorClassName']}" for each in actors().values() if each["State"] != "DEAD"]
     return [*groups, *alive, *processes(), *(["CPUs"] if ray.available_resources().get("CPU") != CPUS else [])]
+
+
+def is_there(group: dict) -> bool:
+    return group["state"] != "REMOVED"
 
 
 def processes() -> list[str]:
@@ -171,46 +180,47 @@ def seconds_until_nothing_is_left() -> float:
 
 
 @pytest.fixture
-def sweep(tiny: Callable[..., RunConfig], tmp_path: Path, store) -> Callable[..., tuple[list, dict]]:
+def sweep(tiny: Callable[..., RunConfig], tmp_path: Path, store) -> Callable[..., tuple[list, KillsSome]]:
     """Runs trials, each with what befalls it: how they ended, and what they said by the way."""
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "notes").mkdir()
     client = MlflowClient(store.uri)
 
-    def run(name: str, *faults: str, cpus_per_worker: float = 1.0) -> tuple[list, dict]:
+    def run(name: str, *faults: str, cpus_per_worker: float = 1.0, root: str | None = None) -> tuple[list, KillsSome]:
         config = tiny(
             optim={"steps": STEPS},
             training={"log_steps": 1, "checkpoint_steps": 4, "probe_at": [RUNG], "threads": 1},
             probe={"draws": 2, "figure_images": 1},
             cluster={"workers": 2, "cpus_per_worker": cpus_per_worker},
-            storage={"path": str(tmp_path / "runs"), "keep_checkpoints": 1},
+            storage={"path": root or str(tmp_path / "runs"), "keep_checkpoints": 1},
         )
-        points = []
+        points, common = [], {"uri": store.uri, "notes": str(tmp_path / "notes")}
         for number, fault in enumerate(faults):
             raw = config.model_dump(mode="json")
             if fault == "nan":
                 raw["optim"]["base_lr"] = 1e30
             run_id = client.create_run(store.experiment_id).info.run_id
-            points.append({"key": f"{name}{number}", "fault": fault, "config": raw, "uri": store.uri, "run_id": run_id})
+            points.append({"key": f"{name}{number}", "fault": fault, "config": raw, "run_id": run_id, **common})
         kills = KillsSome()
         tuner = tune.Tuner(
-            tune.with_resources(trial, nested.resources(config)),
+            tune.with_resources(trial, nested.resources(config.cluster)),
             param_space={"point": tune.grid_search(points)},
             tune_config=tune.TuneConfig(
                 scheduler=StopsSome(),
                 reuse_actors=True,
                 time_budget_s=PATIENCE_SECONDS,
-                max_concurrent_trials=nested.concurrency(config, [ray.cluster_resources()]),
+                max_concurrent_trials=nested.concurrency(config.cluster, [ray.cluster_resources()]),
             ),
             run_config=tune.RunConfig(name=name, storage_path=str(tmp_path / "tune"), verbose=0, callbacks=[kills]),
         )
-        return list(tuner.fit()), kills.said
+        return list(tuner.fit()), kills
 
     return run
 
 
-def weights(folder: Path) -> str:
-    newest = folder / registered_checkpoint(Storage(folder))
-    return hashlib.sha256((newest / checkpoint.WEIGHTS).read_bytes()).hexdigest()
+def weights(root: Path | str, key: str) -> str:
+    folder = Storage(root).child("sweeps", "tiny-1", "trials", key)
+    newest = folder.child(registered_checkpoint(folder))
+    return hashlib.sha256(newest.read_bytes(checkpoint.WEIGHTS)).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------- the tests
@@ -224,38 +234,53 @@ def judged(said: list[tuple]) -> list[tuple]:
 def test_whatever_ends_a_trial_nothing_of_it_is_left_and_the_next_one_starts(sweep, tmp_path, ray_folder, store):
     """Each takes all of the cluster. Without a dashboard."""
     with cluster(ray_folder):
-        (stopped, lost, killed), said = sweep("t", "stopped", "worker", "killed")
+        (stopped, killed, quiet), seen = sweep("t", "stopped", "killed", "none")
         seconds_until_nothing_is_left()
+
+    # One group, of Tune's, and none of Train's; nothing that outlives the trial by design.
+    there = {name for name in seen.was_there if name.startswith(("placement", "actor", "CPUs"))}
+    known = {"_Controller", "RayTrainWorker", "TrialBoard", "SynchronizationActor", "PreemptionWatcher", "ImplicitFunc"}
+    assert there == {"placement group of 2", "CPUs", *(f"actor {name}" for name in known)}
 
     assert stopped.error is None
     assert "complete" not in stopped.metrics
-    ((step, score, loss),) = judged(said["t0"])
+    ((step, score, loss),) = judged(seen.said["t0"])
     assert step == stopped.metrics["step"] == RUNG
     assert 0.1 < score < 1
 
-    # Lost between the checkpoint and its judgement: judged when it comes again, told once, and the same to the bit.
-    assert lost.error is None
-    assert lost.metrics["complete"]
-    assert (tmp_path / "runs" / "t1.judged").read_text().split() == [str(RUNG)] * 2
-    assert [each[:2] for each in judged(said["t1"])] == [(RUNG, score)]
-    history = MlflowClient(store.uri).get_metric_history(lost.config["point"]["run_id"], "pretrain/loss")
+    assert "died" in str(killed.error)
+
+    assert quiet.error is None
+    assert quiet.metrics["complete"]
+    assert judged(seen.said["t2"])[0][:2] == (RUNG, score)
+    history = MlflowClient(store.uri).get_metric_history(quiet.config["point"]["run_id"], "pretrain/loss")
     assert [m.step for m in history] == list(range(1, STEPS + 1))
     assert loss == history[RUNG - 1].value
 
-    assert "died" in str(killed.error)
+
+@pytest.mark.slow
+def test_lost_processes_change_no_bit_and_a_loss_that_is_not_finite_is_said(sweep, tmp_path, ray_folder):
+    with cluster(ray_folder):
+        results, seen = sweep("b", "none", "worker", "controller", "nan")
+        seconds_until_nothing_is_left()
+    *trained, nan = results
+    # Lost between a checkpoint and its judgement: judged when they come again, told once, and the same to the bit.
+    assert all(each.metrics["complete"] for each in trained)
+    assert len({weights(tmp_path / "runs", f"b{number}") for number in range(3)}) == 1
+    assert len({tuple(each[:2] for each in judged(seen.said[f"b{number}"])) for number in range(3)}) == 1
+    assert [(tmp_path / "notes" / f"b{n}").read_text().split() for n in range(3)] == [["5"], ["5", "5"], ["5", "5"]]
+    assert "not finite at step" in str(nan.error)
 
 
 @pytest.mark.slow
-def test_a_lost_worker_changes_no_bit_and_a_loss_that_is_not_finite_is_said(sweep, tmp_path, ray_folder):
+def test_trials_that_are_kept_in_a_bucket(sweep, tmp_path, ray_folder, bucket):
     with cluster(ray_folder):
-        (quiet, lost, nan), said = sweep("b", "none", "worker", "nan")
+        (kept, copied), seen = sweep("k", "none", "worker", root=f"{bucket}/runs")
         seconds_until_nothing_is_left()
-    trials = tmp_path / "runs" / "sweeps" / "tiny-1" / "trials"
-    assert quiet.metrics["complete"]
-    assert lost.metrics["complete"]
-    assert weights(trials / "b0") == weights(trials / "b1")
-    assert judged(said["b0"])[0][:2] == judged(said["b1"])[0][:2]
-    assert "not finite at step" in str(nan.error)
+    assert kept.metrics["complete"]
+    assert copied.metrics["complete"]
+    assert weights(f"{bucket}/runs", "k0") == weights(f"{bucket}/runs", "k1")
+    assert judged(seen.said["k0"])[0][0] == judged(seen.said["k1"])[0][0] == RUNG
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import ray
 import ray.train
 from ray import tune
 
-from maskray.config.schema import RunConfig
+from maskray.config.schema import ClusterConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import NonFiniteError
 from maskray.launch import unstored_metrics
@@ -89,33 +89,41 @@ def train(
         raise unstored_metrics()
 
 
-def resources(config: RunConfig) -> tune.PlacementGroupFactory:
+def resources(asked: ClusterConfig) -> tune.PlacementGroupFactory:
     """What Tune is to hold for a trial: nothing for its own process, which waits, and a bundle for each worker."""
-    return tune.PlacementGroupFactory([{}, *_bundles(config)])
+    return tune.PlacementGroupFactory([{}, *_bundles(asked)])
 
 
-def concurrency(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+def concurrency(asked: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> int:
     """How many trials the cluster holds at once: all workers of each, every worker on one node.
 
     Args:
-        config: of a trial.
+        asked: what a trial takes.
         nodes: what each of the nodes has.
     """
     left = [dict(node) for node in nodes]
-    return next(n for n in itertools.count() if not all(cluster.place(bundle, left) for bundle in _bundles(config)))
+    return next(n for n in itertools.count() if not all(cluster.place(bundle, left) for bundle in _bundles(asked)))
 
 
-def _bundles(config: RunConfig) -> list[dict[str, float]]:
-    of = config.cluster
-    amounts = {"CPU": of.cpus_per_worker, "GPU": of.gpus_per_worker}
-    return [{name: amount for name, amount in amounts.items() if amount} for _ in range(of.workers)]
+def _bundles(asked: ClusterConfig) -> list[dict[str, float]]:
+    amounts = {"CPU": asked.cpus_per_worker, "GPU": asked.gpus_per_worker}
+    return [{name: amount for name, amount in amounts.items() if amount} for _ in range(asked.workers)]
 
 
 def _trainer(settings: dict[str, Any], config: RunConfig, root: Storage, folder: Storage) -> lent.Trainer:
-    name = folder.address[0].removeprefix(f"{root.address[0].rstrip('/')}/")
     keep = ray.train.CheckpointConfig(num_to_keep=config.storage.keep_checkpoints)
-    trainer: lent.Trainer = fit.trainer(judging.run, settings, config.cluster, root, name, keep, lent.Trainer)
+    trainer: lent.Trainer = fit.trainer(
+        judging.run, settings, config.cluster, root, _below(root, folder), keep, lent.Trainer
+    )
     return trainer
+
+
+def _below(root: Storage, folder: Storage) -> str:
+    """The name of a folder from a place above it on."""
+    (base, _), (path, _) = root.address, folder.address
+    base = base.rstrip("/") + "/"
+    assert path.startswith(base), f"{folder} is not below {root}"
+    return path.removeprefix(base)
 
 
 class _Pulse:

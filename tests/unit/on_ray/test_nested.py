@@ -2,19 +2,16 @@
 
 import pytest
 
+from maskray.config.schema import ClusterConfig
+from maskray.data.storage import Storage
 from maskray.on_ray import nested
 
 
-@pytest.fixture
-def config(tiny):
-    return lambda **of_cluster: tiny(cluster=of_cluster)
-
-
-def test_tune_holds_a_bundle_for_each_worker_and_nothing_for_the_trials_own_process(config):
-    asked = nested.resources(config(workers=2, cpus_per_worker=0.5))
+def test_tune_holds_a_bundle_for_each_worker_and_nothing_for_the_trials_own_process():
+    asked = nested.resources(ClusterConfig(workers=2, cpus_per_worker=0.5))
     assert asked.head_bundle_is_empty
     assert asked.bundles == [{"CPU": 0.5}, {"CPU": 0.5}]
-    on_gpus = nested.resources(config(workers=3, cpus_per_worker=4, gpus_per_worker=1))
+    on_gpus = nested.resources(ClusterConfig(workers=3, cpus_per_worker=4, gpus_per_worker=1))
     assert on_gpus.bundles == [{"CPU": 4, "GPU": 1}] * 3
 
 
@@ -30,14 +27,27 @@ def test_tune_holds_a_bundle_for_each_worker_and_nothing_for_the_trials_own_proc
         ({"workers": 4, "gpus_per_worker": 1}, [{"CPU": 8.0, "GPU": 2.0}] * 5, 2),
     ],
 )
-def test_every_worker_lies_on_one_node(config, of_cluster, nodes, trials):
-    assert nested.concurrency(config(**of_cluster), nodes) == trials
+def test_every_worker_lies_on_one_node(of_cluster, nodes, trials):
+    assert nested.concurrency(ClusterConfig(**of_cluster), nodes) == trials
 
 
-def test_what_the_nodes_have_is_not_touched(config):
+def test_what_the_nodes_have_is_not_touched():
     nodes = [{"CPU": 2.0}]
-    nested.concurrency(config(workers=2), nodes)
+    nested.concurrency(ClusterConfig(workers=2), nodes)
     assert nodes == [{"CPU": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("root", "name"),
+    [
+        ("/runs", "/runs/sweeps/a"),
+        ("/runs/", "/runs/sweeps/a"),
+        ("s3://b/runs?region=x", "s3://b/runs/sweeps/a?region=x"),
+    ],
+)
+def test_train_keeps_its_files_in_the_trials_folder(root, name):
+    assert Storage(root).child("sweeps", "a").address == Storage(name).address
+    assert nested._below(Storage(root), Storage(name)) == "sweeps/a"
 
 
 def test_a_trial_says_that_it_goes_on_only_where_it_does_and_not_too_often(monkeypatch):
