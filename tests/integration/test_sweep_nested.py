@@ -1,6 +1,7 @@
 """Trials of several workers under Ray Tune: whatever ends one, nothing of it is left, and the next one starts."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -91,7 +92,7 @@ class StopsSome(FIFOScheduler):
 
 
 class KillsSome(tune.Callback):
-    """Ends the process of a trial that trains, as a watchdog does; and keeps what all of them said."""
+    """Ends the process of a trial that trains, or is at its rung, as a watchdog does; and keeps what all said."""
 
     def __init__(self):
         self.said, self.was_there = defaultdict(list), set()
@@ -100,7 +101,7 @@ class KillsSome(tune.Callback):
         point = trial.config["point"]
         self.said[point["key"]].append((result["step"], result["score"], result["loss"]))
         self.was_there.update(left())
-        if point["fault"] == "killed":
+        if point["fault"] == "killed" or (point["fault"] == "killed at its rung" and result["score"] is not None):
             ray.kill(trial.temporary_state.ray_actor)
 
 
@@ -183,9 +184,9 @@ def seconds_until_nothing_is_left() -> float:
 def sweep(tiny: Callable[..., RunConfig], tmp_path: Path, store) -> Callable[..., tuple[list, KillsSome]]:
     """Runs trials, each with what befalls it: how they ended, and what they said by the way."""
     (tmp_path / "notes").mkdir()
-    client = MlflowClient(store.uri)
+    client, run_ids = MlflowClient(store.uri), {}
 
-    def run(name: str, *faults: str, cpus_per_worker: float = 1.0, root: str | None = None) -> tuple[list, KillsSome]:
+    def run(name: str, *faults: str, cpus_per_worker=1.0, root=None, keys=None) -> tuple[list, KillsSome]:
         config = tiny(
             optim={"steps": STEPS},
             training={"log_steps": 1, "checkpoint_steps": 4, "probe_at": [RUNG], "threads": 1},
@@ -198,8 +199,10 @@ def sweep(tiny: Callable[..., RunConfig], tmp_path: Path, store) -> Callable[...
             raw = config.model_dump(mode="json")
             if fault == "nan":
                 raw["optim"]["base_lr"] = 1e30
-            run_id = client.create_run(store.experiment_id).info.run_id
-            points.append({"key": f"{name}{number}", "fault": fault, "config": raw, "run_id": run_id, **common})
+            key = keys[number] if keys else f"{name}{number}"
+            raw["training"]["ledger"] = str(tmp_path / "ledger" / key)
+            run_ids.setdefault(key, client.create_run(store.experiment_id).info.run_id)
+            points.append({"key": key, "fault": fault, "config": raw, "run_id": run_ids[key], **common})
         kills = KillsSome()
         tuner = tune.Tuner(
             tune.with_resources(trial, nested.resources(config.cluster)),
@@ -270,6 +273,27 @@ def test_lost_processes_change_no_bit_and_a_loss_that_is_not_finite_is_said(swee
     assert len({tuple(each[:2] for each in judged(seen.said[f"b{number}"])) for number in range(3)}) == 1
     assert [(tmp_path / "notes" / f"b{n}").read_text().split() for n in range(3)] == [["5"], ["5", "5"], ["5", "5"]]
     assert "not finite at step" in str(nan.error)
+
+
+@pytest.mark.slow
+def test_a_trial_that_was_killed_goes_on_and_says_again_what_it_was_worth(sweep, tmp_path, ray_folder, store):
+    """Nobody may have heard it."""
+    with cluster(ray_folder):
+        (_, killed), seen = sweep("g", "none", "killed at its rung")
+        (again,), seen_then = sweep("h", "none", keys=["g1"])
+        seconds_until_nothing_is_left()
+    assert "died" in str(killed.error)
+    assert again.metrics["complete"]
+    quiet, before, then = (judged(said) for said in (seen.said["g0"], seen.said["g1"], seen_then.said["g1"]))
+    assert quiet[0][:2] == before[0][:2] == then[0][:2]
+    assert len(quiet) == len(before) == len(then) == 1
+    assert weights(tmp_path / "runs", "g0") == weights(tmp_path / "runs", "g1")
+    history = MlflowClient(store.uri).get_metric_history(again.config["point"]["run_id"], "pretrain/loss")
+    assert [m.step for m in history] == list(range(1, STEPS + 1))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "ledger" / "g1" / "0.jsonl").read_text().splitlines()]
+    # From its rung on, or from the checkpoint before, where Train had not yet put that one on record.
+    assert steps.count(0) == 1
+    assert steps[-(STEPS - RUNG) :] == list(range(RUNG, STEPS))
 
 
 @pytest.mark.slow
