@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,17 +17,20 @@ import psutil
 import pytest
 import ray
 import torch
+import yaml
 from mlflow import MlflowClient
 from ray import tune
 from ray._private.state import actors
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.util.placement_group import placement_group_table
 
+from maskray import cli
 from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
 from maskray.evaluation import judgement
 from maskray.on_ray import nested
 from maskray.on_ray.stream import registered_checkpoint
+from maskray.sweeps import record
 from maskray.training import checkpoint
 
 pytestmark = pytest.mark.ray
@@ -305,6 +308,41 @@ def test_trials_that_are_kept_in_a_bucket(sweep, tmp_path, ray_folder, bucket):
     assert copied.metrics["complete"]
     assert weights(f"{bucket}/runs", "k0") == weights(f"{bucket}/runs", "k1")
     assert judged(seen.said["k0"])[0][0] == judged(seen.said["k1"])[0][0] == RUNG
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::Warning:mlflow")
+def test_a_sweep_whose_trials_take_several_workers(tiny, tmp_path, ray_folder, monkeypatch):
+    """As a user starts it: two workers of a CPU each, on two CPUs."""
+    monkeypatch.setenv("RAY_TMPDIR", ray_folder)
+    base = tiny(
+        optim={"steps": 40},
+        cluster={"workers": 2, "embedded_cpus": CPUS},
+        probe={"draws": 2},
+        storage={"path": str(tmp_path / "runs")},
+    )
+    asked = {
+        "name": "two",
+        "base": base.model_dump(mode="json"),
+        "space": {"mask.ratio": [0.5, 0.75]},
+        "seeds": [0, 1],
+        "stopping": {"kind": "asha", "unit": "steps", "first": 10, "reduction": 2},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(asked))
+    assert cli.main(["sweep", "--config", str(tmp_path / "sweep.yaml"), "--rate", "1e11"]) == 0
+    assert processes() == []
+
+    results = record.results(Storage(tmp_path / "runs" / "sweeps" / "two-1")).values()
+    assert len(results) == 4
+    ended = Counter(each.status for each in results)
+    assert set(ended) == {"finished", "pruned"}
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    for each in results:
+        run = client.get_run(each.run_id)
+        assert run.info.status == ("FINISHED" if each.status == "finished" else "KILLED")
+        curve = client.get_metric_history(each.run_id, SCORE)
+        assert [m.step for m in curve] == [step for step in (10, 20, 40) if step <= each.steps]
+        assert curve[-1].value == each.value
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from maskray.on_ray.board import TrialBoard
 from maskray.on_ray.judging import Judge
 
 Tell = Callable[[int, Mapping[str, float]], None]
+"""Told of a step, and of what is known then: scores where it was judged. It may end the trial, by SystemExit."""
 
 _POLL_SECONDS, _HEARTBEAT_SECONDS = 0.5, 3.0
 
@@ -49,7 +50,7 @@ def train(
         root: where runs are kept, as all nodes see it.
         folder: the trial's, below it.
         tracking_uri: MLflow's.
-        run_id: the trial's run there; it gets what training logs.
+        run_id: the trial's run there; it gets what training logs, and what is found.
         judge: is called in the first worker.
         tell: is called here: after each judgement, with what was logged at its step and what was found; and with
             nothing, every few seconds, as long as there are new lines of the log (where workers were lost the step goes

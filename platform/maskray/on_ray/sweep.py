@@ -16,7 +16,7 @@ from ray import tune
 from maskray.calibration import seconds_per_step
 from maskray.config.schema import ClusterConfig, RunConfig
 from maskray.errors import ClusterError
-from maskray.on_ray import background, trial
+from maskray.on_ray import background, nested, trial
 from maskray.on_ray.book import Asking, Book, Deciding, Show, survive_lost_processes
 from maskray.on_ray.trial import Sweep
 from maskray.sweeping import Prepared
@@ -95,8 +95,13 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
     prepared.folder.delete("tune")
 
 
-def resources_of(cluster: ClusterConfig) -> dict[str, float]:
-    """What a trial takes, as Ray has it."""
+def resources_of(cluster: ClusterConfig) -> dict[str, float] | tune.PlacementGroupFactory:
+    """What a trial takes, as Tune has it: its own process, or its workers."""
+    return nested.resources(cluster) if cluster.workers > 1 else of_worker(cluster)
+
+
+def of_worker(cluster: ClusterConfig) -> dict[str, float]:
+    """What each takes, as Ray has it."""
     gpus = {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}
     return {"CPU": cluster.cpus_per_worker, **gpus}
 
@@ -107,18 +112,21 @@ def concurrency_of(prepared: Prepared) -> int:
     Raises:
         ClusterError: the cluster has no room for so many, or for any.
     """
-    asked, needs = prepared.config.trials.concurrency, resources_of(prepared.space.base.cluster)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(name, 0.0) / need + 1e-6) for name, need in needs.items()) for node in nodes)
+    asked, cluster = prepared.config.trials.concurrency, prepared.space.base.cluster
+    needs, nodes = of_worker(cluster), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = nested.concurrency(cluster, nodes)
     each = ", ".join(f"{need:g} {name}{'' if need == 1 else 's'}" for name, need in needs.items())
+    each = each if cluster.workers == 1 else f"{cluster.workers} workers with {each}"
     if not room:
-        has = (", ".join(f"{node.get(name, 0.0):g} {name}s" for name in needs) for node in nodes)
+        has = [", ".join(f"{node.get(name, 0.0):g} {name}s" for name in needs) for node in nodes]
+        several = f"a worker lies on one node, and the nodes have {'; '.join(has)}"
         raise ClusterError(
             "there is no room for a trial",
-            key="cluster.cpus_per_worker",
+            key="cluster.cpus_per_worker" if cluster.workers == 1 else "cluster.workers",
             found=f"{each} for a trial",
-            allowed=f"what one node has: {'; or '.join(dict.fromkeys(has))}",
-            fix="ask for less, under overrides: cluster.cpus_per_worker, cluster.gpus_per_worker",
+            allowed=f"what one node has: {'; or '.join(dict.fromkeys(has))}" if cluster.workers == 1 else several,
+            fix="ask for less, under overrides: cluster.cpus_per_worker, cluster.gpus_per_worker"
+            + (", cluster.workers" if cluster.workers > 1 else ""),
         )
     if asked is not None and asked > room:
         raise ClusterError(
@@ -133,7 +141,7 @@ def concurrency_of(prepared: Prepared) -> int:
 
 def measure(configs: Sequence[RunConfig]) -> list[float]:
     """Seconds that a step of each config takes, with the resources of a trial and nothing beside it."""
-    resources = resources_of(configs[0].cluster)
+    resources = of_worker(configs[0].cluster)
     timed = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=0)(seconds_per_step)
     # One after another: what runs beside a trial takes some of its time.
     return [ray.get(timed.remote(config)) for config in configs]

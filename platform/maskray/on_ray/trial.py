@@ -32,6 +32,8 @@ from maskray.data.stream import Unit
 from maskray.errors import TrainingError
 from maskray.evaluation.judgement import Bench, Finding
 from maskray.launch import Prepared, card, unstored_metrics
+from maskray.on_ray import nested
+from maskray.on_ray.nested import Tell
 from maskray.pretrain import pretrain, settle
 from maskray.publish.release import training_seconds
 from maskray.sweeps import record
@@ -55,9 +57,6 @@ _FLUSH_SECONDS = 10.0
 _ENVIRONMENT = {  # read by Tune in this process, before it is given to another trial
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "45",  # a trial that is stopped has 30 s to tell MLflow what it has not told yet
 }
-
-Tell = Callable[[int, Mapping[str, float]], None]
-"""Told of a step, and of what is known then: scores where it was judged. It may end the trial, by SystemExit."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,11 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     tell = Teller(sweep)
     settle(run_config)
     bench = Bench(run_config, _device(run_config))
-    _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
+    if run_config.cluster.workers > 1:
+        root = Storage(run_config.storage.path)
+        nested.train(run_config, root, folder, sweep.store.uri, run_id, scores_of_checkpoint, tell)
+    else:
+        _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
     with newest(folder) as weights:
         assert weights is not None, "the last step is a checkpoint"
         found, name = bench.find(trial.steps, weights), weights.name
@@ -210,6 +213,11 @@ def _keep(found: Finding, trial: Trial, folder: Storage, uri: str, run_id: str) 
 def scores_of(found: Finding) -> dict[str, float]:
     """As MLflow has them; none where the dataset cannot be probed."""
     return {} if found.scores is None else found.scores.metrics()
+
+
+def scores_of_checkpoint(config: RunConfig, weights: Path) -> dict[str, float]:
+    """As `scores_of`, in the first of a trial's workers."""
+    return scores_of(Bench(config, _device(config)).find(checkpoint.read_facts(weights).step, weights))
 
 
 def objective_of(metrics: Mapping[str, float], metric: str, step: int) -> float:
