@@ -352,3 +352,10 @@ def test_more_trials_at_once_than_the_cluster_holds(prepare: Callable[..., Prepa
         on_ray.concurrency_of(large)
     two = prepare({RATIO: [0.5]}, {"cluster": {"cpus_per_worker": 2.5}}, name="two")
     assert on_ray.concurrency_of(two) == 2
+    pairs = prepare({RATIO: [0.5]}, {"cluster": {"workers": 2, "cpus_per_worker": 1.5}}, name="pairs")
+    assert on_ray.concurrency_of(pairs) == 2
+    wide = prepare({RATIO: [0.5]}, {"cluster": {"workers": 4, "cpus_per_worker": 2}}, name="wide")
+    with pytest.raises(
+        ClusterError, match=r"cluster\.workers: .*no room.*Found: 4 workers with 2 CPUs for a trial.*nodes have 6 CPUs"
+    ):
+        on_ray.concurrency_of(wide)

@@ -50,7 +50,7 @@ def train(
         root: where runs are kept, as all nodes see it.
         folder: the trial's, below it.
         tracking_uri: MLflow's.
-        run_id: the trial's run there; it gets what training logs.
+        run_id: the trial's run there; it gets what training logs, and what is found.
         judge: is called in the first worker.
         tell: is called here: after each judgement, with what was logged at its step and what was found; and with
             nothing, every few seconds, as long as there are new lines of the log (where workers were lost the step goes

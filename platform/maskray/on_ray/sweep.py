@@ -96,12 +96,12 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
 
 
 def resources_of(cluster: ClusterConfig) -> dict[str, float] | tune.PlacementGroupFactory:
-    """What a trial takes, as Ray has it: its own process, or its workers."""
+    """What a trial takes, as Tune has it: its own process, or its workers."""
     return nested.resources(cluster) if cluster.workers > 1 else of_worker(cluster)
 
 
 def of_worker(cluster: ClusterConfig) -> dict[str, float]:
-    """What each takes."""
+    """What each takes, as Ray has it."""
     gpus = {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}
     return {"CPU": cluster.cpus_per_worker, **gpus}
 
@@ -112,20 +112,21 @@ def concurrency_of(prepared: Prepared) -> int:
     Raises:
         ClusterError: the cluster has no room for so many, or for any.
     """
-    cluster, asked = prepared.space.base.cluster, prepared.config.trials.concurrency
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    asked, cluster = prepared.config.trials.concurrency, prepared.space.base.cluster
+    needs, nodes = of_worker(cluster), [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = nested.concurrency(cluster, nodes)
-    needs = of_worker(cluster)
     each = ", ".join(f"{need:g} {name}{'' if need == 1 else 's'}" for name, need in needs.items())
     each = each if cluster.workers == 1 else f"{cluster.workers} workers with {each}"
     if not room:
-        has = (", ".join(f"{node.get(name, 0.0):g} {name}s" for name in needs) for node in nodes)
+        has = [", ".join(f"{node.get(name, 0.0):g} {name}s" for name in needs) for node in nodes]
+        several = f"a worker lies on one node, and the nodes have {'; '.join(has)}"
         raise ClusterError(
             "there is no room for a trial",
-            key="cluster.cpus_per_worker",
+            key="cluster.cpus_per_worker" if cluster.workers == 1 else "cluster.workers",
             found=f"{each} for a trial",
-            allowed=f"what the nodes have, each worker on one of them: {'; or '.join(dict.fromkeys(has))}",
-            fix="ask for less, under overrides: cluster.workers, cluster.cpus_per_worker, cluster.gpus_per_worker",
+            allowed=f"what one node has: {'; or '.join(dict.fromkeys(has))}" if cluster.workers == 1 else several,
+            fix="ask for less, under overrides: cluster.cpus_per_worker, cluster.gpus_per_worker"
+            + (", cluster.workers" if cluster.workers > 1 else ""),
         )
     if asked is not None and asked > room:
         raise ClusterError(

@@ -137,8 +137,8 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     settle(run_config)
     bench = Bench(run_config, _device(run_config))
     if run_config.cluster.workers > 1:
-        root, judge = Storage(run_config.storage.path), InWorker(sweep.store.uri, run_id)
-        nested.train(run_config, root, folder, sweep.store.uri, run_id, judge, tell)
+        root = Storage(run_config.storage.path)
+        nested.train(run_config, root, folder, sweep.store.uri, run_id, scores_of_checkpoint, tell)
     else:
         _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
     with newest(folder) as weights:
@@ -232,6 +232,11 @@ def _keep(found: Finding, trial: Trial, folder: Storage, uri: str, run_id: str) 
 def scores_of(found: Finding) -> dict[str, float]:
     """As MLflow has them; none where the dataset cannot be probed."""
     return {} if found.scores is None else found.scores.metrics()
+
+
+def scores_of_checkpoint(config: RunConfig, weights: Path) -> dict[str, float]:
+    """As `scores_of`, in the first of a trial's workers."""
+    return scores_of(Bench(config, _device(config)).find(checkpoint.read_facts(weights).step, weights))
 
 
 def objective_of(metrics: Mapping[str, float], metric: str, step: int) -> float:

@@ -21,20 +21,12 @@ _BOARD_SECONDS = 5.0
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     """Pretrain; the return value is the driver's to read."""
     config = RunConfig.model_validate(settings["config"])
-    return train(settings, config, RayContext(config.data, Storage(settings["run"]), on_ray=settings["on_ray"]))
+    context = RayContext(config.data, Storage(settings["run"]), on_ray=settings["on_ray"])
+    return train(config, context, tracker_of(settings, config, context.rank))
 
 
-def train(settings: dict[str, Any], config: RunConfig, context: RayContext, *beside: Tracker) -> dict[str, Any]:
-    """As `run`, in a context.
-
-    Args:
-        settings: `tracking_uri`, `run_id` and `board`.
-        config: of the run.
-        context: what the worker trains in.
-        beside: told what MLflow is told.
-    """
-    tell_driver(settings["board"])
-    tracker = _tracker(settings, config, beside) if context.rank == 0 else Observer()
+def train(config: RunConfig, context: RayContext, tracker: Tracker) -> dict[str, Any]:
+    """As `run`, in a context; the tracker is closed."""
     stored = False
     try:
         pretrain(config, context, tracker)
@@ -46,8 +38,10 @@ def train(settings: dict[str, Any], config: RunConfig, context: RayContext, *bes
     return {"stored": stored}
 
 
-def _tracker(settings: dict[str, Any], config: RunConfig, beside: Iterable[Tracker]) -> Tracker:
-    """MLflow, those beside it, and the driver's progress line. Only the first worker pays for the import of MLflow."""
+def tracker_of(settings: dict[str, Any], config: RunConfig, rank: int) -> Tracker:
+    """MLflow, and the driver's progress line. Only the first worker has them, and pays for the import of MLflow."""
+    if rank != 0:
+        return Observer()
     from maskray.tracking.mlflow_tracker import MlflowTracker
 
     seconds = config.tracking.system_metrics_seconds
