@@ -190,25 +190,6 @@ def _train(config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Ben
         raise unstored_metrics()
 
 
-@dataclass(frozen=True)
-class InWorker:
-    """Judges a checkpoint in the first of several workers, and tells MLflow."""
-
-    uri: str
-    """Of MLflow."""
-    run_id: str
-
-    def __call__(self, config: RunConfig, weights: Path) -> dict[str, float]:
-        """What it is worth: as `nested.Judge`."""
-        step = checkpoint.read_facts(weights).step
-        scores = scores_of(Bench(config, _device(config)).find(step, weights))
-        tracker = MlflowTracker(self.uri, self.run_id)
-        tracker.log(scores, step)
-        if not tracker.close():
-            raise unstored_metrics()
-        return scores
-
-
 def _last_rung(folder: Storage, config: RunConfig, bench: Bench) -> tuple[int, dict[str, float]] | None:
     """Step and metrics of a trial that was ended at a rung: nobody may have decided whether it goes on."""
     with newest(folder) as weights:

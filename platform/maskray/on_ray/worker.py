@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -20,6 +19,7 @@ _BOARD_SECONDS = 5.0
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     """Pretrain; the return value is the driver's to read."""
+    tell_driver(settings["board"])
     config = RunConfig.model_validate(settings["config"])
     context = RayContext(config.data, Storage(settings["run"]), on_ray=settings["on_ray"])
     return train(config, context, tracker_of(settings, config, context.rank))
@@ -47,7 +47,7 @@ def tracker_of(settings: dict[str, Any], config: RunConfig, rank: int) -> Tracke
     seconds = config.tracking.system_metrics_seconds
     stored = MlflowTracker(settings["tracking_uri"], settings["run_id"], system_metrics_seconds=seconds)
     board = settings["board"]
-    return Fanout(stored, *beside, Observer(lambda step, metrics: board.post.remote(step, dict(metrics))))
+    return Fanout(stored, Observer(lambda step, metrics: board.post.remote(step, dict(metrics))))
 
 
 def tell_driver(board: Any) -> None:
