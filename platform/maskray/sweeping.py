@@ -48,6 +48,11 @@ log = logging.getLogger(__name__)
 
 CALIBRATION = "calibration.json"
 """Seconds that a step of each point took, before the first trial."""
+_JUDGED = {
+    "init_from",
+    *(f"probe.{key}" for key in ("k", "temperature", "labels_per_class", "draws", "max_rows")),
+}
+"""Operational keys of a run that say what its trials begin with, and what they are worth."""
 SWEEP = Kind("the sweep", "name", "wait for it, or stop it")
 
 
@@ -166,7 +171,7 @@ def begun(prepared: Prepared) -> Iterator[str]:
     Raises:
         RunConflictError: somebody else is at it.
     """
-    with lease.hold(prepared.folder, prepared.name, SWEEP):
+    with lease.hold(prepared.folder, prepared.name, SWEEP) as held:
         prepared.folder.delete(record.FINISHED)
         prepared.folder.write_bytes(record.DATASET, prepared.space.dataset.manifest.fingerprint.encode())
         prepared.folder.write_bytes(record.SWEEP_YAML, dump(prepared.config).encode())
@@ -174,6 +179,8 @@ def begun(prepared: Prepared) -> Iterator[str]:
         try:
             yield run_id
         except BaseException as error:
+            if held.lost_to is not None:  # the sweep goes on, in other hands
+                raise
             try:
                 close_children(prepared, run_id)
                 if isinstance(error, Exception):
@@ -256,7 +263,11 @@ def report_of(config: SweepConfig) -> str:
     number = _last_number(root, config.name)
     if not number:
         raise ConfigError("there is no sweep of this name", key="name", found=config.name, allowed="a begun one")
-    prepared = _prepared(config, space, (), number, {})
+    folder = _folder(root, config.name, number)
+    begun_as = load_text(
+        SweepConfig, folder.read_bytes(record.SWEEP_YAML).decode(), folder.join(record.SWEEP_YAML)
+    ).model_copy(update={"confidence": config.confidence})
+    prepared = _prepared(begun_as, Space(begun_as), (), number, {})
     run_id = mlflow_runs.find_run(prepared.store, _fingerprint(prepared.folder))
     return write_report(prepared, run_id, record.results(prepared.folder))
 
@@ -395,7 +406,7 @@ def _refuse_unless_resumed(folder: Storage, space: Space, *, resume: bool) -> No
 
 def _meaning(config: SweepConfig) -> dict[str, str]:
     """Dotted keys and values of a sweep that say what is learned in it: the others may change when it goes on."""
-    may_change = [f"{key}." for key, is_operational in dotted_keys(RunConfig) if is_operational]
+    may_change = [f"{key}." for key, is_operational in dotted_keys(RunConfig) if is_operational and key not in _JUDGED]
 
     def counts(key: str) -> bool:
         section, _, rest = key.partition(".")

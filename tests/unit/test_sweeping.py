@@ -14,7 +14,7 @@ from PIL import Image
 from maskray import sweeping
 from maskray.config.load import merge, parse
 from maskray.config.schema import IngestConfig, RunConfig
-from maskray.config.sweep import SweepConfig
+from maskray.config.sweep import ObjectiveOfSweep, SweepConfig
 from maskray.data import lease
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
@@ -131,6 +131,27 @@ def test_what_says_nothing_of_what_is_learned_may_change_on_the_way(prepare: Cal
     )
     assert [trial.key for trial in changed.trials] == [trial.key for trial in first.trials]
     assert begin(changed) == run_id
+
+
+@pytest.mark.parametrize("change", [{"probe": {"k": 1}}, {"probe": {"max_rows": 100}}, {"probe": {"draws": 2}}])
+def test_what_trials_are_judged_by_may_not_change_on_the_way(prepare: Callable[..., Prepared], change: dict):
+    begin(prepare())
+    with pytest.raises(ConfigError, match=r"^base\.probe\.\w+: the sweep was begun with other values"):
+        prepare(resume=True, base=change)
+
+
+def test_a_report_is_of_the_sweep_as_it_was_begun(prepare: Callable[..., Prepared]):
+    first = prepare(seeds=[0, 1])
+    begin(first)
+    put(first, "finished", "finished", "failed")
+    other = first.config.model_copy(
+        update={"objective": ObjectiveOfSweep(metric="probe/few_labels"), "seeds": (0,), "confidence": 0.5}
+    )
+    page = Path(sweeping.report_of(other)).read_text()
+    assert "-NN accuracy" in page
+    assert "labels a class" not in page
+    with pytest.raises(ConfigError, match=r"^name: there is no sweep of this name"):
+        sweeping.report_of(first.config.model_copy(update={"name": "other"}))
 
 
 def test_images_that_were_added_are_not_mixed_in(prepare: Callable[..., Prepared], digits: Path, tmp_path: Path):

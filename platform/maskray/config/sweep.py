@@ -22,6 +22,7 @@ Values = Annotated[
     BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value], json_schema_input_type=Value),
 ]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+_DOTTED = ("space", "overrides")
 LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_steps", "optim.warmup_epochs")
 
 
@@ -391,6 +392,19 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
     Raises:
         ConfigError: a file is missing or no YAML mapping, or a value is wrong (all are listed).
     """
-    raw = with_overrides(read(path), overrides)
+    raw = _with_base(read(path), path.parent)
+    for item in overrides:
+        section, _, rest = item.partition(".")
+        key, equals, _ = rest.partition("=")
+        if section in _DOTTED and key and equals:  # what is in these sections are keys with dots in them
+            value = with_overrides({}, [f"value={rest.partition('=')[2]}"])["value"]
+            raw = raw | {section: {**(raw.get(section) or {}), key: value}}
+        else:
+            raw = with_overrides(raw, [item])
+    return parse(SweepConfig, _with_base(raw, path.parent), str(path))
+
+
+def _with_base(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A `base` that is a path is read: what overrides say of it is laid over what is there."""
     base = raw.get("base")
-    return parse(SweepConfig, raw | ({"base": read(path.parent / base)} if isinstance(base, str) else {}), str(path))
+    return raw | ({"base": read(folder / base)} if isinstance(base, str) else {})

@@ -227,9 +227,10 @@ class Book(NotKept, tune.Callback):
         """It has failed, and says why as well as it is known. What is on record counts: it may have finished first."""
         out = self._out[trial.trial_id]
         result = self._on_record(out.asked)
-        if result is not None and result.status == "finished":
-            self._tell_mlflow(out.asked, "FINISHED", "")
-        elif out.has_begun or self._lost[out.asked.trial.key] == _STARTS - 1:
+        if result is not None and result.status != "failed":
+            finished = result.status == "finished"
+            self._tell_mlflow(out.asked, "FINISHED" if finished else "KILLED", result.reason)
+        elif out.has_begun or self._lost[out.asked.trial.key] >= _STARTS - 1:
             result = self._failed(trial, out)
         else:
             self._give_back(trial.trial_id)

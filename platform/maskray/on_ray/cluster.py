@@ -302,6 +302,16 @@ def check_shared(storage: Storage) -> None:
     _refuse_if_not_shared(storage, "storage.path", [node["NodeID"] for node in _nodes()])
 
 
+def check_sweep(storage: Storage, tracking_uri: str) -> None:
+    """Refuse places of a sweep's trials that not all nodes reach, or that go with the job.
+
+    Raises:
+        ClusterError: there is such a one.
+    """
+    _refuse_job_folder(storage, "storage.path")
+    _check_shared(storage, tracking_uri)
+
+
 def check_ingest(config: IngestConfig) -> None:
     """Refuse, before tasks on all nodes read and write, folders that only some of them see.
 

@@ -15,9 +15,11 @@ from ray import tune
 
 from maskray.calibration import seconds_per_step
 from maskray.config.schema import ClusterConfig, RunConfig
+from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import background, nested, trial
 from maskray.on_ray.book import Asking, Book, Deciding, Show, survive_lost_processes
+from maskray.on_ray.cluster import check_sweep
 from maskray.on_ray.trial import Sweep
 from maskray.sweeping import Prepared
 
@@ -29,6 +31,7 @@ _ENVIRONMENT = {  # read by Tune
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+_FOR_CUBLAS = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}  # deterministic kernels want it
 _MANY = 10**9
 
 Train = Callable[..., None]
@@ -110,8 +113,9 @@ def concurrency_of(prepared: Prepared) -> int:
     """Trials at once.
 
     Raises:
-        ClusterError: the cluster has no room for so many, or for any.
+        ClusterError: the cluster has no room for so many, or for any; or places that not all of its nodes reach.
     """
+    check_sweep(Storage(prepared.space.base.storage.path), prepared.store.uri)
     asked, cluster = prepared.config.trials.concurrency, prepared.space.base.cluster
     needs, nodes = of_worker(cluster), [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = nested.concurrency(cluster, nodes)
@@ -142,6 +146,8 @@ def concurrency_of(prepared: Prepared) -> int:
 def measure(configs: Sequence[RunConfig]) -> list[float]:
     """Seconds that a step of each config takes, with the resources of a trial and nothing beside it."""
     resources = of_worker(configs[0].cluster)
-    timed = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=0)(seconds_per_step)
+    timed = ray.remote(
+        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=0, runtime_env=_FOR_CUBLAS
+    )(seconds_per_step)
     # One after another: what runs beside a trial takes some of its time.
     return [ray.get(timed.remote(config)) for config in configs]

@@ -54,7 +54,9 @@ STEP, RUNG, VALUE, ENDED = "step", "rung", "value", "ended"
 BEATS = 5
 """Signs of life in the time that a trial may be silent."""
 _FLUSH_SECONDS = 10.0
+_PATIENCE = "7"  # MLflow's own: a server may be away for two minutes
 _ENVIRONMENT = {  # read by Tune in this process, before it is given to another trial
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic kernels want it
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "45",  # a trial that is stopped has 30 s to tell MLflow what it has not told yet
 }
 
@@ -130,11 +132,13 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = _PATIENCE  # the command line, whose driver has it, is in a hurry
     asked = Asked.load(config[ASKED])
     trial, run_config = asked.trial, RunConfig.model_validate(asked.config)
     folder, run_id = sweep.folder_of(trial), sweep.run_of(asked)
     tell = Teller(sweep)
     settle(run_config)
+    _forget(run_config)
     bench = Bench(run_config, _device(run_config))
     if run_config.cluster.workers > 1:
         root = Storage(run_config.storage.path)
@@ -143,6 +147,7 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
         _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
     with newest(folder) as weights:
         assert weights is not None, "the last step is a checkpoint"
+        assert folders.step_of(weights.name) == trial.steps, "the newest is that of the last step"
         found, name = bench.find(trial.steps, weights), weights.name
     _keep(found, trial, folder, sweep.store.uri, run_id)
     loss, rate = (mlflow_runs.curve(sweep.store, run_id, key) for key in (LOSS, IMAGES_PER_SECOND))
@@ -188,6 +193,14 @@ def _train(config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Ben
         all_stored = stored.close()
     if not all_stored:
         raise unstored_metrics()
+
+
+def _forget(config: RunConfig) -> None:
+    """What the trial before has left in this process: compiled graphs, of which there are only so many, and memory."""
+    if config.training.compile:
+        torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _last_rung(folder: Storage, config: RunConfig, bench: Bench) -> tuple[int, dict[str, float]] | None:

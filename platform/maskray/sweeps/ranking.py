@@ -157,7 +157,7 @@ def _beside(best: PointSummary, one: PointSummary, noise: Noise | None, count: i
     if noise is None:
         return Other(one, behind, None)
     margin = seeds.margin(noise, len(common), count, config.confidence)
-    return Other(one, behind, behind <= margin or math.isclose(behind, 0, abs_tol=1e-12))
+    return Other(one, behind, abs(behind) <= margin or math.isclose(behind, 0, abs_tol=1e-12))
 
 
 def _summary(config: SweepConfig, results: Sequence[Result]) -> PointSummary:

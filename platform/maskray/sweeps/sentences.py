@@ -11,7 +11,7 @@ from maskray import wording
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import LOSS, Asha, Grid, GridSearch, Median, OptunaSearch, SweepConfig
 from maskray.sweeps.drawing import Scene
-from maskray.sweeps.measure import Measure, flops
+from maskray.sweeps.measure import Measure, Names, flops
 from maskray.sweeps.ranking import Other, PointSummary, Verdict
 from maskray.sweeps.record import Result
 
@@ -72,6 +72,13 @@ def alerts(config: SweepConfig, verdict: Verdict | None) -> list[str]:
         )
     elif have < asked:
         found.append(f"No point has all {asked} seeds: the best ones have {have} that ran to their end.")
+    names = Names(config)
+    found += [
+        f"{names.point(each.summary.point)} has a better mean over fewer seeds, and by more than noise. If trials of it "
+        "failed, --resume tries them again; if they were stopped early, this may be luck."
+        for each in verdict.others
+        if each.behind is not None and each.behind < 0 and each.is_noise is False
+    ]
     return found
 
 

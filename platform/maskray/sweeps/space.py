@@ -46,6 +46,11 @@ _OF_TRIALS = {
     "training.probe_steps": None,
     "storage.keep_checkpoints": 1,
 }
+_SAID_ELSEWHERE = {
+    "name": "trials have the sweep's",
+    "seed": "list seeds",
+    "training.probe_at": "rungs are those of stopping",
+}
 SAMPLE = 64
 """Points of a search that has no list of them that are looked at before it starts."""
 
@@ -63,10 +68,10 @@ class Space:
 
     def __init__(self, config: SweepConfig, seconds_per_step: Mapping[str, float] | None = None) -> None:
         self.config = config
-        self._raw = _laid(config.base, config.overrides | _OF_TRIALS)
+        self._overrides = config.overrides | _OF_TRIALS
         self._measured = dict(seconds_per_step or {})
         self._costs: dict[str, Cost] = {}
-        self.base = _base(config, self._raw)
+        self.base = _base(config, _laid(config.base, self._overrides))
         _refuse_other_keys(config)
         self.dataset = Dataset.open(self.base.data.path, self.base.data.version)
         self._digest = weights_digest(self.base.init_from)
@@ -132,7 +137,7 @@ class Space:
         return [point for point in self.points() or [] if point_key(point) not in self._measured]
 
     def _base_of(self, point: Point, seed: int) -> RunConfig:
-        raw = _laid(self._raw, point) | {"name": self.config.name, "seed": seed}
+        raw = _laid(self.config.base, {**self._overrides, **point}) | {"name": self.config.name, "seed": seed}
         config = with_absolute_paths(parse(RunConfig, raw, "the run"))
         data = config.data.model_copy(update={"version": self.dataset.manifest.fingerprint})
         return config.model_copy(update={"data": data})
@@ -238,6 +243,12 @@ def _base(config: SweepConfig, raw: Mapping[str, Any]) -> RunConfig:
 def _refuse_other_keys(config: SweepConfig) -> None:
     known = dict(dotted_keys(RunConfig)) | {"name": True}
     for key, axis in config.space.items():
+        if key in ("init_from", "data.path", "data.version"):
+            raise ConfigError(
+                "a sweep has one dataset and one start: what comes of others does not compare",
+                key=f"space.{key}",
+                fix="make a sweep of each",
+            )
         if known.get(key):
             raise ConfigError(
                 "it changes nothing that is learned: all of its points would be one",
@@ -251,6 +262,9 @@ def _refuse_other_keys(config: SweepConfig) -> None:
                 found=config.overrides[key],
                 fix="leave it out, or take the axis out of the space",
             )
+    for key, instead in _SAID_ELSEWHERE.items():
+        if key in config.overrides:
+            raise ConfigError("it is not said here", key=f"overrides.{key}", fix=f"leave it out: {instead}")
     for key, value in _OF_TRIALS.items():
         if config.overrides.get(key, value) != value:
             raise ConfigError(

@@ -245,6 +245,10 @@ def test_a_base_is_a_file_beside_the_sweeps(tmp_path: Path):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(BASE | {"base": "runs/small.yaml"}))
     assert load_sweep(tmp_path / "sweep.yaml").base == {"name": "small", "seed": 3}
     assert load_sweep(tmp_path / "sweep.yaml", ["seeds=[5]"]).seeds == (5,)
+    assert load_sweep(tmp_path / "sweep.yaml", ["base.seed=4"]).base == {"name": "small", "seed": 4}
+    over = load_sweep(tmp_path / "sweep.yaml", ["overrides.optim.steps=3", "overrides.optim.steps=4"]).overrides
+    assert over == {"optim.steps": 4}
+    assert load_sweep(tmp_path / "sweep.yaml", ["space.mask.ratio=[0.3]"]).space["mask.ratio"].values == (0.3,)
     with pytest.raises(ConfigError, match=r"^the config file cannot be read\. Found: .*gone\.yaml"):
         load_sweep(tmp_path / "sweep.yaml", ["base=gone.yaml"])
     with pytest.raises(ConfigError, match=r"^base: .*Allowed: a section"):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from maskray.sweeps.ranking import front, judged, ranked
+from maskray.sweeps.sentences import alerts
 from sweep_results import BASE, accuracy, grid, results_of, sweep_config
 
 SPACE = {"mask.ratio": [0.5, 0.75], "model.decoder.depth": [1, 2, 4]}
@@ -45,7 +46,9 @@ def test_a_point_of_which_more_seeds_ran_to_their_end_comes_before_a_better_one(
     assert places(points)[-2:] == [(0.75, 1), (0.75, 4)]
     lucky = verdict.others[-1]
     assert lucky.behind == pytest.approx(-0.4)
-    assert lucky.is_noise
+    assert lucky.is_noise is False  # as much better as another is worse
+    said = alerts(sweep_config(SPACE), verdict)
+    assert any("better mean over fewer seeds" in each and "0.75" in each for each in said)
     assert lucky.summary is not verdict.cheapest
 
 

@@ -206,6 +206,39 @@ def test_an_override_holds_where_an_axis_is_not(space: Make):
     assert rates == [0.25, 0.5]
 
 
+def test_overrides_hold_for_all_points_though_a_kind_replaces_its_section(space: Make):
+    axes = {"mask.kind": ["random", "block"], "model.decoder.depth": [1, 2]}
+    found = space(axes, overrides={"mask.ratio": 0.5})
+    masks = [found.run_config(found.trial(point, 0)).mask for point in found.points()]
+    assert [(mask.kind, mask.ratio) for mask in masks] == [("random", (0.5,))] * 2 + [("block", (0.5,))] * 2
+
+
+def test_a_kind_and_what_is_in_its_section_may_both_be_axes(space: Make):
+    axes = {"mask.ratio": [0.5, 0.6], "mask.kind": ["random", "block"]}
+    found = space(axes)
+    masks = [found.run_config(found.trial(point, 0)).mask for point in found.points()]
+    assert [(mask.kind, mask.ratio[0]) for mask in masks] == [
+        ("random", 0.5),
+        ("block", 0.5),
+        ("random", 0.6),
+        ("block", 0.6),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("axes", "overrides", "message"),
+    [
+        (RATIOS, {"seed": 3}, r"^overrides\.seed: .*list seeds"),
+        (RATIOS, {"training.probe_at": [4]}, r"^overrides\.training\.probe_at: .*rungs"),
+        (RATIOS | {"init_from": ["a.pth"]}, {}, r"^space\.init_from: a sweep has one dataset and one start"),
+        (RATIOS | {"data.version": ["a"]}, {}, r"^space\.data\.version: a sweep has one dataset"),
+    ],
+)
+def test_what_is_said_elsewhere(space: Make, axes: dict[str, Any], overrides: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        space(axes, overrides=overrides)
+
+
 def test_the_loss_needs_no_probe(space: Make):
     objective = {"metric": "pretrain/loss", "direction": "min", "forced": True}
     assert len(made(space, RATIOS, objective=objective, overrides={"probe.enabled": False})) == 2
