@@ -391,6 +391,11 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
     Raises:
         ConfigError: a file is missing or no YAML mapping, or a value is wrong (all are listed).
     """
-    raw = with_overrides(read(path), overrides)
+    raw = _with_base(read(path), path.parent)
+    return parse(SweepConfig, _with_base(with_overrides(raw, overrides), path.parent), str(path))
+
+
+def _with_base(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A `base` that is a path is read: what overrides say of it is laid over what is there."""
     base = raw.get("base")
-    return parse(SweepConfig, raw | ({"base": read(path.parent / base)} if isinstance(base, str) else {}), str(path))
+    return raw | ({"base": read(folder / base)} if isinstance(base, str) else {})
