@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.data.stream import Unit
 from maskray.errors import TrainingError
-from maskray.evaluation.judgement import Bench, Finding
+from maskray.evaluation.judgement import Bench, Finding, read_rows
 from maskray.launch import Prepared, card, unstored_metrics
 from maskray.pretrain import pretrain, settle
 from maskray.publish.release import training_seconds
@@ -55,6 +56,9 @@ _FLUSH_SECONDS = 10.0
 _ENVIRONMENT = {  # read by Tune in this process, before it is given to another trial
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "45",  # a trial that is stopped has 30 s to tell MLflow what it has not told yet
 }
+
+# Most trials of a sweep are judged on the same rows, and many share a process.
+_rows = lru_cache(maxsize=1)(read_rows)
 
 Tell = Callable[[int, Mapping[str, float]], None]
 """Told of a step, and of what is known then: scores where it was judged. It may end the trial, by SystemExit."""
@@ -136,7 +140,7 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     folder, run_id = sweep.folder_of(trial), sweep.run_of(asked)
     tell = Teller(sweep)
     settle(run_config)
-    bench = Bench(run_config, _device(run_config))
+    bench = Bench(run_config, _device(run_config), _rows)
     _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
     with newest(folder) as weights:
         assert weights is not None, "the last step is a checkpoint"
