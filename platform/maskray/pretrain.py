@@ -28,7 +28,7 @@ from maskray.training.memory import keep_freed_memory
 from maskray.training.optim import Schedule, build_optimizer
 from maskray.training.sharding import shard
 from maskray.training.step import TrainStep
-from maskray.training.throughput import Meter, hardware, matmul_rate
+from maskray.training.throughput import Meter, hardware, rate_of_process
 
 _MOST_GRAPHS = 32
 PACKAGES = ("maskray", "torch", "torchvision", "torchcodec", "timm", "numpy")  # what the bits of a run depend on
@@ -75,7 +75,7 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
 
     on = hardware(context.device, threads)
     if on not in rates:  # once a run: measured again, it would be another, and MFU's curve would jump
-        rates[on] = matmul_rate(context.device, config.training.precision)
+        rates[on] = rate_of_process(context.device, config.training.precision, threads)
     tracker.tag("maskray.mfu_of", f"{rates[on]:.4g} FLOP/s in a matrix product ({on})")
     costs = [
         cost(model, num, masking.num_target(config.objective, spec.grid_HW, num)).training_flops

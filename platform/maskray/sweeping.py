@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from maskray.config.sweep import RegisterConfig, SweepConfig
 from maskray.data import lease
 from maskray.data.lease import Kind
 from maskray.data.storage import Storage
-from maskray.errors import ConfigError, TrackingError
+from maskray.errors import ConfigError, MaskrayError
 from maskray.evaluation.judgement import first_images, judge
 from maskray.launch import HOST_TAG
 from maskray.pretrain import settle
@@ -181,15 +182,21 @@ def begun(prepared: Prepared) -> Iterator[str]:
         except BaseException as error:
             if held.lost_to is not None:  # the sweep goes on, in other hands
                 raise
-            try:
-                close_children(prepared, run_id)
-                if isinstance(error, Exception):
-                    mlflow_runs.close_run(prepared.store, run_id, "FAILED", str(error))
-                else:
-                    mlflow_runs.close_run(prepared.store, run_id, "KILLED", "interrupted")
-            except TrackingError as away:  # what ended the sweep is what the user must hear of
-                log.warning("%s", away)
+            close = partial(mlflow_runs.close_run, prepared.store, run_id)
+            _try(partial(close_children, prepared, run_id))
+            if isinstance(error, Exception):
+                _try(partial(close, "FAILED", str(error)))
+            else:
+                _try(partial(close, "KILLED", "interrupted"))
             raise
+
+
+def _try(close: Callable[[], None]) -> None:
+    """What ended the sweep is what the user must hear of."""
+    try:
+        close()
+    except MaskrayError as error:
+        log.warning("%s", error)
 
 
 def close_children(prepared: Prepared, run_id: str) -> None:

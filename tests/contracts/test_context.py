@@ -201,7 +201,7 @@ def test_metrics_that_were_not_stored_travel_in_the_checkpoint(run, quiet):
 def test_mfu_is_a_share_of_the_same_rate_after_a_restart(run, monkeypatch):
     """Measured again on a busier machine it would be another, and the curve would jump."""
     rates = iter([1e9, 2e9])
-    monkeypatch.setattr(pretraining, "matmul_rate", lambda *_: next(rates))
+    monkeypatch.setattr(pretraining, "rate_of_process", lambda *_: next(rates))
     stopped = run("stopped")
     stopped.killed(Fragile(stopped.store, log=10))
     first = dict(stopped.store.tags)

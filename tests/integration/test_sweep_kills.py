@@ -1,8 +1,10 @@
 """kill -9 of a sweep's driver: resumed, it ends as one that was not, to the bit; MLflow holds each trial once."""
 
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from maskray.config.load import merge
 from maskray.config.sweep import LOSS, load_sweep
 from maskray.sweeps import record
 from maskray.sweeps.record import Result
-from maskray.tracking.mlflow_runs import PARENT_TAG, TRIAL_TAG
+from maskray.tracking.mlflow_runs import NOTE_TAG, PARENT_TAG, TRIAL_TAG
 from maskray.tracking.mlflow_store import DATABASE
 from trials import alone
 
@@ -173,6 +175,59 @@ def test_a_driver_that_is_killed(sweep: Callable[[str], Sweep], quiet: dict[str,
     killed.kill(killed.started(), num_ended)
     assert killed.run.finish(killed.started("--resume")) == 0, killed.run.output()
     check(killed, wanted)
+
+
+HUNGRY = """
+import time
+from pathlib import Path
+import numpy as np
+from maskray import sweeping
+from maskray.config.sweep import load_sweep
+from maskray.on_ray import sweep, trial
+from maskray.on_ray.cluster import connected
+
+def train(parameters, sweep):
+    asked = trial.Asked.load(parameters[trial.ASKED]).trial
+    held = []
+    while asked.point["mask.ratio"] == 0.5 and asked.seed == 0:
+        assert len(held) < {most}, "nobody ends it"
+        held.append(np.ones(2**28, np.uint8))
+        time.sleep(0.3)
+    trial.run(parameters, sweep)
+
+prepared = sweeping.prepare(load_sweep(Path({config!r})))
+with connected(prepared.space.base.cluster), sweeping.begun(prepared) as run_id:
+    sweep.run(prepared, run_id, lambda *_: None, train)
+    raise SystemExit(int(sweeping.has_failed(prepared.config, sweeping.finish(prepared, run_id))))
+"""
+ROOM, TOO_MUCH = 5 * 2**30, 9 * 2**30
+
+
+@pytest.mark.slow
+def test_a_trial_that_rays_memory_monitor_ends(sweep: Callable[[str], Sweep]):
+    """The monitor's threshold lies a little above what is in use: the machine is in no danger."""
+    memory = psutil.virtual_memory()
+    if memory.available < TOO_MUCH + 4 * 2**30:
+        pytest.skip("too little memory")
+    hungry = sweep("hungry")
+    threshold = (memory.total - memory.available + ROOM) / memory.total
+    environment = {"RAY_memory_usage_threshold": f"{threshold:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
+    script = HUNGRY.format(config=str(hungry.run.config), most=TOO_MUCH // 2**28)
+    with (hungry.run.folder / "output.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], env=hungry.run.environment | environment, stdout=log, stderr=log
+        )
+        hungry.run.processes.append(process)
+        assert hungry.run.finish(process) == 0, hungry.run.output()
+    _, parent, children = hungry.tracked()
+    assert parent.info.status == "FINISHED"
+    ended = hungry.ended()
+    (lost,) = [each for each in ended.values() if each.status != "finished"]
+    assert (lost.status, lost.trial.point["mask.ratio"], lost.trial.seed) == ("failed", 0.5, 0)
+    assert re.match(r"out of memory: \S+GB of its node's \S+GB, and Ray's memory monitor ended it", lost.reason)
+    assert len(ended) == TRIALS
+    assert children[lost.trial.key].info.status == "FAILED"
+    assert "out of memory" in children[lost.trial.key].data.tags[NOTE_TAG]
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from maskray import sweeping
 from maskray.config.load import merge, parse
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import LOSS, SweepConfig
-from maskray.errors import ClusterError, DataError
+from maskray.errors import ClusterError, DataError, StorageError
 from maskray.on_ray import sweep as on_ray
 from maskray.on_ray import trial
 from maskray.on_ray.trial import ASKED, ENDED, Asked, Sweep
@@ -325,6 +325,30 @@ def test_trials_that_failed_are_tried_again_from_their_newest_whole_checkpoints(
 
 
 # ----------------------------------------------------------------------------------------------- what cannot be run
+
+
+def unwritable(parameters: Mapping[str, Any], sweep: Sweep) -> None:
+    """A trial whose result cannot be written: a folder has its name."""
+    folder = sweep.folder_of(Asked.load(parameters[ASKED]).trial)
+    folder.child(record.RESULT).write_bytes("in_the_way", b"")
+    raise ValueError("planted")
+
+
+def test_what_cannot_be_put_on_record_ends_the_sweep_in_our_words(prepare: Callable[..., Prepared]):
+    prepared = prepare({RATIO: [0.75, 0.5]}, trials={"concurrency": 1})
+    runs: list[str] = []
+
+    def run() -> None:
+        with sweeping.begun(prepared) as run_id:
+            runs.append(run_id)
+            on_ray.run(prepared, run_id, lambda *_: None, unwritable)
+
+    with pytest.raises(StorageError, match=rf"cannot (read|write) .*/{record.RESULT}"):
+        run()
+    parent = prepared.store.client().get_run(runs[0])
+    assert parent.info.status == "FAILED"
+    assert record.RESULT in parent.data.tags[NOTE_TAG]
+    nothing_is_left()
 
 
 def test_a_damaged_shard_fails_a_trial_by_its_name(prepare: Callable[..., Prepared], digits: Path, tmp_path: Path):

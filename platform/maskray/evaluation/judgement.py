@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from maskray.config.schema import RunConfig
+from maskray.config.schema import DataConfig, RunConfig
 from maskray.data.manifest import SplitName
 from maskray.data.shards import Dataset
 from maskray.data.stream import walk
@@ -107,16 +107,32 @@ class Rows(NamedTuple):
     test_labels: Labels
 
 
+ReadRows = Callable[[DataConfig, int], Rows]
+
+
+def read_rows(data: DataConfig, most: int) -> Rows:
+    """The first rows of both splits, so many at most of each."""
+    dataset = Dataset.open(data.path, data.version, unreadable=data.unreadable)
+    return Rows(*_labelled(dataset, "train", data, most), *_labelled(dataset, "held_out", data, most))
+
+
+def _labelled(dataset: Dataset, split: SplitName, data: DataConfig, most: int) -> tuple[Images, Labels]:
+    groups = list(walk(dataset, split, data.image_size, data.channels, most))
+    images = torch.cat([g.images_BCHW for g in groups]).numpy()
+    return images, np.concatenate([g.labels for g in groups if g.labels is not None])
+
+
 class Bench:
     """What every model of a run is judged on.
 
     Args:
         config: of the run.
         device: where features are computed.
+        read: as `read_rows`.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.config, self._device = config, device
+    def __init__(self, config: RunConfig, device: torch.device, read: ReadRows = read_rows) -> None:
+        self.config, self._device, self._read = config, device, read
         self.dataset = Dataset.open(config.data.path, config.data.version, unreadable=config.data.unreadable)
 
     @cached_property
@@ -126,7 +142,7 @@ class Bench:
             missing = "held-out rows" if self.dataset.manifest.class_names else "labels"
             log.warning("No probe: the dataset has no %s", missing)
             return None
-        return Rows(*self._rows("train"), *self._rows("held_out"))
+        return self._read(self.config.data, self.config.probe.max_rows)
 
     @property
     def k(self) -> int:
@@ -165,12 +181,6 @@ class Bench:
         config = self.config
         objective = Objective(config.objective, config.cell)
         return reconstruct(model, normalize, objective, first_images(self.dataset, config), config.mask, config.seed)
-
-    def _rows(self, split: SplitName) -> tuple[Images, Labels]:
-        data = self.config.data
-        groups = list(walk(self.dataset, split, data.image_size, data.channels, self.config.probe.max_rows))
-        images = torch.cat([g.images_BCHW for g in groups]).numpy()
-        return images, np.concatenate([g.labels for g in groups if g.labels is not None])
 
 
 def first_images(dataset: Dataset, config: RunConfig) -> Images:

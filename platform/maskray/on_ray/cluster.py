@@ -36,7 +36,7 @@ _ENVIRONMENT = {
 
 
 # A runtime environment is shown in Ray's dashboard and logs: nodes must have secrets of their own.
-_SECRET = re.compile("PASSWORD|TOKEN|SECRET|KEY")
+SECRET = re.compile("PASSWORD|TOKEN|SECRET|KEY")
 # Where Ray unpacks the working directory of a submitted job: another folder after each change, gone with the session.
 _JOB_FOLDER = "/working_dir_files/"
 _ADDRESS_OPTION = {"ingest": "--address"}  # of the others it is a key of their config
@@ -51,7 +51,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    variables = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_") and not _SECRET.search(k)}
+    variables = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_") and not SECRET.search(k)}
     package = Path(maskray.__file__).parent
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = config.address or os.environ.get("RAY_ADDRESS")

@@ -12,6 +12,7 @@ from functools import partial
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 
 from maskray.calibration import seconds_per_step
 from maskray.config.schema import ClusterConfig, RunConfig
@@ -19,7 +20,7 @@ from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import background, nested, trial
 from maskray.on_ray.book import Asking, Book, Deciding, Show, survive_lost_processes
-from maskray.on_ray.cluster import check_sweep
+from maskray.on_ray.cluster import SECRET, check_sweep
 from maskray.on_ray.trial import Sweep
 from maskray.sweeping import Prepared
 
@@ -59,6 +60,7 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
     for name in ("tune", "execution.tune_controller"):  # they say again, in Tune's words, what came of trials
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)
     survive_lost_processes()
+    keep_secrets()
     config = prepared.config
     sweep = Sweep(
         folder=prepared.folder,
@@ -151,3 +153,8 @@ def measure(configs: Sequence[RunConfig]) -> list[float]:
     )(seconds_per_step)
     # One after another: what runs beside a trial takes some of its time.
     return [ray.get(timed.remote(config)) for config in configs]
+
+
+def keep_secrets() -> None:
+    """Have Tune leave the keys of an object store out of a trial's runtime environment, which Ray's dashboard shows."""
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not SECRET.search(name)}

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.data.stream import Unit
 from maskray.errors import TrainingError
-from maskray.evaluation.judgement import Bench, Finding
+from maskray.evaluation.judgement import Bench, Finding, read_rows
 from maskray.launch import Prepared, card, unstored_metrics
 from maskray.on_ray import nested
 from maskray.on_ray.nested import Tell
@@ -59,6 +60,9 @@ _ENVIRONMENT = {  # read by Tune in this process, before it is given to another 
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic kernels want it
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "45",  # a trial that is stopped has 30 s to tell MLflow what it has not told yet
 }
+
+# Most trials of a sweep are judged on the same rows, and many share a process.
+_rows = lru_cache(maxsize=1)(read_rows)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     tell = Teller(sweep)
     settle(run_config)
     _forget(run_config)
-    bench = Bench(run_config, _device(run_config))
+    bench = Bench(run_config, _device(run_config), _rows)
     if run_config.cluster.workers > 1:
         root = Storage(run_config.storage.path)
         nested.train(run_config, root, folder, sweep.store.uri, run_id, scores_of_checkpoint, tell)

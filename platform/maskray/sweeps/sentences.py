@@ -74,7 +74,7 @@ def alerts(config: SweepConfig, verdict: Verdict | None) -> list[str]:
         found.append(f"No point has all {asked} seeds: the best ones have {have} that ran to their end.")
     names = Names(config)
     found += [
-        f"{names.point(each.summary.point)} has a better mean over fewer seeds, and by more than noise. If trials of it "
+        f"{names.point(each.summary.point)} has a better mean over fewer seeds, by more than noise. If trials of it "
         "failed, --resume tries them again; if they were stopped early, this may be luck."
         for each in verdict.others
         if each.behind is not None and each.behind < 0 and each.is_noise is False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import torch
@@ -33,6 +34,12 @@ def matmul_rate(device: torch.device, precision: Literal["fp32", "bf16"]) -> flo
         seconds = time.perf_counter() - start
         best, spent = min(best, seconds), spent + seconds
     return 2.0 * size**3 / best
+
+
+@cache
+def rate_of_process(device: torch.device, precision: Literal["fp32", "bf16"], threads: int) -> float:  # noqa: ARG001
+    """As `matmul_rate`, measured once in a process for as many threads as it has: the trials of a sweep share it."""
+    return matmul_rate(device, precision)
 
 
 def hardware(device: torch.device, threads: int) -> str:

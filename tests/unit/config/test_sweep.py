@@ -260,3 +260,12 @@ def test_a_sweep_is_what_its_dump_says():
     config = sweep(space=space, stopping={"kind": "asha", "first": 1e9}, budget={"flops": 1e12})
     assert parse(SweepConfig, yaml.safe_load(dump(config))) == config
     assert parse(SweepConfig, config.model_dump()) == config
+
+
+def test_what_the_command_line_says_of_base_is_laid_over_its_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: run\noptim: {steps: 5, base_lr: 0.5}\n")
+    (tmp_path / "other.yaml").write_text("name: other\n")
+    path = tmp_path / "sweep.yaml"
+    path.write_text("name: s\nbase: run.yaml\nspace: {mask.ratio: [0.5]}\n")
+    assert load_sweep(path, ["base.optim.steps=9"]).base == {"name": "run", "optim": {"steps": 9, "base_lr": 0.5}}
+    assert load_sweep(path, ["base=other.yaml"]).base == {"name": "other"}
