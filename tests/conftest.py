@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Before Ray or MLflow is imported, and for every process that tests start.
 os.environ["RAY_AUTH_MODE"] = "disabled"  # no token in the home folder of whoever runs the tests
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # as the command line has it
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "WORLD_SIZE", "RANK"):
     os.environ.pop(name, None)

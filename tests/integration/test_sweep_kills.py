@@ -198,7 +198,8 @@ def train(parameters, sweep):
 prepared = sweeping.prepare(load_sweep(Path({config!r})))
 with connected(prepared.space.base.cluster), sweeping.begun(prepared) as run_id:
     sweep.run(prepared, run_id, lambda *_: None, train)
-    raise SystemExit(int(sweeping.has_failed(prepared.config, sweeping.finish(prepared, run_id))))
+    results = sweeping.finish(prepared, run_id)
+raise SystemExit(int(sweeping.has_failed(prepared.config, results)))
 """
 ROOM, TOO_MUCH = 5 * 2**30, 9 * 2**30
 

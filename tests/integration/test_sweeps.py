@@ -167,15 +167,15 @@ def faulty(parameters: Mapping[str, Any], sweep: Sweep) -> None:
 
 @pytest.mark.filterwarnings("ignore::Warning:mlflow")
 def test_a_trial_that_raises_dies_or_hangs_is_recorded_and_the_others_finish(prepare: Callable[..., Prepared]):
-    prepared = prepare(FAULTS, trials={"limit_seconds": 12.0, "concurrency": 3})
+    prepared = prepare(FAULTS, trials={"limit_seconds": 15.0, "concurrency": 3})
     ended = swept(prepared, faulty)
     results = ended.by_ratio()
 
     reasons = {
         NO_STEP: "Loss or gradient norm was not finite at step 2",
         KILLED: "its process died",
-        ASLEEP: "hung: silent for more than 12 s (trials.limit_seconds)",
-        COUNTING: "hung: silent for more than 12 s (trials.limit_seconds)",
+        ASLEEP: "hung: silent for more than 15 s (trials.limit_seconds)",
+        COUNTING: "hung: silent for more than 15 s (trials.limit_seconds)",
         NO_RUN: "MLflow",
     }
     for ratio, reason in reasons.items():

@@ -87,7 +87,9 @@ def promote_main(arguments: Sequence[str] | None = None) -> int:
     return main(["promote", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-_ENVIRONMENT = {  # read by MLflow when it is imported
+_ENVIRONMENT = {  # read by Ray and MLflow when they are imported
+    # A thread of Ray's own that goes on after our cluster's end would start another, or join what it finds.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
