@@ -129,7 +129,7 @@ def test_a_password_in_the_tracking_uri_is_written_nowhere(
     prepared = launch.prepare(tiny(tracking={"uri": "http://me:pa55word@host:5000"}))
     assert prepared.store.uri == "http://me:pa55word@host:5000"
     assert "pa55word" not in dump(prepared.config)
-    assert "pa55word" not in repr(launch._card(prepared))
+    assert "pa55word" not in repr(launch.card(prepared))
 
 
 def test_pretraining_helps(digits: Path, tmp_path: Path):

@@ -159,10 +159,10 @@ def test_a_checkpoints_decoder_plays_no_part(config, checkpoint_folder):
 
 
 def test_mlflows_run_of_the_model_is_told(config, checkpoint_folder, store, tiny):
-    from maskray.launch import _card
+    from maskray.launch import card
     from maskray.launch import prepare as prepare_run
 
-    run_id = ensure_run(store, _card(prepare_run(tiny())))
+    run_id = ensure_run(store, card(prepare_run(tiny())))
     prepared = prepare(config([PAINT, {"kind": "knn"}], model=str(checkpoint_folder)))
     found = appraise_here(prepared)
     assert record(prepared, found) == run_id
@@ -176,10 +176,10 @@ def test_mlflows_run_of_the_model_is_told(config, checkpoint_folder, store, tiny
 
 
 def test_another_evaluation_of_that_name_replaces_the_first(config, checkpoint_folder, store, tiny):
-    from maskray.launch import _card
+    from maskray.launch import card
     from maskray.launch import prepare as prepare_run
 
-    run_id = ensure_run(store, _card(prepare_run(tiny())))
+    run_id = ensure_run(store, card(prepare_run(tiny())))
     found = []
     for max_rows in (200, None):
         data = {"path": tiny().data.path, "max_rows": max_rows}
