@@ -55,7 +55,6 @@ STEP, RUNG, VALUE, ENDED = "step", "rung", "value", "ended"
 BEATS = 5
 """Signs of life in the time that a trial may be silent."""
 _FLUSH_SECONDS = 10.0
-_PATIENCE = "7"  # MLflow's own: a server may be away for two minutes
 _ENVIRONMENT = {  # read by Tune in this process, before it is given to another trial
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic kernels want it
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "45",  # a trial that is stopped has 30 s to tell MLflow what it has not told yet
@@ -136,7 +135,6 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = _PATIENCE  # the command line, whose driver has it, is in a hurry
     asked = Asked.load(config[ASKED])
     trial, run_config = asked.trial, RunConfig.model_validate(asked.config)
     folder, run_id = sweep.folder_of(trial), sweep.run_of(asked)
