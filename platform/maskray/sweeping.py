@@ -15,35 +15,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from maskray.calibration import seconds_per_step
-from maskray.config.load import dotted_keys, dump, fingerprint, identity, load_text, merge, parse
-from maskray.config.promotion import PromotionConfig
+from maskray.config.load import dotted_keys, dump, fingerprint, identity, load_text
 from maskray.config.schema import RunConfig
-from maskray.config.sweep import RegisterConfig, SweepConfig
+from maskray.config.sweep import SweepConfig
 from maskray.data import lease
 from maskray.data.lease import Kind
 from maskray.data.storage import Storage
 from maskray.errors import ConfigError, MaskrayError
-from maskray.evaluation.judgement import first_images, judge
 from maskray.launch import HOST_TAG
-from maskray.pretrain import settle
-from maskray.publish.decisions import Decision
-from maskray.publish.promotion import promote
-from maskray.publish.release import TrainedRun, release
+from maskray.offering import promotion_of
 from maskray.sweeps import record, report
 from maskray.sweeps.ranking import ranked
 from maskray.sweeps.record import Result, Trial
 from maskray.sweeps.search import Queue, open_queue
-from maskray.sweeps.space import Space, plan_of, point_key, refuse_equal_points
+from maskray.sweeps.space import Space, point_key, refuse_equal_points
 from maskray.sweeps.stopping import refuse_idle_rungs
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
 from maskray.tracking.mlflow_store import Store, open_store
-from maskray.training import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +94,7 @@ def prepare(config: SweepConfig, *, resume: bool = False, new: bool = False, com
     space = Space(config)
     trials = _trials(space)
     if config.register_best is not None:
-        _promotion(space.base, config.register_best)
+        promotion_of(space.base, config.register_best)
     root = Storage(space.base.storage.path)
     root.check_writable()
     number = _last_number(root, config.name)
@@ -279,66 +271,6 @@ def report_of(config: SweepConfig) -> str:
     return write_report(prepared, run_id, record.results(prepared.folder))
 
 
-def best_trial(config: SweepConfig, results: Mapping[str, Result]) -> Result | None:
-    """That of the best point whose seed came out best; None: no trial finished."""
-    points = ranked(config, results)
-    if not points or points[0].mean is None:
-        return None
-    sign = 1 if config.objective.direction == "max" else -1
-    finished = [result for result in points[0].results if result.status == "finished"]
-    return max(finished, key=lambda result: sign * (result.value or 0.0))
-
-
-class Registered(NamedTuple):
-    """What came of the best trial in the registry."""
-
-    model: str
-    version: str
-    decision: Decision | None
-    """None where no promotion was asked for, or nothing was to be decided."""
-
-
-def register(prepared: Prepared, best: Result) -> Registered | None:
-    """Register the encoder of a trial, and offer it as challenger, where the config says so.
-
-    Raises:
-        MaskrayError: as `publish.release.release` and `publish.promotion.promote` do.
-    """
-    wanted = prepared.config.register_best
-    if wanted is None:
-        return None
-    assert best.run_id is not None
-    assert best.checkpoint is not None
-    config, dataset = prepared.space.run_config(best.trial), prepared.space.dataset
-    tracking = config.tracking.model_copy(update={"register_as": wanted.name})
-    config = config.model_copy(update={"tracking": tracking})
-    run = TrainedRun(config, plan_of(config, dataset), dataset, prepared.store, best.run_id, prepared.code)
-    settle(config)
-    with checkpoint.on_disk(prepared.folder.child(record.TRIALS, best.trial.key, best.checkpoint)) as weights:
-        verdict = judge(config, weights, torch.device("cpu"))
-        _, version = release(run, weights, first_images(dataset, config), verdict.judgement)
-    promotion = _promotion(config, wanted)
-    if promotion is None:
-        return Registered(wanted.name, version, None)
-    return Registered(wanted.name, version, promote(promotion.model_copy(update={"challenger": version})))
-
-
-def _promotion(base: RunConfig, wanted: RegisterConfig) -> PromotionConfig | None:
-    """The promotion that is asked for, of whatever version; by default on the sweep's own dataset."""
-    if wanted.promotion is None:
-        return None
-    places = {
-        "model": wanted.name,
-        "storage": {"path": base.storage.path},
-        "tracking": {"uri": base.tracking.uri},
-    }
-    mine = {"data": {"path": base.data.path}}
-    try:
-        return parse(PromotionConfig, merge(mine, wanted.promotion) | places, "it")
-    except ConfigError as error:
-        raise ConfigError(str(error), key="register_best.promotion") from error
-
-
 def has_failed(config: SweepConfig, results: Mapping[str, Result]) -> bool:
     """Whether the sweep's exit code is that of a failure."""
     statuses = {result.status for result in results.values()}
@@ -419,9 +351,8 @@ def _meaning(config: SweepConfig) -> dict[str, str]:
         section, _, rest = key.partition(".")
         if section not in ("base", "overrides"):
             return True
-        return bool(rest) and not f"{rest}.".startswith(
-            tuple(may_change)
-        )  # where there is no rest the section is empty
+        # Where there is no rest the section is empty.
+        return bool(rest) and not f"{rest}.".startswith(tuple(may_change))
 
     return {key: value for key, value in mlflow_runs.flatten(identity(config)).items() if counts(key)}
 
@@ -442,5 +373,6 @@ def _card(prepared: Prepared) -> RunCard:
         tags={**prepared.code, "maskray.storage": prepared.folder.uri, HOST_TAG: socket.gethostname()},
         config_yaml=dump(config),
         dataset=DatasetCard(Path(place).name, place, dataset.manifest.fingerprint, dataset.num_rows()),
+        source="maskray sweep",
         description=f"Sweep over {axes}, judged by {config.objective.metric}: {prepared.num_trials} trials.",
     )

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [  # from the ground up; rooms on one line do not impor
     {"training"},
     {"evaluation"},
     {"pretrain", "publish", "estimate", "sweeps"},
-    {"launch", "appraisal", "embedding", "calibration"},
+    {"launch", "appraisal", "embedding", "calibration", "offering"},
     {"sweeping"},
     {"on_ray", "bare", "in_use"},
     {"cli"},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskray import sweeping
+from maskray import offering, sweeping
 from maskray.config.load import merge, parse
 from maskray.config.schema import IngestConfig, RunConfig
 from maskray.config.sweep import ObjectiveOfSweep, SweepConfig
@@ -229,7 +229,7 @@ def test_what_is_wrong_is_said_before_anything_begins(prepare: Callable[..., Pre
 def test_a_promotion_is_about_the_sweeps_own_dataset_and_model(prepare: Callable[..., Prepared], tmp_path: Path):
     config = prepare(register_best={"name": "tiny", "promotion": {}}).config
     base = prepare().space.base
-    promotion = sweeping._promotion(base, config.register_best)
+    promotion = offering.promotion_of(base, config.register_best)
     assert (promotion.model, promotion.data.path) == ("tiny", base.data.path)
     assert promotion.storage.path == str(tmp_path / "runs")
 

@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
 def _sweep(arguments: argparse.Namespace) -> int:
     config = load_sweep(arguments.config, arguments.set)
     rate = rate_of(arguments.rate)
-    from maskray import sweeping
+    from maskray import offering, sweeping
 
     console = Console(highlight=False)
     if arguments.report:
@@ -69,8 +69,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
             sweep.run(prepared, run_id, show)
             results = sweeping.finish(prepared, run_id)
     _show_end(console, prepared, results)
-    best = sweeping.best_trial(config, results)
-    if best is not None and (registered := sweeping.register(prepared, best)) is not None:
+    best = offering.best_trial(config, results)
+    place = (prepared.space, prepared.folder, prepared.store, prepared.code)
+    if best is not None and (registered := offering.register(*place, best)) is not None:
         said = "" if registered.decision is None else f", {registered.decision}"
         console.print(f"registered: version {registered.version} of {registered.model}{said}", soft_wrap=True)
     return int(sweeping.has_failed(config, results))

@@ -55,7 +55,7 @@ STEP, RUNG, VALUE, ENDED = "step", "rung", "value", "ended"
 BEATS = 5
 """Signs of life in the time that a trial may be silent."""
 _FLUSH_SECONDS = 10.0
-_ENVIRONMENT = {  # read by Tune in this process, before it is given to another trial
+_ENVIRONMENT = {  # read in this process: by cuBLAS, and by Tune before it is given to another trial
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic kernels want it
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "45",  # a trial that is stopped has 30 s to tell MLflow what it has not told yet
 }
@@ -123,7 +123,7 @@ class Sweep:
             "maskray.storage": self.folder.uri,  # whose lease says whether anybody is at it
         }
         mine = self.fingerprint_of(trial)
-        named = replace(of_run, name=trial.name, fingerprint=mine, tags={**of_run.tags, **tags})
+        named = replace(of_run, name=trial.name, fingerprint=mine, source="maskray sweep", tags={**of_run.tags, **tags})
         return mlflow_runs.ensure_run(self.store, named)
 
 
@@ -185,7 +185,7 @@ def _train(config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Ben
         return {**known, **scores}
 
     try:
-        if (last := _last_rung(folder, config, bench)) is not None:
+        if (last := _last_rung(folder, config)) is not None:
             step, metrics = last
             # Known since before it was ended, and to MLflow or not: then it drops them.
             stored.log({key: metrics[key] for key in SCORES if key in metrics}, step)
@@ -205,15 +205,12 @@ def _forget(config: RunConfig) -> None:
         torch.cuda.empty_cache()
 
 
-def _last_rung(folder: Storage, config: RunConfig, bench: Bench) -> tuple[int, dict[str, float]] | None:
+def _last_rung(folder: Storage, config: RunConfig) -> tuple[int, dict[str, float]] | None:
     """Step and metrics of a trial that was ended at a rung: nobody may have decided whether it goes on."""
     with newest(folder) as weights:
         if weights is None or (step := folders.step_of(weights.name)) not in config.training.probe_at:
             return None
-        try:
-            return step, json.loads((weights / folders.PROBE).read_bytes())["metrics"]
-        except FileNotFoundError:  # ended before it was judged
-            return step, scores_of(bench.find(step, weights))
+        return step, json.loads((weights / folders.PROBE).read_bytes())["metrics"]
 
 
 def _keep(found: Finding, trial: Trial, folder: Storage, uri: str, run_id: str) -> None:

@@ -72,6 +72,8 @@ class RunCard:
     """All that may change: settings of the launch, versions, places."""
     config_yaml: str
     dataset: DatasetCard
+    source: str = "maskray pretrain"
+    """The command that it comes from."""
     description: str = ""
     """Markdown, shown on the run's page. Written once: people may edit it, and what happened is added to it."""
 
@@ -341,7 +343,7 @@ def _standard_tags(card: RunCard) -> dict[str, str]:
     return {
         FINGERPRINT_TAG: card.fingerprint,
         "maskray.name": card.name,
-        "mlflow.source.name": "maskray pretrain",
+        "mlflow.source.name": card.source,
     }
 
 
