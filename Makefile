@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DATA_BENCHMARKS := decode delivery memory latency
 
-.PHONY: demo test check chaos bench bench-data bench-step bench-ingest bench-embed bench-worth bench-probe bench-detection schema ui clean
+.PHONY: demo test check chaos bench bench-data bench-step bench-ingest bench-embed bench-worth bench-probe bench-detection bench-sweep schema ui clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,6 +58,10 @@ bench-probe: $(VENV)/.installed  ## a training loop with probes beside it, and w
 
 bench-detection: $(VENV)/.installed  ## objects found, pretrained and from scratch
 	$(BIN)/python tests/benchmarks/detection.py
+
+bench-sweep: $(VENV)/.installed  ## the sweeps of the digits, in full and under ASHA: 15 minutes on two quiet cores
+	$(BIN)/maskray ingest digits runs/data/digits --held-out-fraction 0.2
+	$(BIN)/python tests/benchmarks/sweep.py
 
 schema: $(VENV)/.installed  ## JSON Schema for editors
 	$(BIN)/maskray schema > configs/schema.json

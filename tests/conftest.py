@@ -161,7 +161,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     # Short, and not pytest's own: Ray puts sockets there, whose paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp") as folder:
-        package = str(Path(__file__).parents[1] / "platform")
+        tests = Path(__file__).parent
         ray.init(
             address="local",
             num_cpus=6,
@@ -170,7 +170,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             log_to_driver=False,
             logging_level="ERROR",
             _temp_dir=folder,
-            runtime_env={"env_vars": {"PYTHONPATH": package}},
+            # What is in test files is imported by name, and these import what lies beside them.
+            runtime_env={"env_vars": {"PYTHONPATH": f"{tests.parent / 'platform'}:{tests}"}},
         )
         yield
         ray.shutdown()

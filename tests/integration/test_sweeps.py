@@ -37,8 +37,7 @@ from maskray.tracking.mlflow_store import DATABASE
 from maskray.training import checkpoint
 from trials import alone
 
-# Slow until each was seen to pass on a quiet machine: the first waits longer than it should.
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 GONE_SECONDS = 60.0  # a process that was not needed any more while it started ends when it has started
 RATIO = "mask.ratio"
