@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,120 +10,15 @@ from pydantic import BeforeValidator, Field, PositiveFloat, WithJsonSchema, mode
 
 from maskray.config.load import parse, read, with_overrides
 from maskray.config.section import PositiveInt, Section, of_kind, operational
+from maskray.config.space import AnyAxis, Choice, Grid, Value, in_order, takes, what_it_takes
 from maskray.errors import ConfigError
 
 LOSS = "pretrain/loss"
 SCORES = ("probe/few_labels", "probe/all_labels", "probe/knn")
 """What the probe of a run finds, as MLflow has it."""
-Value = bool | int | float | str | list[Any] | dict[str, Any] | None
-Values = Annotated[
-    tuple[Value, ...],
-    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value], json_schema_input_type=Value),
-]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _DOTTED = ("space", "overrides")
 LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_steps", "optim.warmup_epochs")
-
-
-# --------------------------------------------------------------------------------------------------------------- space
-
-
-class Axis(Section):
-    """What one key of the run's config may be."""
-
-    when: dict[str, Values] = Field(default_factory=dict)
-    """Keys and the values (one, or a list) that each must have at a point for this axis to be there at all; elsewhere
-    the key is as in `base`."""
-
-
-class Grid(Axis):
-    """Every one of the values. A bare list says the same."""
-
-    kind: Literal["grid"] = "grid"
-    values: tuple[Value, ...]
-
-
-class Choice(Axis):
-    """One of the values, drawn."""
-
-    kind: Literal["choice"] = "choice"
-    values: tuple[Value, ...]
-
-
-class Uniform(Axis):
-    """A number between two."""
-
-    kind: Literal["uniform"] = "uniform"
-    low: float
-    high: float
-
-
-class LogUniform(Axis):
-    """A number whose logarithm lies evenly between those of two."""
-
-    kind: Literal["loguniform"] = "loguniform"
-    low: PositiveFloat
-    high: PositiveFloat
-
-
-class RandInt(Axis):
-    """A whole number, both ends included."""
-
-    kind: Literal["randint"] = "randint"
-    low: int
-    high: int
-
-
-def _as_axis(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return {"kind": "grid", "values": value}
-    if not isinstance(value, Mapping | Axis):
-        raise ValueError("an axis is a list of values, or a section with a kind and what goes with it")
-    return value
-
-
-_Axes = Grid | Choice | Uniform | LogUniform | RandInt
-AnyAxis = Annotated[
-    Annotated[_Axes, Field(discriminator="kind"), of_kind("grid")],
-    BeforeValidator(_as_axis, json_schema_input_type=_Axes | list[Value]),
-]
-
-
-def in_order(space: Mapping[str, Axis]) -> list[str]:
-    """The keys of a space, each after those that its condition is about.
-
-    Raises:
-        ConfigError: there is no such order.
-    """
-    try:
-        return list(TopologicalSorter({key: axis.when for key, axis in space.items()}).static_order())
-    except CycleError as error:
-        raise ConfigError(
-            "conditions hang on each other in a circle, so that none of them can be looked at first",
-            key="space",
-            found=" → ".join(error.args[1]),
-            fix="leave one of them out",
-        ) from error
-
-
-def _takes(axis: AnyAxis, value: Value) -> bool:
-    match axis:
-        case Grid() | Choice():
-            return value in axis.values
-        case RandInt():
-            return isinstance(value, int) and axis.low <= value <= axis.high
-        case Uniform() | LogUniform():
-            return False  # one number of all that there are between two
-
-
-def _what_it_takes(axis: AnyAxis) -> str:
-    match axis:
-        case Grid() | Choice():
-            return ", ".join(map(str, axis.values))
-        case RandInt():
-            return f"whole numbers from {axis.low} to {axis.high}"
-        case Uniform() | LogUniform():
-            return f"none: a condition is about a list of values or whole numbers, and that one is {axis.kind}"
 
 
 # ---------------------------------------------------------------------------------------------------- search, stopping
@@ -329,12 +223,12 @@ class SweepConfig(Section):
         in_order(self.space)
         for key, axis in self.space.items():
             for other, values in axis.when.items():
-                if never := [value for value in values if not _takes(self.space[other], value)]:
+                if never := [value for value in values if not takes(self.space[other], value)]:
                     raise ConfigError(
                         "it is never so, and the axis would never be there",
                         key=f"space.{key}.when.{other}",
                         found=never[0],
-                        allowed=_what_it_takes(self.space[other]),
+                        allowed=what_it_takes(self.space[other]),
                     )
         return self
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maskray.config.sweep import Choice, Grid, LogUniform, SweepConfig
+from maskray.config.space import Choice, Grid, LogUniform
+from maskray.config.sweep import SweepConfig
 from maskray.sweeps.ranking import PointSummary, identity
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from maskray import wording
 from maskray.config.schema import RunConfig
-from maskray.config.sweep import LOSS, LogUniform, SweepConfig, Uniform
+from maskray.config.space import LogUniform, Uniform
+from maskray.config.sweep import LOSS, SweepConfig
 from maskray.sweeps.ranking import PointSummary
 from maskray.sweeps.record import shown
 

@@ -16,17 +16,8 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from maskray import draws
-from maskray.config.sweep import (
-    AnyAxis,
-    Choice,
-    Grid,
-    LogUniform,
-    OptunaSearch,
-    RandInt,
-    SweepConfig,
-    Uniform,
-    in_order,
-)
+from maskray.config.space import AnyAxis, Choice, Grid, LogUniform, RandInt, Uniform, in_order
+from maskray.config.sweep import OptunaSearch, SweepConfig
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, MaskrayError
 from maskray.sweeps.record import ASKED, Result, Trial, shown

@@ -9,7 +9,8 @@ from typing import Any
 
 from maskray import wording
 from maskray.config.schema import RunConfig
-from maskray.config.sweep import LOSS, Asha, Grid, GridSearch, Median, OptunaSearch, SweepConfig
+from maskray.config.space import Grid
+from maskray.config.sweep import LOSS, Asha, GridSearch, Median, OptunaSearch, SweepConfig
 from maskray.sweeps.drawing import Scene
 from maskray.sweeps.measure import Measure, Names, flops
 from maskray.sweeps.ranking import Other, PointSummary, Verdict

@@ -14,19 +14,8 @@ from maskray import masking
 from maskray.config.load import dotted_keys, fingerprint, merge, parse
 from maskray.config.resolve import RunPlan, resolve
 from maskray.config.schema import RunConfig
-from maskray.config.sweep import (
-    LOSS,
-    SCORES,
-    AnyAxis,
-    Choice,
-    Grid,
-    GridSearch,
-    LogUniform,
-    OptunaSearch,
-    RandInt,
-    SweepConfig,
-    Uniform,
-)
+from maskray.config.space import AnyAxis, Choice, Grid, LogUniform, RandInt, Uniform
+from maskray.config.sweep import LOSS, SCORES, GridSearch, OptunaSearch, SweepConfig
 from maskray.data.places import with_absolute_paths
 from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
