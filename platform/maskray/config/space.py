@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import Annotated, Any, Literal
 
@@ -96,22 +97,41 @@ def in_order(space: Mapping[str, Axis]) -> list[str]:
         ) from error
 
 
-def takes(axis: AnyAxis, value: Value) -> bool:
-    """Whether a condition may ask for this value of an axis."""
+def identity(of_config: Any) -> str:
+    """A point or a value of one as a text that is equal for equal ones: for Python true is 1, and 1 is 1.0."""
+    return json.dumps(of_config, sort_keys=True)
+
+
+def is_there(axis: Axis, point: Mapping[str, Any]) -> bool:
+    """Whether the conditions of an axis hold at a point that has all that they are about."""
+    return all(other in point and _is_among(point[other], values) for other, values in axis.when.items())
+
+
+def takes(axis: AnyAxis, value: Any) -> bool:
+    """Whether an axis may have this value."""
     match axis:
         case Grid() | Choice():
-            return value in axis.values
+            return _is_among(value, axis.values)
         case RandInt():
-            return isinstance(value, int) and axis.low <= value <= axis.high
+            return isinstance(value, int) and not isinstance(value, bool) and axis.low <= value <= axis.high
         case Uniform() | LogUniform():
-            return False  # one number of all that there are between two
+            return isinstance(value, float) and axis.low <= value <= axis.high
 
 
-def what_it_takes(axis: AnyAxis) -> str:
-    """The values of an axis that a condition may ask for, in words."""
+def _is_among(value: Any, values: Iterable[Any]) -> bool:
+    return identity(value) in map(identity, values)
+
+
+def conditions_take(axis: AnyAxis, value: Any) -> bool:
+    """Whether a condition about an axis may ask for this value: not for one number of all between two."""
+    return isinstance(axis, Grid | Choice | RandInt) and takes(axis, value)
+
+
+def what_conditions_take(axis: AnyAxis) -> str:
+    """The same in words."""
     match axis:
         case Grid() | Choice():
-            return ", ".join(map(str, axis.values))
+            return ", ".join(map(identity, axis.values))
         case RandInt():
             return f"whole numbers from {axis.low} to {axis.high}"
         case Uniform() | LogUniform():

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, WithJsonSchema, mode
 
 from maskray.config.load import parse, read, with_overrides
 from maskray.config.section import PositiveInt, Section, of_kind, operational
-from maskray.config.space import AnyAxis, Choice, Grid, Value, in_order, takes, what_it_takes
+from maskray.config.space import AnyAxis, Choice, Grid, Value, conditions_take, identity, in_order, what_conditions_take
 from maskray.errors import ConfigError
 
 LOSS = "pretrain/loss"
@@ -223,12 +223,12 @@ class SweepConfig(Section):
         in_order(self.space)
         for key, axis in self.space.items():
             for other, values in axis.when.items():
-                if never := [value for value in values if not takes(self.space[other], value)]:
+                if never := [value for value in values if not conditions_take(self.space[other], value)]:
                     raise ConfigError(
                         "it is never so, and the axis would never be there",
                         key=f"space.{key}.when.{other}",
-                        found=never[0],
-                        allowed=what_it_takes(self.space[other]),
+                        found=identity(never[0]),
+                        allowed=what_conditions_take(self.space[other]),
                     )
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from maskray.config.load import merge
 from maskray.config.schema import OptimConfig
+from maskray.config.space import identity
 from maskray.config.sweep import SweepConfig
 from maskray.evaluation import seeds
 from maskray.evaluation.seeds import Noise
@@ -109,11 +109,6 @@ def judged(config: SweepConfig, points: Sequence[PointSummary]) -> Verdict | Non
         margin=seeds.margin(noise, len(best.values), count, config.confidence) if noise and count else None,
         cheapest=min([best, *as_good], key=lambda one: one.cost),
     )
-
-
-def identity(of_config: Any) -> str:
-    """A point or a value of one as a text that is equal for equal ones: true is not 1."""
-    return json.dumps(of_config, sort_keys=True)
 
 
 def is_known(value: float | None) -> bool:

@@ -14,7 +14,7 @@ from maskray import masking
 from maskray.config.load import dotted_keys, fingerprint, merge, parse
 from maskray.config.resolve import RunPlan, resolve
 from maskray.config.schema import RunConfig
-from maskray.config.space import AnyAxis, Choice, Grid, LogUniform, RandInt, Uniform
+from maskray.config.space import AnyAxis, Choice, Grid, LogUniform, RandInt, Uniform, is_there
 from maskray.config.sweep import LOSS, SCORES, GridSearch, OptunaSearch, SweepConfig
 from maskray.data.places import with_absolute_paths
 from maskray.data.shards import Dataset
@@ -332,13 +332,7 @@ def _draw(axis: AnyAxis, generator: np.random.Generator) -> Any:
 def conditioned(space: Mapping[str, AnyAxis], point: Point) -> Point:
     """A point without the axes whose conditions do not hold at it, nor those that hang on such an axis."""
     left = dict(point)
-    while True:
-        gone = [
-            key
-            for key in left
-            if any(other not in left or left[other] not in allowed for other, allowed in space[key].when.items())
-        ]
-        if not gone:
-            return left
+    while gone := [key for key in left if not is_there(space[key], left)]:
         for key in gone:
             del left[key]
+    return left

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from maskray import wording
+from maskray.config.space import identity
 from maskray.config.sweep import SweepConfig
 from maskray.sweeps.measure import Measure, flops
-from maskray.sweeps.ranking import Other, PointSummary, Verdict, identity, is_known
+from maskray.sweeps.ranking import Other, PointSummary, Verdict, is_known
 from maskray.sweeps.record import Result, shown
 
 STATUS = {"finished": "finished", "pruned": "stopped early", "failed": "failed"}

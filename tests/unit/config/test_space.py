@@ -77,7 +77,19 @@ def test_keys_come_after_those_that_their_conditions_are_about():
         ),
         (
             {"a": {"values": [1], "when": {"b": [1, 3]}}, "b": [1, "x"]},
-            r"^space\.a\.when\.b: it is never so.*Found: 3\. Allowed: 1, x\.",
+            r"^space\.a\.when\.b: it is never so.*Found: 3\. Allowed: 1, \"x\"\.",
+        ),
+        (
+            {"a": {"values": [1], "when": {"b": True}}, "b": [1, 2]},
+            r"^space\.a\.when\.b: it is never so.*Found: true\. Allowed: 1, 2\.",
+        ),
+        (
+            {"a": {"values": [1], "when": {"b": [1.0, 2]}}, "b": [1, 2]},
+            r"^space\.a\.when\.b: it is never so.*Found: 1\.0\. Allowed: 1, 2\.",
+        ),
+        (
+            {"a": {"values": [1], "when": {"b": True}}, "b": {"kind": "randint", "low": 1, "high": 3}},
+            r"^space\.a\.when\.b: it is never so.*Found: true\. Allowed: whole numbers from 1 to 3\.",
         ),
         (
             {"a": {"values": [1], "when": {"b": 4}}, "b": {"kind": "randint", "low": 1, "high": 3}},

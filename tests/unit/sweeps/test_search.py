@@ -152,6 +152,13 @@ def test_an_axis_is_there_where_its_condition_holds(tmp_path):
     assert {len(point) for point in points} == {2, 3, 4}
 
 
+def test_a_condition_that_asks_for_true_does_not_hold_at_one(tmp_path):
+    space = {"switch": {"kind": "choice", "values": [1, True]}, "x": {**UNIFORM, "when": {"switch": True}}}
+    queue = open_queue(optuna(space, 12), None, make, {}, Storage(tmp_path))
+    points = points_of(drain(queue, lambda _: 0.5))
+    assert {(str(point["switch"]), "x" in point) for point in points} == {("1", False), ("True", True)}
+
+
 def test_seeds_of_a_point_are_given_before_the_next_is_asked_for(tmp_path):
     queue = open_queue(optuna(points=3, seeds=(4, 7)), None, make, {}, Storage(tmp_path))
     trials = [queue.next() for _ in range(6)]

@@ -1,6 +1,7 @@
 """The points of a sweep, and what each becomes: a run of a length, or a message that names it."""
 
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ def test_an_axis_is_there_where_its_condition_holds_and_points_without_it_are_on
         {"mask.ratio": 0.75, "model.decoder.depth": 2, "model.decoder.width": 16},
         {"mask.ratio": 0.75, "model.decoder.depth": 2, "model.decoder.width": 32},
     ]
+
+
+def test_a_condition_that_asks_for_true_does_not_hold_at_one(space: Make):
+    axes = {"a.x": [1, True], "a.y": {"values": [5], "when": {"a.x": True}}, "a.z": {"values": [6], "when": {"a.x": 1}}}
+    points = space(axes).points()
+    assert json.dumps(points) == '[{"a.x": 1, "a.z": 6}, {"a.x": true, "a.y": 5}]'
 
 
 def test_random_points_are_drawn_again_as_they_were(space: Make):
