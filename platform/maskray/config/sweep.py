@@ -31,7 +31,7 @@ class GridSearch(Section):
 
 
 class RandomSearch(Section):
-    """Points drawn at random; every value of a grid's axis is taken with each of them."""
+    """Points drawn at random, each another one; every value of a grid's axis is taken with each of them."""
 
     kind: Literal["random"] = "random"
     points: PositiveInt

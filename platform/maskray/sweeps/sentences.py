@@ -162,7 +162,7 @@ def tiles(config: SweepConfig, base: RunConfig, points: Sequence[PointSummary]) 
     missing = f", {_count(unknown, 'trial')} not counted" if unknown and seconds else ""
     found = [
         ("Trials", of, _statuses(results)),
-        ("Points", f"{len(points):,}", _count(len(config.seeds), "seed") + " each"),
+        ("Points", f"{len(points):,}", _missing(config, points) + _count(len(config.seeds), "seed") + " each"),
         ("Computed", flops(spent), "in training, forward and backward"),
         (
             "Time",
@@ -182,6 +182,15 @@ def tiles(config: SweepConfig, base: RunConfig, points: Sequence[PointSummary]) 
             )
         )
     return found
+
+
+def _missing(config: SweepConfig, points: Sequence[PointSummary]) -> str:
+    """Of a search that draws: a space of few values may have fewer points than were asked for."""
+    axes = config.space.values()
+    if isinstance(config.search, GridSearch) or any(axis.when for axis in axes):
+        return ""
+    asked = config.search.points * math.prod(len(axis.values) for axis in axes if isinstance(axis, Grid))
+    return f"of {asked:,} asked for, " if len(points) < asked else ""
 
 
 def _planned(config: SweepConfig) -> int | None:

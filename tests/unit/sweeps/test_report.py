@@ -232,6 +232,14 @@ def test_points_that_were_drawn_are_shown_where_they_lie():
     assert list(made.figures) == ["over_two", "along_optim.base_lr", "along_mask.ratio", "cost", "paintings"]
 
 
+def test_points_that_were_asked_for_and_are_not_there_are_said():
+    space = {"model.decoder.depth": {"kind": "choice", "values": [1, 2]}, "mask.ratio": [0.5, 0.75]}
+    points = grid({"model.decoder.depth": [1, 2], "mask.ratio": [0.5, 0.75]})
+    some, all_ = (Page(build(space, points=points, search={"kind": "random", "points": n}).html) for n in (3, 2))
+    assert "Points 4 of 6 asked for, 3 seeds each" in some.text
+    assert "Points 4 3 seeds each" in all_.text
+
+
 def test_where_all_have_spent_the_same_an_image_s_cost_is_shown():
     made = build({"optim.base_lr": [0.1, 0.2, 0.3]})
     assert list(made.figures) == ["along_optim.base_lr", "cost_of_an_image"]

@@ -85,6 +85,47 @@ def test_random_points_are_drawn_again_as_they_were(space: Make):
     assert rates.min() < -3.5 < -2.5 < rates.max()
 
 
+FEW = {"a.x": {"kind": "choice", "values": [1, 2, 3]}, "a.y": {"kind": "randint", "low": 1, "high": 2}}
+
+
+@pytest.mark.parametrize(("asked", "num"), [(1, 1), (5, 5), (6, 6), (7, 6), (60, 6)])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_search_has_as_many_points_as_were_asked_for_or_all_there_are(
+    space: Make, asked: int, num: int, seed: int
+):
+    made = space(FEW, search={"kind": "random", "points": asked, "seed": seed})
+    points = made.points()
+    assert made.num_drawn == len(points) == len({point_key(point) for point in points}) == num
+
+
+def test_the_last_of_many_points_is_found(space: Make):
+    axes = {"a.x": {"kind": "randint", "low": 1, "high": 100}}
+    points = space(axes, search={"kind": "random", "points": 100}).points()
+    assert sorted(point["a.x"] for point in points) == list(range(1, 101))
+
+
+def test_what_is_drawn_again_leaves_the_others_as_they_were(space: Make):
+    few, more = (space(FEW, search={"kind": "random", "points": n}).points() for n in (3, 6))
+    assert more[:3] == few
+
+
+def test_a_draw_whose_condition_makes_it_no_other_point_is_made_again(space: Make):
+    axes = FEW | {"a.y": {"kind": "uniform", "low": 0, "high": 1, "when": {"a.x": 3}}}
+    points = space(axes, search={"kind": "random", "points": 20}).points()
+    assert len(points) == 20
+    assert sum(len(point) == 1 for point in points) == 2, "at 1 and at 2 there is no other"
+
+
+def test_a_draw_counts_once_with_all_of_the_grid(space: Make):
+    axes = {"a.x": {"kind": "choice", "values": [1, 2]}, "a.y": [1, 2, 3]}
+    made = space(axes, search={"kind": "random", "points": 5})
+    assert (made.num_drawn, len(made.points())) == (2, 6)
+    # Where the drawn axis is not there, the grid's values are not another point.
+    some = axes | {"a.x": {"kind": "choice", "values": [1, 2], "when": {"a.y": 3}}}
+    made = space(some, search={"kind": "random", "points": 5})
+    assert (made.num_drawn, len(made.points())) == (2, 4)
+
+
 # ------------------------------------------------------------------------------------------------------------- lengths
 
 
