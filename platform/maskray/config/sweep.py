@@ -178,7 +178,7 @@ class RegisterConfig(Section):
 
 
 class SweepConfig(Section):
-    """One sweep. `base` and what `extends:` names are files relative to this one."""
+    """One sweep. `base` and what `extends:` names are files relative to the one that says so."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     base: Annotated[dict[str, Any], WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})]
@@ -281,12 +281,12 @@ class SweepConfig(Section):
 
 
 def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
-    """The sweep of a YAML file: a `base` that is a path, relative to it, is read.
+    """The sweep of a YAML file: a `base` that is a path, relative to the file that says it, is read.
 
     Raises:
         ConfigError: a file is missing or no YAML mapping, or a value is wrong (all are listed).
     """
-    raw = _with_base(read(path), path.parent)
+    raw = _with_base(read(path, places=["base"]), path.parent)
     for item in overrides:
         section, _, rest = item.partition(".")
         key, equals, _ = rest.partition("=")

@@ -165,6 +165,26 @@ def test_a_base_is_a_file_beside_the_sweeps(tmp_path: Path):
         load_sweep(tmp_path / "sweep.yaml", ["base=3"])
 
 
+def test_a_base_is_beside_the_file_that_says_it_and_not_beside_those_that_extend_it(tmp_path: Path):
+    def write(place: str, **keys: object) -> Path:
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(keys))
+        return path
+
+    write("a/runs/one.yaml", name="one", seed=1)
+    write("two.yaml", name="two", seed=2)
+    write("a/sweep.yaml", **BASE | {"base": "runs/one.yaml"})
+    child = write("b/c/child.yaml", extends="../../a/sweep.yaml", name="child")
+    assert load_sweep(child).base == {"name": "one", "seed": 1}
+    grandchild = write("grandchild.yaml", extends="b/c/child.yaml", name="grandchild")
+    assert load_sweep(grandchild).base == {"name": "one", "seed": 1}
+    assert load_sweep(grandchild, ["base.seed=5"]).base == {"name": "one", "seed": 5}
+    assert load_sweep(grandchild, ["base=two.yaml"]).base == {"name": "two", "seed": 2}
+    other = write("other.yaml", extends="b/c/child.yaml", base="two.yaml")
+    assert load_sweep(other).base == {"name": "two", "seed": 2}
+
+
 def test_a_sweep_is_what_its_dump_says():
     space = {"a": [1, [2], {"b": 3}], "c": {"kind": "grid", "values": ["x"], "when": {"a": 1}}}
     config = sweep(space=space, stopping={"kind": "asha", "first": 1e9}, budget={"flops": 1e12})
