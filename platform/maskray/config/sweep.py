@@ -168,13 +168,35 @@ class TrialsConfig(Section):
     """When the sweep's exit code is 1."""
 
 
+_OF_THE_SWEEP = {
+    "model": "it is register_best.name",
+    "challenger": "it is the version that the best point becomes",
+    "storage": "it is that of the sweep's runs: base's storage",
+    "tracking": "it is the MLflow of the sweep's runs: base's tracking",
+}
+"""Keys of a promotion that are not said again, and what they are."""
+
+
 class RegisterConfig(Section):
     """The best point is registered, and offered as challenger."""
 
     name: Annotated[str, Field(pattern=r"^[^/:.][^/:]*$")]
     """Of the registered model."""
     promotion: dict[str, Any] | None = None
-    """A promotion's config, as in `configs/promote/`, without `model` and `challenger`; None: it is only registered."""
+    """A promotion's config, as in `configs/promote/`, without `model`, `challenger`, `storage` and `tracking`, which
+    are the sweep's; None: it is only registered."""
+
+    @model_validator(mode="after")
+    def _the_rest_is_the_sweeps(self) -> Self:
+        for key, what in _OF_THE_SWEEP.items():
+            if key in (self.promotion or {}):
+                raise ConfigError(
+                    "the sweep says it, and would not look at this",
+                    key=f"register_best.promotion.{key}",
+                    found=(self.promotion or {})[key],
+                    fix=f"leave it out: {what}",
+                )
+        return self
 
 
 class SweepConfig(Section):

@@ -76,6 +76,18 @@ def test_a_random_search_may_go_through_a_grid():
         ({"trials": {"limit_seconds": 0}}, r"^trials\.limit_seconds: "),
         ({"trials": {"fail_if": "never"}}, r"^trials\.fail_if: "),
         ({"register_best": {"name": "a:b"}}, r"^register_best\.name: "),
+        *(
+            (
+                {"register_best": {"name": "a", "promotion": {"gate": {}, key: value}}},
+                rf"^register_best\.promotion\.{key}: the sweep says it.*Found: .*What to do: leave it out: .*{what}",
+            )
+            for key, value, what in [
+                ("model", "other", "register_best.name"),
+                ("challenger", 3, "the version that"),
+                ("storage", {"path": "elsewhere"}, "base's storage"),
+                ("tracking", {"uri": None}, "base's tracking"),
+            ]
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(sections, message):
