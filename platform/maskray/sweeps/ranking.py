@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from maskray.config.load import merge
-from maskray.config.schema import OptimConfig
 from maskray.config.space import identity
 from maskray.config.sweep import SweepConfig
 from maskray.evaluation import seeds
@@ -171,17 +169,8 @@ def _summary(config: SweepConfig, results: Sequence[Result]) -> PointSummary:
         mean=None if mean is None else mean.mean,
         half=None if mean is None else mean.half,
         cost=Cost(
-            flops_per_image=trial.flops_per_step / _global_batch(config, trial.point),
+            flops_per_image=trial.flops_per_image,
             parameters=trial.encoder_parameters + trial.decoder_parameters,
             flops=trial.flops,
         ),
     )
-
-
-def _global_batch(config: SweepConfig, point: Mapping[str, Any]) -> int:
-    raw: Mapping[str, Any] = config.base
-    for key, value in {**config.overrides, **point}.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        raw = merge(raw, value)
-    return int(raw.get("optim", {}).get("global_batch", OptimConfig.model_fields["global_batch"].default))

@@ -110,7 +110,8 @@ class Space:
     def _trial(self, point: Point, seed: int) -> Trial:
         config = self._base_of(point, seed)
         found = self._cost(config, point)
-        per_step = found.training_flops * config.optim.global_batch
+        per_image = found.training_flops
+        per_step = per_image * config.optim.global_batch
         whole = resolve(config, self.dataset.facts(), self._digest)
         steps = self._steps(point, per_step, whole.total_steps)
         config = _as_long_as(config, steps, whole)
@@ -121,6 +122,7 @@ class Space:
             point=point,
             seed=seed,
             steps=steps,
+            flops_per_image=per_image,
             flops_per_step=per_step,
             encoder_parameters=found.encoder_parameters,
             decoder_parameters=found.decoder_parameters,

@@ -41,7 +41,7 @@ def optuna(space=SPACE, points=20, seeds=(0,), search=(), **sections) -> SweepCo
 
 
 def make(point, seed) -> Trial:
-    return Trial(fingerprint([dict(point), seed]), point, seed, 90, 1e9, 0, 0)
+    return Trial(fingerprint([dict(point), seed]), point, seed, 90, 1e7, 1e9, 0, 0)
 
 
 def end(trial, value=0.5, status="finished", steps=90) -> Result:

@@ -138,6 +138,14 @@ def test_trials_of_all_depths_and_ratios_end_within_a_step_of_the_same_flops(spa
     assert all(trial.steps >= 1 for trial in trials)
 
 
+def test_an_image_costs_the_same_in_a_larger_batch(space: Make):
+    made = space({"optim.global_batch": [32, 64]})
+    small, large = (made.trial(point, 0) for point in made.points())
+    assert small.flops_per_image == large.flops_per_image > 0
+    assert (small.flops_per_step, large.flops_per_step) == (32 * small.flops_per_image, 64 * small.flops_per_image)
+    assert space().trial({"mask.ratio": 0.5}, 0).flops_per_image > small.flops_per_image, "more of it is seen"
+
+
 def test_what_a_trial_trains_is_what_its_key_and_its_length_say(space: Make):
     made = space(GRID, budget={"flops": 2e10})
     for point, seed in itertools.product(made.points(), (0, 1)):
