@@ -14,6 +14,7 @@ from maskray.config.sweep import LOSS, SweepConfig
 from maskray.sweeps.ranking import PointSummary
 from maskray.sweeps.record import shown
 
+SURVIVORS = "Some trials were stopped early: ± and noise are those of the others, and so too small."
 _VAGUE = ("", "kind", "name")
 """What is left of a key without its section, and does not say enough."""
 _CLOSE = 0.5

@@ -109,6 +109,11 @@ def judged(config: SweepConfig, points: Sequence[PointSummary]) -> Verdict | Non
     )
 
 
+def is_of_survivors(points: Sequence[PointSummary]) -> bool:
+    """Whether some trials were stopped early, so that intervals and noise are of what looked good on the way alone."""
+    return any(each.status == "pruned" for one in points for each in one.results)
+
+
 def is_known(value: float | None) -> bool:
     """Whether it is a number that can be compared."""
     return value is not None and math.isfinite(value)
