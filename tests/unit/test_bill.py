@@ -1,5 +1,6 @@
 """What `maskray sweep --dry-run` says of a sweep before anything is started."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from maskray import cli
+from maskray import cli, sweeping
+from maskray.calibration import seconds_per_step
 from maskray.config.load import merge
 from maskray.config.schema import RunConfig
 from maskray.tracking.mlflow_store import DATABASE
@@ -33,6 +35,33 @@ def bill(
         return " ".join(capsys.readouterr().out.split())
 
     return say
+
+
+def test_it_says_so_before_it_times_steps(
+    bill: Bill, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    said_before: list[str] = []
+
+    def timed(config: RunConfig) -> float:
+        said_before.extend(caplog.messages)
+        return seconds_per_step(config)
+
+    monkeypatch.setattr(sweeping, "seconds_per_step", timed)
+    assert re.search(r" worker-hours at \S+ .?FLOP/s: .* one after another$", bill())
+    assert said_before == ["Timing a few steps of mask.ratio=0.5"]
+    caplog.clear()
+    assert " worker-hours at 1 GFLOP/s: " in bill("--rate", "1e9")
+    assert caplog.messages == []
+
+
+def test_of_gpus_it_says_that_hours_are_not_known_without_a_rate(bill: Bill):
+    base = {"cluster": {"gpus_per_worker": 1}}
+    assert bill(base=base).endswith(
+        "in all, if none is stopped; hours are not known: give --rate, the FLOP/s that a GPU reaches, such as 4e14"
+    )
+    said = bill("--rate", "4e14", base=base)
+    assert " accelerator-hours at 400 TFLOP/s: " in said
+    assert "not known" not in said
 
 
 def test_it_says_that_the_space_has_fewer_points_than_were_asked_for(bill: Bill):

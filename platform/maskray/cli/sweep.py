@@ -143,10 +143,11 @@ def _total(prepared: Prepared, rate: float | None) -> str:
     words += [f"{short(left * mean, 'FLOP')} in all, if none is stopped"]
     if rate is None and not cluster.gpus_per_worker:
         rate = measured_rate(prepared)
-    if rate is not None:
-        unit = "accelerator-hours" if cluster.gpus_per_worker else "worker-hours"
-        hours = left * mean / rate / 3600
-        words += [f"{hours:.3g} {unit} at {short(rate, 'FLOP/s')}: {time_of(hours)} one after another"]
+    if rate is None:
+        return "; ".join([*words, "hours are not known: give --rate, the FLOP/s that a GPU reaches, such as 4e14"])
+    unit = "accelerator-hours" if cluster.gpus_per_worker else "worker-hours"
+    hours = left * mean / rate / 3600
+    words += [f"{hours:.3g} {unit} at {short(rate, 'FLOP/s')}: {time_of(hours)} one after another"]
     return "; ".join(words)
 
 
