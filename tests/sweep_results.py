@@ -46,6 +46,7 @@ def trial(point: Mapping[str, Any], seed: int, steps: int = STEPS) -> Trial:
         point=dict(point),
         seed=seed,
         steps=steps,
+        flops_per_image=flops_of(point) / point.get("optim.global_batch", 128),
         flops_per_step=flops_of(point),
         encoder_parameters=140_000,
         decoder_parameters=34_000 * point.get("model.decoder.depth", 2),

@@ -31,7 +31,7 @@ from maskray.sweeps import record, report
 from maskray.sweeps.ranking import ranked
 from maskray.sweeps.record import Result, Trial
 from maskray.sweeps.search import Queue, open_queue
-from maskray.sweeps.space import Space, point_key, refuse_equal_points
+from maskray.sweeps.space import Space, name_of, point_key, refuse_equal_points
 from maskray.sweeps.stopping import refuse_idle_rungs
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
@@ -132,6 +132,7 @@ def measured_rate(prepared: Prepared) -> float:
         MaskrayError, TrainingError: of that point's run.
     """
     middle = sorted(prepared.trials, key=lambda trial: trial.flops_per_step)[len(prepared.trials) // 2]
+    log.warning("Timing a few steps of %s", name_of(middle.point))
     return middle.flops_per_step / seconds_per_step(prepared.space.run_config(middle))
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maskray.cli.rate import rate_of
-from maskray.config.sweep import LOSS, load_sweep
+from maskray.config.sweep import LOSS, RandomSearch, load_sweep
 from maskray.wording import short, time_of
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
@@ -132,6 +132,7 @@ def _total(prepared: Prepared, rate: float | None) -> str:
     left = prepared.num_trials - sum(each.status != "failed" for each in prepared.results.values())
     mean = sum(each.flops for each in prepared.trials) / len(prepared.trials)
     words = [f"{prepared.num_trials} trials ({seeds} seed{'' if seeds == 1 else 's'} a point)"]
+    words += _missing(prepared)
     words += [f"{left} of them left"] if left < prepared.num_trials else []
     if prepared.space.unmeasured():
         assert prepared.config.budget is not None
@@ -142,11 +143,20 @@ def _total(prepared: Prepared, rate: float | None) -> str:
     words += [f"{short(left * mean, 'FLOP')} in all, if none is stopped"]
     if rate is None and not cluster.gpus_per_worker:
         rate = measured_rate(prepared)
-    if rate is not None:
-        unit = "accelerator-hours" if cluster.gpus_per_worker else "worker-hours"
-        hours = left * mean / rate / 3600
-        words += [f"{hours:.3g} {unit} at {short(rate, 'FLOP/s')}: {time_of(hours)} one after another"]
+    if rate is None:
+        return "; ".join([*words, "hours are not known: give --rate, the FLOP/s that a GPU reaches, such as 4e14"])
+    unit = "accelerator-hours" if cluster.gpus_per_worker else "worker-hours"
+    hours = left * mean / rate / 3600
+    words += [f"{hours:.3g} {unit} at {short(rate, 'FLOP/s')}: {time_of(hours)} one after another"]
     return "; ".join(words)
+
+
+def _missing(prepared: Prepared) -> list[str]:
+    """Points that were asked for and that the space does not have."""
+    search, drawn = prepared.config.search, prepared.space.num_drawn
+    if not isinstance(search, RandomSearch) or drawn == search.points:
+        return []
+    return [f"{drawn} of {search.points} points drawn: the space has no more"]
 
 
 def _points(prepared: Prepared) -> dict[tuple[str, ...], Trial]:

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -91,8 +91,14 @@ def load_text(model: type[S], text: str, origin: str) -> S:
     return parse(model, _from_yaml(text, origin), origin)
 
 
-def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping of a YAML file merged over the files it `extends:` (a path relative to it, or a list of them)."""
+def read(path: Path, places: Collection[str] = (), seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a YAML file merged over the files it `extends:` (a path relative to it, or a list of them).
+
+    Args:
+        path: of the file.
+        places: keys whose texts are paths, relative to the file that says them; they come back absolute.
+        seen: files on the way here.
+    """
     path = path.resolve()
     if path in seen:
         raise ConfigError(
@@ -112,8 +118,9 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError("must be a path or a list of paths", key="extends", found=f"{bases!r} in {path}")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = merge(merged, read(path.parent / base, (*seen, path)))
-    return merge(merged, loaded)
+        merged = merge(merged, read(path.parent / base, places, (*seen, path)))
+    placed = {key: str(path.parent / loaded[key]) for key in places if isinstance(loaded.get(key), str)}
+    return merge(merged, loaded | placed)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,120 +10,15 @@ from pydantic import BeforeValidator, Field, PositiveFloat, WithJsonSchema, mode
 
 from maskray.config.load import parse, read, with_overrides
 from maskray.config.section import PositiveInt, Section, of_kind, operational
+from maskray.config.space import AnyAxis, Choice, Grid, Value, conditions_take, identity, in_order, what_conditions_take
 from maskray.errors import ConfigError
 
 LOSS = "pretrain/loss"
 SCORES = ("probe/few_labels", "probe/all_labels", "probe/knn")
 """What the probe of a run finds, as MLflow has it."""
-Value = bool | int | float | str | list[Any] | dict[str, Any] | None
-Values = Annotated[
-    tuple[Value, ...],
-    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value], json_schema_input_type=Value),
-]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _DOTTED = ("space", "overrides")
 LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_steps", "optim.warmup_epochs")
-
-
-# --------------------------------------------------------------------------------------------------------------- space
-
-
-class Axis(Section):
-    """What one key of the run's config may be."""
-
-    when: dict[str, Values] = Field(default_factory=dict)
-    """Keys and the values (one, or a list) that each must have at a point for this axis to be there at all; elsewhere
-    the key is as in `base`."""
-
-
-class Grid(Axis):
-    """Every one of the values. A bare list says the same."""
-
-    kind: Literal["grid"] = "grid"
-    values: tuple[Value, ...]
-
-
-class Choice(Axis):
-    """One of the values, drawn."""
-
-    kind: Literal["choice"] = "choice"
-    values: tuple[Value, ...]
-
-
-class Uniform(Axis):
-    """A number between two."""
-
-    kind: Literal["uniform"] = "uniform"
-    low: float
-    high: float
-
-
-class LogUniform(Axis):
-    """A number whose logarithm lies evenly between those of two."""
-
-    kind: Literal["loguniform"] = "loguniform"
-    low: PositiveFloat
-    high: PositiveFloat
-
-
-class RandInt(Axis):
-    """A whole number, both ends included."""
-
-    kind: Literal["randint"] = "randint"
-    low: int
-    high: int
-
-
-def _as_axis(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return {"kind": "grid", "values": value}
-    if not isinstance(value, Mapping | Axis):
-        raise ValueError("an axis is a list of values, or a section with a kind and what goes with it")
-    return value
-
-
-_Axes = Grid | Choice | Uniform | LogUniform | RandInt
-AnyAxis = Annotated[
-    Annotated[_Axes, Field(discriminator="kind"), of_kind("grid")],
-    BeforeValidator(_as_axis, json_schema_input_type=_Axes | list[Value]),
-]
-
-
-def in_order(space: Mapping[str, Axis]) -> list[str]:
-    """The keys of a space, each after those that its condition is about.
-
-    Raises:
-        ConfigError: there is no such order.
-    """
-    try:
-        return list(TopologicalSorter({key: axis.when for key, axis in space.items()}).static_order())
-    except CycleError as error:
-        raise ConfigError(
-            "conditions hang on each other in a circle, so that none of them can be looked at first",
-            key="space",
-            found=" → ".join(error.args[1]),
-            fix="leave one of them out",
-        ) from error
-
-
-def _takes(axis: AnyAxis, value: Value) -> bool:
-    match axis:
-        case Grid() | Choice():
-            return value in axis.values
-        case RandInt():
-            return isinstance(value, int) and axis.low <= value <= axis.high
-        case Uniform() | LogUniform():
-            return False  # one number of all that there are between two
-
-
-def _what_it_takes(axis: AnyAxis) -> str:
-    match axis:
-        case Grid() | Choice():
-            return ", ".join(map(str, axis.values))
-        case RandInt():
-            return f"whole numbers from {axis.low} to {axis.high}"
-        case Uniform() | LogUniform():
-            return f"none: a condition is about a list of values or whole numbers, and that one is {axis.kind}"
 
 
 # ---------------------------------------------------------------------------------------------------- search, stopping
@@ -137,7 +31,7 @@ class GridSearch(Section):
 
 
 class RandomSearch(Section):
-    """Points drawn at random; every value of a grid's axis is taken with each of them."""
+    """Points drawn at random, each another one; every value of a grid's axis is taken with each of them."""
 
     kind: Literal["random"] = "random"
     points: PositiveInt
@@ -274,17 +168,39 @@ class TrialsConfig(Section):
     """When the sweep's exit code is 1."""
 
 
+_OF_THE_SWEEP = {
+    "model": "it is register_best.name",
+    "challenger": "it is the version that the best point becomes",
+    "storage": "it is that of the sweep's runs: base's storage",
+    "tracking": "it is the MLflow of the sweep's runs: base's tracking",
+}
+"""Keys of a promotion that are not said again, and what they are."""
+
+
 class RegisterConfig(Section):
     """The best point is registered, and offered as challenger."""
 
     name: Annotated[str, Field(pattern=r"^[^/:.][^/:]*$")]
     """Of the registered model."""
     promotion: dict[str, Any] | None = None
-    """A promotion's config, as in `configs/promote/`, without `model` and `challenger`; None: it is only registered."""
+    """A promotion's config, as in `configs/promote/`, without `model`, `challenger`, `storage` and `tracking`, which
+    are the sweep's; None: it is only registered."""
+
+    @model_validator(mode="after")
+    def _the_rest_is_the_sweeps(self) -> Self:
+        for key, what in _OF_THE_SWEEP.items():
+            if key in (self.promotion or {}):
+                raise ConfigError(
+                    "the sweep says it, and would not look at this",
+                    key=f"register_best.promotion.{key}",
+                    found=(self.promotion or {})[key],
+                    fix=f"leave it out: {what}",
+                )
+        return self
 
 
 class SweepConfig(Section):
-    """One sweep. `base` and what `extends:` names are files relative to this one."""
+    """One sweep. `base` and what `extends:` names are files relative to the one that says so."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     base: Annotated[dict[str, Any], WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})]
@@ -329,12 +245,12 @@ class SweepConfig(Section):
         in_order(self.space)
         for key, axis in self.space.items():
             for other, values in axis.when.items():
-                if never := [value for value in values if not _takes(self.space[other], value)]:
+                if never := [value for value in values if not conditions_take(self.space[other], value)]:
                     raise ConfigError(
                         "it is never so, and the axis would never be there",
                         key=f"space.{key}.when.{other}",
-                        found=never[0],
-                        allowed=_what_it_takes(self.space[other]),
+                        found=identity(never[0]),
+                        allowed=what_conditions_take(self.space[other]),
                     )
         return self
 
@@ -387,12 +303,12 @@ class SweepConfig(Section):
 
 
 def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
-    """The sweep of a YAML file: a `base` that is a path, relative to it, is read.
+    """The sweep of a YAML file: a `base` that is a path, relative to the file that says it, is read.
 
     Raises:
         ConfigError: a file is missing or no YAML mapping, or a value is wrong (all are listed).
     """
-    raw = _with_base(read(path), path.parent)
+    raw = _with_base(read(path, places=["base"]), path.parent)
     for item in overrides:
         section, _, rest = item.partition(".")
         key, equals, _ = rest.partition("=")

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maskray.config.sweep import Choice, Grid, LogUniform, SweepConfig
-from maskray.sweeps.ranking import PointSummary, identity
+from maskray.config.space import Choice, Grid, LogUniform, identity
+from maskray.config.sweep import SweepConfig
+from maskray.sweeps.ranking import PointSummary
 
 
 @dataclass(frozen=True)

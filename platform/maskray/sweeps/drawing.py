@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from maskray import wording
 from maskray.config.schema import RunConfig
+from maskray.config.space import identity
 from maskray.config.sweep import SweepConfig
 from maskray.figures import charts
 from maskray.figures.axis import Line
@@ -19,7 +20,7 @@ from maskray.figures.paintings import Painted, paintings
 from maskray.sweeps import paper
 from maskray.sweeps.axes import Axis, View, axes_of, main_axes, view
 from maskray.sweeps.measure import Measure, Names, flops
-from maskray.sweeps.ranking import PointSummary, Verdict, front, identity, is_known
+from maskray.sweeps.ranking import PointSummary, Verdict, front, is_known
 from maskray.sweeps.record import shown
 
 Look = Callable[[str], Mapping[str, Any] | None]

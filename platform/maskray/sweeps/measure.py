@@ -9,10 +9,12 @@ from typing import Any
 
 from maskray import wording
 from maskray.config.schema import RunConfig
-from maskray.config.sweep import LOSS, LogUniform, SweepConfig, Uniform
+from maskray.config.space import LogUniform, Uniform
+from maskray.config.sweep import LOSS, SweepConfig
 from maskray.sweeps.ranking import PointSummary
 from maskray.sweeps.record import shown
 
+SURVIVORS = "Some trials were stopped early: ± and noise are those of the others, and so too small."
 _VAGUE = ("", "kind", "name")
 """What is left of a key without its section, and does not say enough."""
 _CLOSE = 0.5

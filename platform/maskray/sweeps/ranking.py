@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from maskray.config.load import merge
-from maskray.config.schema import OptimConfig
+from maskray.config.space import identity
 from maskray.config.sweep import SweepConfig
 from maskray.evaluation import seeds
 from maskray.evaluation.seeds import Noise
@@ -111,9 +109,9 @@ def judged(config: SweepConfig, points: Sequence[PointSummary]) -> Verdict | Non
     )
 
 
-def identity(of_config: Any) -> str:
-    """A point or a value of one as a text that is equal for equal ones: true is not 1."""
-    return json.dumps(of_config, sort_keys=True)
+def is_of_survivors(points: Sequence[PointSummary]) -> bool:
+    """Whether some trials were stopped early, so that intervals and noise are of what looked good on the way alone."""
+    return any(each.status == "pruned" for one in points for each in one.results)
 
 
 def is_known(value: float | None) -> bool:
@@ -176,17 +174,8 @@ def _summary(config: SweepConfig, results: Sequence[Result]) -> PointSummary:
         mean=None if mean is None else mean.mean,
         half=None if mean is None else mean.half,
         cost=Cost(
-            flops_per_image=trial.flops_per_step / _global_batch(config, trial.point),
+            flops_per_image=trial.flops_per_image,
             parameters=trial.encoder_parameters + trial.decoder_parameters,
             flops=trial.flops,
         ),
     )
-
-
-def _global_batch(config: SweepConfig, point: Mapping[str, Any]) -> int:
-    raw: Mapping[str, Any] = config.base
-    for key, value in {**config.overrides, **point}.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        raw = merge(raw, value)
-    return int(raw.get("optim", {}).get("global_batch", OptimConfig.model_fields["global_batch"].default))

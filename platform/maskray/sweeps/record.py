@@ -40,7 +40,8 @@ SWEEPS, TRIALS, RESULT, PAINTED, ERROR, SWEEP_YAML, DATASET, FINISHED, ASKED, RU
     "rungs",
     "report",
 )
-_VERSION = 1
+_VERSION = 2
+"""In the first one what an image costs was not on record."""
 Status = Literal["finished", "pruned", "failed"]
 
 
@@ -55,8 +56,10 @@ class Trial:
     seed: int
     steps: int
     """Length of its schedule."""
+    flops_per_image: float
+    """Forward and backward pass."""
     flops_per_step: float
-    """Forward and backward pass, all workers."""
+    """The same for a whole batch, all workers."""
     encoder_parameters: int
     decoder_parameters: int
 
@@ -114,7 +117,11 @@ class Result:
                 raise ValueError(f"schema version {version}, where this version of maskray reads {_VERSION}")
             return Result(**(raw | {"trial": Trial(**raw["trial"])}))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError("a trial's result cannot be read", found=f"{where} ({error!r})") from error
+            raise CheckpointError(
+                "a trial's result cannot be read",
+                found=f"{where} ({error!r})",
+                fix="delete the file, and the trial is run again by --resume; or begin another sweep with --new",
+            ) from error
 
 
 def results(sweep: Storage) -> dict[str, Result]:

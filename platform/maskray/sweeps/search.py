@@ -16,17 +16,19 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from maskray import draws
-from maskray.config.sweep import (
+from maskray.config.space import (
     AnyAxis,
     Choice,
     Grid,
     LogUniform,
-    OptunaSearch,
     RandInt,
-    SweepConfig,
     Uniform,
+    identity,
     in_order,
+    is_there,
+    takes,
 )
+from maskray.config.sweep import OptunaSearch, SweepConfig
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, MaskrayError
 from maskray.sweeps.record import ASKED, Result, Trial, shown
@@ -221,14 +223,14 @@ class _Asked:
     def _suggested(self, suggestion: optuna.Trial) -> Point:
         point: dict[str, Any] = {}
         for key, axis in self._space.items():
-            if _is_there(axis, point):
+            if is_there(axis, point):
                 point[key] = _value(suggestion, key, axis)
         return {key: point[key] for key in self._config.space if key in point}
 
     def _again(self, point: Point) -> optuna.Trial:
         """The suggestion of a point that is on record."""
         self._refuse_of_another_space(point)
-        fixed = {key: _text(v) if isinstance(self._space[key], Grid | Choice) else v for key, v in point.items()}
+        fixed = {key: identity(v) if isinstance(self._space[key], Grid | Choice) else v for key, v in point.items()}
         self._study.enqueue_trial(fixed)
         suggestion = self._study.ask()
         self._suggested(suggestion)
@@ -299,7 +301,7 @@ class _Asked:
             ) from error
 
     def _refuse_of_another_space(self, point: Point) -> None:
-        expected = {key for key, axis in self._space.items() if _is_there(axis, point)}
+        expected = {key for key, axis in self._space.items() if is_there(axis, point)}
         wrong = [key for key in expected | point.keys() if not self._has(key, expected, point)]
         if wrong:
             raise CheckpointError(
@@ -310,36 +312,20 @@ class _Asked:
             )
 
     def _has(self, key: str, expected: set[str], point: Point) -> bool:
-        return key in expected and key in point and _takes(self._space[key], point[key])
-
-
-def _is_there(axis: AnyAxis, point: Point) -> bool:
-    """Whether the conditions of an axis hold at a point that has all that they are about."""
-    return all(other in point and point[other] in allowed for other, allowed in axis.when.items())
+        return key in expected and key in point and takes(self._space[key], point[key])
 
 
 def _value(suggestion: optuna.Trial, key: str, axis: AnyAxis) -> Any:
     match axis:
         case Grid() | Choice():
-            return json.loads(suggestion.suggest_categorical(key, list(dict.fromkeys(map(_text, axis.values)))))
+            names = list(dict.fromkeys(map(identity, axis.values)))  # Optuna wants categories plain
+            return json.loads(suggestion.suggest_categorical(key, names))
         case Uniform():
             return suggestion.suggest_float(key, axis.low, axis.high)
         case LogUniform():
             return suggestion.suggest_float(key, axis.low, axis.high, log=True)
         case RandInt():
             return suggestion.suggest_int(key, axis.low, axis.high)
-
-
-def _takes(axis: AnyAxis, value: Any) -> bool:
-    if isinstance(axis, Grid | Choice):
-        return _text(value) in map(_text, axis.values)
-    is_number = isinstance(value, int if isinstance(axis, RandInt) else float)
-    return is_number and not isinstance(value, bool) and axis.low <= value <= axis.high
-
-
-def _text(value: Any) -> str:
-    """A value as a category, which Optuna wants plain."""
-    return json.dumps(value)
 
 
 def _is_known(value: float | None) -> bool:

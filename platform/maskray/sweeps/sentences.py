@@ -9,10 +9,11 @@ from typing import Any
 
 from maskray import wording
 from maskray.config.schema import RunConfig
-from maskray.config.sweep import LOSS, Asha, Grid, GridSearch, Median, OptunaSearch, SweepConfig
+from maskray.config.space import Grid
+from maskray.config.sweep import LOSS, Asha, GridSearch, Median, OptunaSearch, SweepConfig
 from maskray.sweeps.drawing import Scene
-from maskray.sweeps.measure import Measure, Names, flops
-from maskray.sweeps.ranking import Other, PointSummary, Verdict
+from maskray.sweeps.measure import SURVIVORS, Measure, Names, flops
+from maskray.sweeps.ranking import Other, PointSummary, Verdict, is_of_survivors
 from maskray.sweeps.record import Result
 
 _MOST_REASONS = 3
@@ -131,12 +132,13 @@ def _noise(scene: Scene) -> str:
     upto = f"up to {scene.measure.difference(verdict.margin)} may be noise"
     few = sum(len(each.summary.values) < len(verdict.best.values) for each in alike)
     lenient = f" ({few} of them with fewer seeds, where noise is more)" if few else ""
+    warning = f" {SURVIVORS}" if is_of_survivors(scene.points) else ""
     if not alike:
-        return f"{upto}; every other point is further behind."
+        return f"{upto}; every other point is further behind.{warning}"
     if len(alike) == len(others):
-        return f"{upto}; no other point is told apart from the best{lenient}."
+        return f"{upto}; no other point is told apart from the best{lenient}.{warning}"
     verb = "is" if len(alike) == 1 else "are"
-    return f"{upto}; {len(alike)} of {len(others)} other points {verb} not told apart from the best{lenient}."
+    return f"{upto}; {len(alike)} of {len(others)} other points {verb} not told apart from the best{lenient}.{warning}"
 
 
 def _cheapest(scene: Scene) -> str:
@@ -161,7 +163,7 @@ def tiles(config: SweepConfig, base: RunConfig, points: Sequence[PointSummary]) 
     missing = f", {_count(unknown, 'trial')} not counted" if unknown and seconds else ""
     found = [
         ("Trials", of, _statuses(results)),
-        ("Points", f"{len(points):,}", _count(len(config.seeds), "seed") + " each"),
+        ("Points", f"{len(points):,}", _missing(config, points) + _count(len(config.seeds), "seed") + " each"),
         ("Computed", flops(spent), "in training, forward and backward"),
         (
             "Time",
@@ -181,6 +183,15 @@ def tiles(config: SweepConfig, base: RunConfig, points: Sequence[PointSummary]) 
             )
         )
     return found
+
+
+def _missing(config: SweepConfig, points: Sequence[PointSummary]) -> str:
+    """Of a search that draws: a space of few values may have fewer points than were asked for."""
+    axes = config.space.values()
+    if isinstance(config.search, GridSearch) or any(axis.when for axis in axes):
+        return ""
+    asked = config.search.points * math.prod(len(axis.values) for axis in axes if isinstance(axis, Grid))
+    return f"of {asked:,} asked for, " if len(points) < asked else ""
 
 
 def _planned(config: SweepConfig) -> int | None:
@@ -217,7 +228,7 @@ def method(config: SweepConfig, points: Sequence[PointSummary], verdict: Verdict
             f"this holds for {others} together, and though the best was picked after looking (subset selection, Gupta "
             f"1965, with Bonferroni's bound). It does not say that these points are equal."
         )
-    if any(each.status == "pruned" for one in points for each in one.results):
+    if is_of_survivors(points):
         found.append(
             "A trial that was stopped early has the value that it had then. It counts for no mean: at that step the "
             "learning rate was still high. Where only some seeds of a point were stopped, the mean of the others is "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -14,19 +15,8 @@ from maskray import masking
 from maskray.config.load import dotted_keys, fingerprint, merge, parse
 from maskray.config.resolve import RunPlan, resolve
 from maskray.config.schema import RunConfig
-from maskray.config.sweep import (
-    LOSS,
-    SCORES,
-    AnyAxis,
-    Choice,
-    Grid,
-    GridSearch,
-    LogUniform,
-    OptunaSearch,
-    RandInt,
-    SweepConfig,
-    Uniform,
-)
+from maskray.config.space import AnyAxis, Choice, Grid, LogUniform, RandInt, Uniform, identity, is_there
+from maskray.config.sweep import LOSS, SCORES, GridSearch, OptunaSearch, RandomSearch, SweepConfig
 from maskray.data.places import with_absolute_paths
 from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
@@ -53,6 +43,9 @@ _SAID_ELSEWHERE = {
 }
 SAMPLE = 64
 """Points of a search that has no list of them that are looked at before it starts."""
+_TRIES = 1000
+"""Draws in a row that bring nothing new, after which the space is taken to have no more. The last of a hundred points
+that are alike in chance is missed once in 20,000 times."""
 
 
 class Space:
@@ -84,14 +77,24 @@ class Space:
                 return None
             case GridSearch():
                 found = [conditioned(self.config.space, point) for point in _combinations(self.config.space)]
-            case search:
-                found = list(_drawn(self.config.space, search.points, search.seed))
-        return list({point_key(point): point for point in found}.values())
+                return list({point_key(point): point for point in found}.values())
+            case RandomSearch():
+                return list(itertools.chain.from_iterable(self._draws))
+
+    @property
+    def num_drawn(self) -> int:
+        """Draws of a random search: fewer than its `points` where the space has no more. 0 of other searches."""
+        return len(self._draws)
+
+    @cached_property
+    def _draws(self) -> list[list[Point]]:
+        search = self.config.search
+        return list(_drawn(self.config.space, search.points, search.seed)) if isinstance(search, RandomSearch) else []
 
     def sample(self) -> list[Point]:
         """What is looked at before the sweep starts: all points, or a sample of those that may be asked for."""
         points = self.points()
-        return list(_drawn(self.config.space, SAMPLE, 0)) if points is None else points
+        return list(itertools.chain.from_iterable(_drawn(self.config.space, SAMPLE, 0))) if points is None else points
 
     def trial(self, point: Point, seed: int) -> Trial:
         """A point with a seed, its schedule's length and what it costs.
@@ -107,7 +110,8 @@ class Space:
     def _trial(self, point: Point, seed: int) -> Trial:
         config = self._base_of(point, seed)
         found = self._cost(config, point)
-        per_step = found.training_flops * config.optim.global_batch
+        per_image = found.training_flops
+        per_step = per_image * config.optim.global_batch
         whole = resolve(config, self.dataset.facts(), self._digest)
         steps = self._steps(point, per_step, whole.total_steps)
         config = _as_long_as(config, steps, whole)
@@ -118,6 +122,7 @@ class Space:
             point=point,
             seed=seed,
             steps=steps,
+            flops_per_image=per_image,
             flops_per_step=per_step,
             encoder_parameters=found.encoder_parameters,
             decoder_parameters=found.decoder_parameters,
@@ -317,14 +322,31 @@ def _combinations(space: Mapping[str, AnyAxis]) -> Iterator[Point]:
         yield dict(zip(grids, values, strict=True))
 
 
-def _drawn(space: Mapping[str, AnyAxis], num: int, seed: int) -> Iterator[Point]:
-    """Points whose axes are drawn, each with every combination of the grids' values."""
+def _drawn(space: Mapping[str, AnyAxis], num: int, seed: int) -> Iterator[list[Point]]:
+    """Draws, each with every combination of the grids' values: of these the points that none before it brought.
+
+    One that brings nothing new is made again, as long as there may be more.
+    """
     generator = np.random.default_rng(seed)
-    for _ in range(num):
-        drawn = {key: _draw(axis, generator) for key, axis in space.items() if not isinstance(axis, Grid)}
-        for each in _combinations(space):
-            values = drawn | dict(each)
-            yield conditioned(space, {key: values[key] for key in space})
+    drawn, known = set[str](), set[str]()
+    tries = _TRIES
+    while num and tries:
+        tries -= 1
+        values = {key: _draw(axis, generator) for key, axis in space.items() if not isinstance(axis, Grid)}
+        if (text := identity(values)) in drawn:
+            continue
+        drawn.add(text)
+        found = {identity(point): point for point in _with_grids(space, values)}
+        if new := [point for text, point in found.items() if text not in known]:
+            yield new
+            known |= found.keys()
+            num, tries = num - 1, _TRIES
+
+
+def _with_grids(space: Mapping[str, AnyAxis], drawn: Point) -> Iterator[Point]:
+    for each in _combinations(space):
+        values = {**drawn, **each}
+        yield conditioned(space, {key: values[key] for key in space})
 
 
 def _draw(axis: AnyAxis, generator: np.random.Generator) -> Any:
@@ -343,13 +365,7 @@ def _draw(axis: AnyAxis, generator: np.random.Generator) -> Any:
 def conditioned(space: Mapping[str, AnyAxis], point: Point) -> Point:
     """A point without the axes whose conditions do not hold at it, nor those that hang on such an axis."""
     left = dict(point)
-    while True:
-        gone = [
-            key
-            for key in left
-            if any(other not in left or left[other] not in allowed for other, allowed in space[key].when.items())
-        ]
-        if not gone:
-            return left
+    while gone := [key for key in left if not is_there(space[key], left)]:
         for key in gone:
             del left[key]
+    return left

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from maskray import wording
+from maskray.config.space import identity
 from maskray.config.sweep import SweepConfig
-from maskray.sweeps.measure import Measure, flops
-from maskray.sweeps.ranking import Other, PointSummary, Verdict, identity, is_known
+from maskray.sweeps.measure import SURVIVORS, Measure, flops
+from maskray.sweeps.ranking import Other, PointSummary, Verdict, is_known, is_of_survivors
 from maskray.sweeps.record import Result, shown
 
 STATUS = {"finished": "finished", "pruned": "stopped early", "failed": "failed"}
@@ -69,6 +70,8 @@ def points(config: SweepConfig, ranked: Sequence[PointSummary], verdict: Verdict
         for rank, one in enumerate(ranked, 1)
     ]
     said = "Seeds are those that ran to their end; ≈ is not told apart from the best."
+    if is_of_survivors(ranked) and any(one.half is not None for one in ranked):
+        said += f" {SURVIVORS}"
     return Table("All points" if verdict is None else "All points, the best first", said, heads, rows)
 
 

@@ -8,18 +8,12 @@ import yaml
 from maskray.config.load import dump, parse
 from maskray.config.sweep import (
     Asha,
-    Choice,
-    Grid,
     GridSearch,
-    LogUniform,
     Median,
     NoStopping,
     OptunaSearch,
-    RandInt,
     RandomSearch,
     SweepConfig,
-    Uniform,
-    in_order,
     load_sweep,
 )
 from maskray.errors import ConfigError
@@ -30,90 +24,6 @@ DRAWN = {"mask.ratio": {"kind": "uniform", "low": 0.5, "high": 0.9}}
 
 def sweep(**sections):
     return parse(SweepConfig, {**BASE, **sections}, origin="sweep.yaml")
-
-
-# --------------------------------------------------------------------------------------------------------------- space
-
-
-def test_a_bare_list_is_a_grid():
-    assert sweep().space == {"mask.ratio": Grid(values=(0.5, 0.75))}
-    assert sweep(space={"mask.ratio": {"values": [0.5, 0.75]}}) == sweep()
-    assert sweep(space={"mask.ratio": {"kind": "grid", "values": [0.5, 0.75]}}) == sweep()
-
-
-def test_each_kind_of_axis():
-    space = {
-        "a": {"kind": "choice", "values": [1, 1.5, "x", True, None, [1, 2], {"kind": "whole"}]},
-        "b": {"kind": "uniform", "low": 0, "high": 1},
-        "c": {"kind": "loguniform", "low": 1e-4, "high": 1},
-        "d": {"kind": "randint", "low": -1, "high": 3},
-    }
-    found = sweep(space=space, search={"kind": "random", "points": 3}).space
-    assert found == {
-        "a": Choice(values=(1, 1.5, "x", True, None, [1, 2], {"kind": "whole"})),
-        "b": Uniform(low=0, high=1),
-        "c": LogUniform(low=1e-4, high=1),
-        "d": RandInt(low=-1, high=3),
-    }
-    assert [type(value) for value in found["a"].values] == [int, float, str, bool, type(None), list, dict]
-
-
-def test_a_condition_has_one_value_or_several():
-    axis = {"values": [1, 2], "when": {"mask.ratio": 0.5, "other": [True, "x"]}}
-    found = sweep(space={**BASE["space"], "other": [True, False, "x"], "third": axis})
-    assert found.space["third"].when == {"mask.ratio": (0.5,), "other": (True, "x")}
-
-
-def test_keys_come_after_those_that_their_conditions_are_about():
-    space = {"c": {"values": [1], "when": {"b": 1, "a": 1}}, "b": {"values": [1], "when": {"a": 1}}, "a": [1], "z": [1]}
-    order = in_order(sweep(space=space).space)
-    assert sorted(order) == ["a", "b", "c", "z"]
-    assert order.index("a") < order.index("b") < order.index("c")
-    assert in_order(sweep(space={"b": [1], "a": [1], "c": [1]}).space) == ["b", "a", "c"]
-
-
-@pytest.mark.parametrize(
-    ("space", "message"),
-    [
-        ({}, r"^space: .*at least 1 item"),
-        ({"a": []}, r"^space\.a\.values: there is nothing to take\. Found: \[\]\. Allowed: values"),
-        ({"a": {"kind": "choice", "values": []}}, r"^space\.a\.values: there is nothing to take"),
-        ({"a": {"kind": "uniform", "low": 1, "high": 1}}, r"^space\.a: low must be below high\. Found: low 1\.0, high"),
-        ({"a": {"kind": "loguniform", "low": 2, "high": 1}}, r"^space\.a: low must be below high"),
-        ({"a": {"kind": "randint", "low": 2, "high": 1}}, r"^space\.a: low must be below high\. Found: low 2, high 1"),
-        ({"a": {"kind": "loguniform", "low": 0, "high": 1}}, r"^space\.a\.low: .*found 0\). Allowed: greater than 0"),
-        ({"a": {"kind": "randint", "low": 0.5, "high": 1}}, r"^space\.a\.low: "),
-        ({"a": {"kind": "normal", "low": 0, "high": 1}}, r"^space\.a\.kind: no such kind \(found 'normal'\)\."),
-        ({"a": {"kind": "uniform", "low": 0, "hihg": 1}}, r"space\.a\.hihg: no such key\. Did you mean space\.a\.high"),
-        ({"a": {"kind": "uniform", "low": 0}}, r"^space\.a\.high: this key is required"),
-        ({"a": 3}, r"^space\.a: "),
-        ({"a": {"values": [1], "when": {"b": 1}}}, r"^space\.a\.when: .*Found: b\. Allowed: none: there is no other"),
-        (
-            {"a": {"values": [1], "when": {"a": 1}}, "b": [1]},
-            r"^space\.a\.when: .*another key of the space\. Found: a\. Allowed: b\.",
-        ),
-        (
-            {key: {"values": [1], "when": {other: 1}} for key, other in ("ab", "bc", "ca")},
-            r"^space: conditions hang on each other in a circle.*Found: (. → ){3}.\.",
-        ),
-        (
-            {"a": {"values": [1], "when": {"b": [1, 3]}}, "b": [1, "x"]},
-            r"^space\.a\.when\.b: it is never so.*Found: 3\. Allowed: 1, x\.",
-        ),
-        (
-            {"a": {"values": [1], "when": {"b": 4}}, "b": {"kind": "randint", "low": 1, "high": 3}},
-            r"^space\.a\.when\.b: it is never so.*Found: 4\. Allowed: whole numbers from 1 to 3\.",
-        ),
-        (
-            {"a": {"values": [1], "when": {"b": 0.5}}, "b": {"kind": "uniform", "low": 0, "high": 1}},
-            r"^space\.a\.when\.b: it is never so.*Found: 0\.5\. Allowed: none: .* that one is uniform\.",
-        ),
-        ({"seed": [1, 2]}, r"^space\.seed: a seed is no axis.*What to do: list seeds"),
-    ],
-)  # fmt: skip
-def test_a_space_that_is_none_is_refused(space, message):
-    with pytest.raises(ConfigError, match=message):
-        sweep(space=space)
 
 
 # ---------------------------------------------------------------------------------------------------- search, stopping
@@ -166,6 +76,18 @@ def test_a_random_search_may_go_through_a_grid():
         ({"trials": {"limit_seconds": 0}}, r"^trials\.limit_seconds: "),
         ({"trials": {"fail_if": "never"}}, r"^trials\.fail_if: "),
         ({"register_best": {"name": "a:b"}}, r"^register_best\.name: "),
+        *(
+            (
+                {"register_best": {"name": "a", "promotion": {"gate": {}, key: value}}},
+                rf"^register_best\.promotion\.{key}: the sweep says it.*Found: .*What to do: leave it out: .*{what}",
+            )
+            for key, value, what in [
+                ("model", "other", "register_best.name"),
+                ("challenger", 3, "the version that"),
+                ("storage", {"path": "elsewhere"}, "base's storage"),
+                ("tracking", {"uri": None}, "base's tracking"),
+            ]
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(sections, message):
@@ -253,6 +175,26 @@ def test_a_base_is_a_file_beside_the_sweeps(tmp_path: Path):
         load_sweep(tmp_path / "sweep.yaml", ["base=gone.yaml"])
     with pytest.raises(ConfigError, match=r"^base: .*Allowed: a section"):
         load_sweep(tmp_path / "sweep.yaml", ["base=3"])
+
+
+def test_a_base_is_beside_the_file_that_says_it_and_not_beside_those_that_extend_it(tmp_path: Path):
+    def write(place: str, **keys: object) -> Path:
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(keys))
+        return path
+
+    write("a/runs/one.yaml", name="one", seed=1)
+    write("two.yaml", name="two", seed=2)
+    write("a/sweep.yaml", **BASE | {"base": "runs/one.yaml"})
+    child = write("b/c/child.yaml", extends="../../a/sweep.yaml", name="child")
+    assert load_sweep(child).base == {"name": "one", "seed": 1}
+    grandchild = write("grandchild.yaml", extends="b/c/child.yaml", name="grandchild")
+    assert load_sweep(grandchild).base == {"name": "one", "seed": 1}
+    assert load_sweep(grandchild, ["base.seed=5"]).base == {"name": "one", "seed": 5}
+    assert load_sweep(grandchild, ["base=two.yaml"]).base == {"name": "two", "seed": 2}
+    other = write("other.yaml", extends="b/c/child.yaml", base="two.yaml")
+    assert load_sweep(other).base == {"name": "two", "seed": 2}
 
 
 def test_a_sweep_is_what_its_dump_says():

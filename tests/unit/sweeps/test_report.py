@@ -179,6 +179,23 @@ def test_a_point_of_which_all_seeds_were_stopped_is_no_hole(monkeypatch):
     assert "flatter" in made.html
 
 
+def test_where_trials_were_stopped_early_it_says_that_noise_is_too_small():
+    words = "Some trials were stopped early: ± and noise are those of the others, and so too small."
+
+    def text(of_last_seed):
+        def outcome(point, seed):
+            is_whole = seed < 2 or point["mask.ratio"] == 0.75
+            return accuracy(point, seed) | ({} if is_whole else of_last_seed)
+
+        return Page(build({"mask.ratio": [0.5, 0.75]}, outcome).html).text
+
+    stopped = text({"status": "pruned", "value": 0.3, "steps": 60})
+    assert re.search(r" Noise (up to .*?) Cheapest of these ", stopped)[1].endswith(f". {words}")
+    assert f"≈ is not told apart from the best. {words}" in stopped
+    assert words not in text({})
+    assert words not in text({"status": "failed", "value": None}), "nobody chose it by what it was worth"
+
+
 def test_the_paper_s_curves_stand_beside_accuracies_along_its_axes_and_beside_no_loss(monkeypatch):
     from maskray.sweeps import drawing
 
@@ -230,6 +247,14 @@ def test_points_that_were_drawn_are_shown_where_they_lie():
     points = [{"optim.base_lr": 10 ** rng.uniform(-4, -1), "mask.ratio": rng.uniform(0.3, 0.9)} for _ in range(20)]
     made = build(space, points=points, search={"kind": "random", "points": 20}, look=lambda _: paint({}))
     assert list(made.figures) == ["over_two", "along_optim.base_lr", "along_mask.ratio", "cost", "paintings"]
+
+
+def test_points_that_were_asked_for_and_are_not_there_are_said():
+    space = {"model.decoder.depth": {"kind": "choice", "values": [1, 2]}, "mask.ratio": [0.5, 0.75]}
+    points = grid({"model.decoder.depth": [1, 2], "mask.ratio": [0.5, 0.75]})
+    some, all_ = (Page(build(space, points=points, search={"kind": "random", "points": n}).html) for n in (3, 2))
+    assert "Points 4 of 6 asked for, 3 seeds each" in some.text
+    assert "Points 4 3 seeds each" in all_.text
 
 
 def test_where_all_have_spent_the_same_an_image_s_cost_is_shown():

@@ -1,4 +1,4 @@
-"""Which trial is next: all of a list once, and what Optuna asks for as if nobody had interrupted it."""
+"""Which trial is next: all of a list once, and what Optuna asks for by what it was told."""
 
 import json
 import logging
@@ -8,67 +8,13 @@ from statistics import fmean
 import pytest
 from optuna.trial import TrialState
 
-from maskray.config.load import fingerprint, parse
+from maskray.config.load import parse
 from maskray.config.sweep import SweepConfig
 from maskray.data.storage import Storage
-from maskray.errors import CheckpointError, ConfigError, StorageError
-from maskray.sweeps.record import Result, Trial
+from maskray.errors import ConfigError
 from maskray.sweeps.search import open_queue
 from maskray.sweeps.space import Space
-
-UNIFORM = {"kind": "uniform", "low": 0.0, "high": 1.0}
-SPACE = {
-    "x": UNIFORM,
-    "lr": {"kind": "loguniform", "low": 1e-4, "high": 1.0},
-    "n": {"kind": "randint", "low": 1, "high": 8},
-    "kind": {"kind": "choice", "values": ["a", "b"]},
-}
-# Keys before what their conditions are about, and a condition on an axis that has one itself.
-CONDITIONAL = {
-    "deep": {**UNIFORM, "when": {"b": [2, 3]}},
-    "b": {"kind": "randint", "low": 1, "high": 3, "when": {"kind": "b"}},
-    "kind": {"kind": "choice", "values": ["a", "b"]},
-    "x": UNIFORM,
-}
-
-
-def sweep(space, seeds=(0,), **sections) -> SweepConfig:
-    return parse(SweepConfig, {"name": "s", "base": {}, "space": space, "seeds": list(seeds), **sections})
-
-
-def optuna(space=SPACE, points=20, seeds=(0,), search=(), **sections) -> SweepConfig:
-    return sweep(space, seeds, search={"kind": "optuna", "points": points, "startup": 5, **dict(search)}, **sections)
-
-
-def make(point, seed) -> Trial:
-    return Trial(fingerprint([dict(point), seed]), point, seed, 90, 1e9, 0, 0)
-
-
-def end(trial, value=0.5, status="finished", steps=90) -> Result:
-    return Result(trial, status, steps, 1.0, value)
-
-
-def quality(trial) -> float:
-    """Best at x = 0.3 of kind b."""
-    return 1 - abs(trial.point["x"] - 0.3) - (0.2 if trial.point["kind"] == "a" else 0) + 1e-3 * trial.seed
-
-
-def drain(queue, value=quality, most=10**6) -> list[Result]:
-    """One trial after another, to the end or up to some."""
-    found = []
-    while len(found) < most and (trial := queue.next()) is not None:
-        found.append(end(trial, value(trial)))
-        queue.tell(found[-1])
-    return found
-
-
-def by_key(results) -> dict[str, Result]:
-    return {result.trial.key: result for result in results}
-
-
-def points_of(results) -> list[dict]:
-    return [dict(result.trial.point) for result in results]
-
+from sweep_queues import CONDITIONAL, SPACE, UNIFORM, by_key, drain, end, make, optuna, points_of, quality, sweep
 
 # ---------------------------------------------------------------------------------------------------------------- list
 
@@ -150,6 +96,13 @@ def test_an_axis_is_there_where_its_condition_holds(tmp_path):
         expected = {"kind", "x"} | ({"b"} if point["kind"] == "b" else set())
         assert set(point) == expected | ({"deep"} if point.get("b") in (2, 3) else set())
     assert {len(point) for point in points} == {2, 3, 4}
+
+
+def test_a_condition_that_asks_for_true_does_not_hold_at_one(tmp_path):
+    space = {"switch": {"kind": "choice", "values": [1, True]}, "x": {**UNIFORM, "when": {"switch": True}}}
+    queue = open_queue(optuna(space, 12), None, make, {}, Storage(tmp_path))
+    points = points_of(drain(queue, lambda _: 0.5))
+    assert {(str(point["switch"]), "x" in point) for point in points} == {("1", False), ("True", True)}
 
 
 def test_seeds_of_a_point_are_given_before_the_next_is_asked_for(tmp_path):
@@ -312,135 +265,6 @@ def test_a_space_that_has_no_more_points_ends_the_search(tmp_path, caplog):
     assert sorted((p["kind"], p["n"]) for p in points_of(found)) == [(k, n) for k in "ab" for n in (1, 2, 3)]
     assert queue.is_done
     assert caplog.messages == ["the search ends after 6 of 10 points: none of 200 more was another one"]
-
-
-# ------------------------------------------------------------------------------------------------------ Optuna: resume
-
-
-@pytest.mark.parametrize("space", [SPACE, CONDITIONAL])
-def test_a_resumed_search_goes_on_as_one_that_was_not_interrupted(tmp_path, space):
-    config = optuna(space, 14, seeds=(0, 1))
-    whole = drain(open_queue(config, None, make, {}, Storage(tmp_path / "whole")))
-    assert len(whole) == 28
-    for num in (0, 1, 2, 9, 10, 13, 20, 27, 28):
-        folder = Storage(tmp_path / str(num))
-        begun = drain(open_queue(config, None, make, {}, folder), most=num)
-        kept = {key: Result.load(result.dump(), "") for key, result in by_key(begun).items()}
-        rest = drain(open_queue(config, None, make, kept, folder))
-        assert begun == whole[:num]
-        assert rest == whole[num:]
-
-
-def test_what_was_begun_and_has_not_ended_is_given_out_again(tmp_path):
-    config, folder = optuna(points=12, seeds=(0, 1)), Storage(tmp_path)
-    queue = open_queue(config, None, make, {}, folder)
-    ended = drain(queue, most=14)
-    running = [queue.next() for _ in range(3)]  # both of one point, one of the next
-    ended.append(end(running[1], 0.5))
-    failed = end(ended.pop(0).trial, None, "failed")
-    resumed = open_queue(config, None, make, by_key([*ended, failed]), folder)
-    again = [resumed.next() for _ in range(4)]
-    assert [t.key for t in again[:3]] == [failed.trial.key, running[0].key, running[2].key]
-    assert (again[3].point, again[3].seed) == (running[2].point, 1)
-    assert [trial.state for trial in resumed._study.trials] == [
-        TrialState.RUNNING, *[TrialState.COMPLETE] * 6, TrialState.RUNNING, TrialState.RUNNING
-    ]  # fmt: skip
-    rest = [end(trial) for trial in again]
-    for result in rest:
-        resumed.tell(result)
-    rest += drain(resumed)
-    keys = {result.trial.key for result in (*ended, *rest)}
-    assert len(keys) == len(ended) + len(rest) == 24
-    assert len({fingerprint(point) for point in points_of([*ended, *rest])}) == 12
-
-
-def test_a_point_is_on_record_before_it_is_given_out(place):
-    folder = Storage(place)
-    queue = open_queue(optuna(points=3, seeds=(0, 1)), None, make, {}, folder)
-    given = []
-    for _ in range(6):
-        given.append(queue.next())
-        asked = json.loads(folder.read_bytes("asked.json"))
-        assert asked["schema_version"] == 1
-        assert asked["points"] == [dict(trial.point) for trial in given[::2]]
-    assert open_queue(optuna(points=3, seeds=(0, 1)), None, make, {}, folder).next().key == given[0].key
-
-
-def test_a_point_that_cannot_be_recorded_is_not_given_out(tmp_path):
-    queue = open_queue(optuna(), None, make, {}, Storage(tmp_path / "sweep"))
-    (tmp_path / "sweep").touch()  # a file, where the folder should be
-    with pytest.raises(StorageError, match=r"asked\.json"):
-        queue.next()
-    (tmp_path / "sweep").unlink()
-    trial = queue.next()
-    assert json.loads((tmp_path / "sweep" / "asked.json").read_text())["points"] == [trial.point]
-
-
-def test_results_count_though_the_list_of_points_is_lost(tmp_path):
-    config, folder = optuna(points=8), Storage(tmp_path)
-    begun = drain(open_queue(config, None, make, {}, folder), most=6)
-    folder.delete("asked.json")
-    resumed = open_queue(config, None, make, by_key(begun), folder)
-    assert Counter(trial.value for trial in resumed._study.trials) == Counter(r.value for r in begun)
-    rest = drain(resumed)
-    assert len(rest) == 2
-    assert not {r.trial.key for r in rest} & set(by_key(begun))
-    assert len(json.loads(folder.read_bytes("asked.json"))["points"]) == 8
-
-
-def test_more_points_may_be_asked_for_later(tmp_path):
-    folder = Storage(tmp_path)
-    begun = drain(open_queue(optuna(points=4), None, make, {}, folder))
-    assert open_queue(optuna(points=3), None, make, by_key(begun), folder).is_done
-    assert len(drain(open_queue(optuna(points=6), None, make, by_key(begun), folder))) == 2
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b'{"schema_version": 1, "points": [{"x": 0.', b"[]", b"{}", b'{"schema_version": 2, "points": []}',
-                b'{"schema_version": 1, "points": [3]}', b'{"schema_version": 1, "points": ["x"]}']
-)  # fmt: skip
-def test_a_list_that_cannot_be_read_is_named(tmp_path, content):
-    Storage(tmp_path).write_bytes("asked.json", content)
-    with pytest.raises(
-        CheckpointError, match=r"cannot be read\. Found: .*/asked\.json \(.*What to do: restore the file"
-    ):
-        open_queue(optuna(), None, make, {}, Storage(tmp_path))
-
-
-GOOD = {"x": 0.5, "lr": 0.1, "n": 3, "kind": "a"}
-
-
-@pytest.mark.parametrize(
-    ("point", "key"),
-    [
-        ({**GOOD, "x": 1.5}, "x"),
-        ({**GOOD, "x": "0.5"}, "x"),
-        ({**GOOD, "lr": 1e-5}, "lr"),
-        ({**GOOD, "n": 9}, "n"),
-        ({**GOOD, "n": 3.0}, "n"),
-        ({**GOOD, "n": True}, "n"),
-        ({**GOOD, "kind": "c"}, "kind"),
-        ({**GOOD, "other": 1}, "other"),
-        ({"lr": 0.1, "n": 3, "kind": "a"}, "x"),
-    ],
-)
-def test_a_point_of_another_space_is_refused(tmp_path, point, key):
-    def keep(*points):
-        content = json.dumps({"schema_version": 1, "points": points})
-        Storage(tmp_path).write_bytes("asked.json", content.encode())
-
-    keep(GOOD)
-    assert open_queue(optuna(), None, make, {}, Storage(tmp_path)).next().point == GOOD
-    keep(GOOD, point)
-    with pytest.raises(CheckpointError, match=rf"^space\.{key}: a point on record is none of the space\. Found: .*n="):
-        open_queue(optuna(), None, make, {}, Storage(tmp_path))
-
-
-def test_a_point_whose_condition_holds_no_more_is_refused(tmp_path):
-    content = json.dumps({"schema_version": 1, "points": [{"kind": "a", "b": 2, "deep": 0.5, "x": 0.5}]})
-    Storage(tmp_path).write_bytes("asked.json", content.encode())
-    with pytest.raises(CheckpointError, match=r"^space\.b: a point on record is none of the space"):
-        open_queue(optuna(CONDITIONAL), None, make, {}, Storage(tmp_path))
 
 
 def test_it_says_nothing_of_its_own(tmp_path, capfd):

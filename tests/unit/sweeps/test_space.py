@@ -1,6 +1,7 @@
 """The points of a sweep, and what each becomes: a run of a length, or a message that names it."""
 
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def test_an_axis_is_there_where_its_condition_holds_and_points_without_it_are_on
     ]
 
 
+def test_a_condition_that_asks_for_true_does_not_hold_at_one(space: Make):
+    axes = {"a.x": [1, True], "a.y": {"values": [5], "when": {"a.x": True}}, "a.z": {"values": [6], "when": {"a.x": 1}}}
+    points = space(axes).points()
+    assert json.dumps(points) == '[{"a.x": 1, "a.z": 6}, {"a.x": true, "a.y": 5}]'
+
+
 def test_random_points_are_drawn_again_as_they_were(space: Make):
     axes = {
         "mask.ratio": {"kind": "uniform", "low": 0.5, "high": 0.9},
@@ -78,6 +85,47 @@ def test_random_points_are_drawn_again_as_they_were(space: Make):
     assert rates.min() < -3.5 < -2.5 < rates.max()
 
 
+FEW = {"a.x": {"kind": "choice", "values": [1, 2, 3]}, "a.y": {"kind": "randint", "low": 1, "high": 2}}
+
+
+@pytest.mark.parametrize(("asked", "num"), [(1, 1), (5, 5), (6, 6), (7, 6), (60, 6)])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_search_has_as_many_points_as_were_asked_for_or_all_there_are(
+    space: Make, asked: int, num: int, seed: int
+):
+    made = space(FEW, search={"kind": "random", "points": asked, "seed": seed})
+    points = made.points()
+    assert made.num_drawn == len(points) == len({point_key(point) for point in points}) == num
+
+
+def test_the_last_of_many_points_is_found(space: Make):
+    axes = {"a.x": {"kind": "randint", "low": 1, "high": 100}}
+    points = space(axes, search={"kind": "random", "points": 100}).points()
+    assert sorted(point["a.x"] for point in points) == list(range(1, 101))
+
+
+def test_what_is_drawn_again_leaves_the_others_as_they_were(space: Make):
+    few, more = (space(FEW, search={"kind": "random", "points": n}).points() for n in (3, 6))
+    assert more[:3] == few
+
+
+def test_a_draw_whose_condition_makes_it_no_other_point_is_made_again(space: Make):
+    axes = FEW | {"a.y": {"kind": "uniform", "low": 0, "high": 1, "when": {"a.x": 3}}}
+    points = space(axes, search={"kind": "random", "points": 20}).points()
+    assert len(points) == 20
+    assert sum(len(point) == 1 for point in points) == 2, "at 1 and at 2 there is no other"
+
+
+def test_a_draw_counts_once_with_all_of_the_grid(space: Make):
+    axes = {"a.x": {"kind": "choice", "values": [1, 2]}, "a.y": [1, 2, 3]}
+    made = space(axes, search={"kind": "random", "points": 5})
+    assert (made.num_drawn, len(made.points())) == (2, 6)
+    # Where the drawn axis is not there, the grid's values are not another point.
+    some = axes | {"a.x": {"kind": "choice", "values": [1, 2], "when": {"a.y": 3}}}
+    made = space(some, search={"kind": "random", "points": 5})
+    assert (made.num_drawn, len(made.points())) == (2, 4)
+
+
 # ------------------------------------------------------------------------------------------------------------- lengths
 
 
@@ -88,6 +136,14 @@ def test_trials_of_all_depths_and_ratios_end_within_a_step_of_the_same_flops(spa
     assert len({trial.flops_per_step for trial in trials}) == len(trials)
     assert all(abs(trial.flops - flops) <= trial.flops_per_step / 2 for trial in trials)
     assert all(trial.steps >= 1 for trial in trials)
+
+
+def test_an_image_costs_the_same_in_a_larger_batch(space: Make):
+    made = space({"optim.global_batch": [32, 64]})
+    small, large = (made.trial(point, 0) for point in made.points())
+    assert small.flops_per_image == large.flops_per_image > 0
+    assert (small.flops_per_step, large.flops_per_step) == (32 * small.flops_per_image, 64 * small.flops_per_image)
+    assert space().trial({"mask.ratio": 0.5}, 0).flops_per_image > small.flops_per_image, "more of it is seen"
 
 
 def test_what_a_trial_trains_is_what_its_key_and_its_length_say(space: Make):

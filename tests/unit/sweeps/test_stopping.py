@@ -22,7 +22,7 @@ NAN = math.nan
 
 
 def trial(steps=100, flops_per_step=1e9) -> Trial:
-    return Trial("k", {}, 0, steps, flops_per_step, 0, 0)
+    return Trial("k", {}, 0, steps, flops_per_step / 64, flops_per_step, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------------------------- rungs
