@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DATA_BENCHMARKS := decode delivery memory latency
 
-.PHONY: demo test check chaos bench bench-data bench-step bench-ingest bench-embed bench-worth bench-probe bench-detection bench-sweep schema ui clean
+.PHONY: demo test check infra chaos bench bench-data bench-step bench-ingest bench-embed bench-worth bench-probe bench-detection bench-sweep schema ui clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ check: $(VENV)/.installed  ## format, lint, types, guards
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/guards
+
+infra: $(VENV)/.installed  ## all files of infra/, after you changed them
+	PYTHONPATH=tests $(BIN)/python -m manifests
 
 chaos: $(VENV)/.installed  ## the long form: five kills of workers and five of the driver, for each of W = 1, 2, 4; a SIGTERM
 	$(BIN)/python -m pytest -m slow
