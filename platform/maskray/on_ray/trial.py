@@ -48,6 +48,7 @@ from maskray.tracking.mlflow_tracker import UNTOLD, MlflowTracker
 from maskray.tracking.patience import AWAY_SECONDS, Patience
 from maskray.training import checkpoint, folders
 from maskray.training.context import Snapshot
+from maskray.training.memory import give_back_freed_memory
 from maskray.training.throughput import IMAGES_PER_SECOND
 
 log = logging.getLogger(__name__)
@@ -240,6 +241,7 @@ def _forget(config: RunConfig) -> None:
     """What the trial before has left in this process: compiled graphs, of which there are only so many, and memory."""
     if config.training.compile:
         torch._dynamo.reset()
+    give_back_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
