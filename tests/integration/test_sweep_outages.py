@@ -23,6 +23,7 @@ from maskray.sweeping import Prepared
 from maskray.sweeps import record
 from maskray.sweeps.record import Result
 from maskray.tracking.mlflow_runs import PARENT_TAG, TRIAL_TAG
+from maskray.tracking.mlflow_tracker import UNTOLD
 from mlflow_server import Server
 
 pytestmark = [
@@ -34,7 +35,7 @@ pytestmark = [
 RATIO = "mask.ratio"
 TRAINING, BEGINNING, ENDED = 0.75, 0.5, 0.9
 """Where a trial is when MLflow goes: in the middle of its steps; before the first; at the end of the last."""
-LIMIT_SECONDS = 8.0  # shorter than MLflow is away
+LIMIT_SECONDS = 12.0  # shorter than MLflow is away
 PATIENCE_SECONDS = 240
 HALF_WAY, AWAY = "half_way", "away"
 
@@ -190,3 +191,33 @@ def test_a_server_that_does_not_come_back_fails_trials_that_are_cheap_to_go_on_w
     check(*swept(prepare(**asked), trial.run, lambda: None))
     lines = (tmp_path / "ledger" / "0.jsonl").read_text().splitlines()
     assert len(lines) == 2 * 12, "no step was trained twice"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [12.0, 50.0])  # the stopped trial's own process tells it, or none is left to
+def test_a_trial_that_is_stopped_meanwhile_is_told_at_the_sweeps_end(
+    prepare: Callable[..., Prepared], server: Server, seconds: float
+):
+    ladder = {"kind": "asha", "unit": "steps", "first": 4, "reduction": 2}
+    alone = {"limit_seconds": LIMIT_SECONDS, "concurrency": 1}
+    prepared = prepare({RATIO: [0.7, TRAINING]}, stopping=ladder, trials=alone)
+    goes = partial(outage, prepared, server.kill, server.start, [TRAINING], seconds)
+    _, run_id, told = swept(prepared, meeting_an_outage, goes)
+    first, stopped = (
+        record.results(prepared.folder)[told[0].trial.key],
+        record.results(prepared.folder)[told[1].trial.key],
+    )
+    assert (first.status, stopped.status, stopped.steps) == ("finished", "pruned", 8)
+    assert stopped.seconds > 0
+    child = children(prepared, run_id)[stopped.trial.key]
+    assert (child.info.status, child.info.run_id) == ("KILLED", stopped.run_id)
+    assert steps_of(prepared, child, LOSS) == [2, 4, 6, 8]
+    assert steps_of(prepared, child, "probe/knn") == [4, 8]
+    assert not prepared.folder.exists(f"{record.TRIALS}/{stopped.trial.key}/{UNTOLD}")
+
+
+@pytest.mark.slow
+def test_a_trial_of_several_workers(prepare: Callable[..., Prepared], server: Server):
+    prepared = prepare({RATIO: [ENDED, BEGINNING]}, {"cluster": {"workers": 2}}, trials={"limit_seconds": 60.0})
+    goes = partial(outage, prepared, server.kill, server.start, [BEGINNING], 60.0)
+    check(*swept(prepared, meeting_an_outage, goes))

@@ -243,7 +243,8 @@ def reason(error: Exception) -> str:
     """The innermost cause that an error of `requests` spells out."""
     text = shown(str(error))
     found = re.findall(r"(Connection refused|Name or service not known|Temporary failure in name resolution|timed out"
-                       r"|No route to host|Network is unreachable|certificate verify failed)", text)  # fmt: skip
+                       r"|Connection reset by peer|No route to host|Network is unreachable"
+                       r"|certificate verify failed)", text)  # fmt: skip
     return found[-1] if found else text[:200]
 
 
