@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 RATIO = "mask.ratio"
-TRAINING, BEGINNING, ENDED = 0.75, 0.5, 0.9
+TRAINING, BEGINNING, ENDED = 0.5, 0.6, 0.9
 """Where a trial is when MLflow goes: in the middle of its steps; before the first; at the end of the last."""
 LIMIT_SECONDS = 12.0  # shorter than MLflow is away
 PATIENCE_SECONDS = 240
@@ -153,14 +153,14 @@ def test_a_server_that_is_killed_and_started_again(prepare: Callable[..., Prepar
 
 @pytest.mark.slow
 def test_a_server_that_stands_still_for_a_minute(prepare: Callable[..., Prepared], server: Server):
-    prepared = prepare({RATIO: [TRAINING, BEGINNING, ENDED, 0.6, 0.8, 0.85]}, seeds=[0, 1])
+    prepared = prepare({RATIO: [TRAINING, BEGINNING, ENDED, 0.7, 0.75, 0.8]}, seeds=[0, 1])
     goes = partial(outage, prepared, server.suspend, server.go_on, [TRAINING], 60.0)
     check(*swept(prepared, meeting_an_outage, goes))
 
 
 @pytest.mark.slow
 def test_a_server_that_is_away_for_a_minute(prepare: Callable[..., Prepared], server: Server):
-    prepared = prepare({RATIO: [ENDED, TRAINING, BEGINNING, 0.6, 0.8, 0.85]}, seeds=[0, 1])
+    prepared = prepare({RATIO: [ENDED, TRAINING, BEGINNING, 0.7, 0.75, 0.8]}, seeds=[0, 1])
     goes = partial(outage, prepared, server.kill, server.start, [ENDED], 60.0)
     check(*swept(prepared, meeting_an_outage, goes))
 
@@ -200,7 +200,7 @@ def test_a_trial_that_is_stopped_meanwhile_is_told_at_the_sweeps_end(
 ):
     ladder = {"kind": "asha", "unit": "steps", "first": 4, "reduction": 2}
     alone = {"limit_seconds": LIMIT_SECONDS, "concurrency": 1}
-    prepared = prepare({RATIO: [0.7, TRAINING]}, stopping=ladder, trials=alone)
+    prepared = prepare({RATIO: [0.75, TRAINING]}, stopping=ladder, trials=alone)
     goes = partial(outage, prepared, server.kill, server.start, [TRAINING], seconds)
     _, run_id, told = swept(prepared, meeting_an_outage, goes)
     first, stopped = (
@@ -218,6 +218,6 @@ def test_a_trial_that_is_stopped_meanwhile_is_told_at_the_sweeps_end(
 
 @pytest.mark.slow
 def test_a_trial_of_several_workers(prepare: Callable[..., Prepared], server: Server):
-    prepared = prepare({RATIO: [ENDED, BEGINNING]}, {"cluster": {"workers": 2}}, trials={"limit_seconds": 60.0})
+    prepared = prepare({RATIO: [ENDED, BEGINNING]}, {"cluster": {"workers": 2}}, trials={"limit_seconds": 240.0})
     goes = partial(outage, prepared, server.kill, server.start, [BEGINNING], 60.0)
     check(*swept(prepared, meeting_an_outage, goes))

@@ -235,6 +235,7 @@ def _train(
     if not patience.close(stored):
         keep()
         raise unstored_metrics()
+    folder.delete(UNTOLD)
 
 
 def _forget(config: RunConfig) -> None:

@@ -27,7 +27,7 @@ AWAY_SECONDS = 600.0
 A server that is started anew, or moves to another node, is back within a few minutes; and a request that its end caught
 may take MLflow's client four minutes more to notice, or six where nothing answers any more.
 """
-TRY_SECONDS = 10.0
+TRY_SECONDS = 15.0
 """What a try is given at least, whatever patience is left."""
 LONGEST_PAUSE = 5.0
 _POLL_SECONDS = 0.2
