@@ -43,6 +43,18 @@ class Server:
                 time.sleep(0.2)
         raise TimeoutError((self._folder / "server.log").read_text()[-2000:])
 
+    def suspend(self) -> None:
+        """It takes requests, and answers none, until it goes on."""
+        os.killpg(self._running.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.killpg(self._running.pid, signal.SIGCONT)
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
     def kill(self) -> None:
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -25,8 +25,9 @@ from maskray.data import lease
 from maskray.data.lease import Kind
 from maskray.data.storage import Storage
 from maskray.errors import ConfigError, MaskrayError
-from maskray.launch import HOST_TAG
+from maskray.launch import HOST_TAG, unstored_metrics
 from maskray.offering import promotion_of
+from maskray.publish.release import training_seconds
 from maskray.sweeps import record, report
 from maskray.sweeps.ranking import ranked
 from maskray.sweeps.record import Result, Trial
@@ -36,6 +37,9 @@ from maskray.sweeps.stopping import refuse_idle_rungs
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
 from maskray.tracking.mlflow_store import Store, open_store
+from maskray.tracking.mlflow_tracker import UNTOLD, MlflowTracker
+from maskray.tracking.patience import AWAY_SECONDS, Patience
+from maskray.training.throughput import IMAGES_PER_SECOND
 
 log = logging.getLogger(__name__)
 
@@ -175,12 +179,14 @@ def begun(prepared: Prepared) -> Iterator[str]:
         except BaseException as error:
             if held.lost_to is not None:  # the sweep goes on, in other hands
                 raise
+            # Whoever stops a sweep does not wait for MLflow; nor once more, whoever waited in vain.
+            mlflow = Patience(prepared.store.uri, 0)
             close = partial(mlflow_runs.close_run, prepared.store, run_id)
-            _try(partial(close_children, prepared, run_id))
+            _try(partial(close_children, prepared, run_id, mlflow))
             if isinstance(error, Exception):
-                _try(partial(close, "FAILED", str(error)))
+                _try(partial(mlflow.call, partial(close, "FAILED", str(error))))
             else:
-                _try(partial(close, "KILLED", "interrupted"))
+                _try(partial(mlflow.call, partial(close, "KILLED", "interrupted")))
             raise
 
 
@@ -192,43 +198,74 @@ def _try(close: Callable[[], None]) -> None:
         log.warning("%s", error)
 
 
-def close_children(prepared: Prepared, run_id: str) -> None:
-    """Close those of a sweep's trials that say RUNNING while nobody runs them: as their results say, or as killed.
+def close_children(prepared: Prepared, run_id: str, mlflow: Patience) -> None:
+    """Tell MLflow of a sweep's trials what it does not know yet, while nobody runs them.
+
+    Those that say RUNNING are closed: as their results say, or as killed.
 
     Raises:
         TrackingError: MLflow is away.
     """
     results = record.results(prepared.folder)
-    for child, key in mlflow_runs.running_children(prepared.store, run_id):
-        result = results.get(key)
-        if result is not None and result.status == "finished":
-            mlflow_runs.close_run(prepared.store, child, "FINISHED")
-        else:
-            reason = "the sweep ended before it" if result is None else result.reason
-            failed = result is not None and result.status == "failed"
-            mlflow_runs.close_run(prepared.store, child, "FAILED" if failed else "KILLED", reason)
+    for child in mlflow.call(partial(mlflow_runs.children, prepared.store, run_id)):
+        result = results.get(child.trial)
+        if result is not None and result.status != "finished":
+            _catch_up(prepared, child.run_id, result, mlflow)
+        if child.is_running:
+            status, reason = _end(result)
+            mlflow.call(partial(mlflow_runs.close_run, prepared.store, child.run_id, status, reason))
 
 
-def finish(prepared: Prepared, run_id: str) -> dict[str, Result]:
+def _end(result: Result | None) -> tuple[mlflow_runs.Ended, str]:
+    """As MLflow has it, and why, of a trial that says RUNNING."""
+    if result is None:
+        return "KILLED", "the sweep ended before it"
+    if result.status == "finished":
+        return "FINISHED", ""
+    return "FAILED" if result.status == "failed" else "KILLED", result.reason
+
+
+def _catch_up(prepared: Prepared, run_id: str, result: Result, mlflow: Patience) -> None:
+    """Tell what a trial that ended while MLflow was away could not tell, and note what could not be asked then."""
+    folder, store = prepared.folder.child(record.TRIALS, result.trial.key), prepared.store
+    if was_away := folder.exists(UNTOLD):
+        tracker = MlflowTracker(store.uri, run_id)
+        tracker.restore(json.loads(folder.read_bytes(UNTOLD)))
+        if not mlflow.close(tracker):
+            raise unstored_metrics()
+        folder.delete(UNTOLD)
+    if was_away or result.run_id is None:
+        if folder.exists(record.ERROR):
+            text = folder.read_bytes(record.ERROR).decode()
+            mlflow.call(partial(mlflow_runs.keep_text, store, run_id, record.ERROR, text))
+        rate = mlflow.call(partial(mlflow_runs.points, store, run_id, IMAGES_PER_SECOND))
+        seconds = training_seconds(rate, prepared.space.run_config(result.trial).optim.global_batch)
+        folder.write_bytes(record.RESULT, replace(result, run_id=run_id, seconds=seconds).dump())
+
+
+def finish(prepared: Prepared, run_id: str, away_seconds: float = AWAY_SECONDS) -> dict[str, Result]:
     """Say in MLflow what the sweep found and how it ended; its results.
 
+    Args:
+        prepared: whose lease is held.
+        run_id: of the sweep's run in MLflow.
+        away_seconds: an MLflow that is away is waited for for so long at a stretch.
+
     Raises:
-        TrackingError: MLflow is away.
+        TrackingError: MLflow is away for longer.
     """
+    mlflow = Patience(prepared.store.uri, away_seconds)
+    close_children(prepared, run_id, mlflow)
     results = record.results(prepared.folder)
-    close_children(prepared, run_id)
-    write_report(prepared, run_id, results)
-    finished = any(result.status == "finished" for result in results.values())
+    write_report(prepared, run_id, results, mlflow)
     ended = Counter(result.status for result in results.values())
     prepared.folder.write_bytes(record.FINISHED, json.dumps(ended, indent=1).encode())
-    if finished:
-        mlflow_runs.close_run(prepared.store, run_id, "FINISHED")
-    else:
-        mlflow_runs.close_run(prepared.store, run_id, "FAILED", "no trial of it finished")
+    end = ("FINISHED",) if ended["finished"] else ("FAILED", "no trial of it finished")
+    mlflow.call(partial(mlflow_runs.close_run, prepared.store, run_id, *end))
     return results
 
 
-def write_report(prepared: Prepared, run_id: str | None, results: Mapping[str, Result]) -> str:
+def write_report(prepared: Prepared, run_id: str | None, results: Mapping[str, Result], mlflow: Patience) -> str:
     """The report of what has ended so far, in the sweep's folder and in its MLflow run; where the page is.
 
     Raises:
@@ -247,7 +284,8 @@ def write_report(prepared: Prepared, run_id: str | None, results: Mapping[str, R
         if best is not None and best.mean is not None:
             metrics[f"sweep/best_{prepared.config.objective.metric.replace('/', '_')}"] = best.mean
         files = {report.PAGE: made.html.encode(), **{f"{name}.png": png for name, png in made.figures.items()}}
-        mlflow_runs.add_evaluation(prepared.store, run_id, record.REPORT, metrics, len(results), files)
+        add = partial(mlflow_runs.add_evaluation, prepared.store, run_id)
+        mlflow.call(partial(add, record.REPORT, metrics, len(results), files))
     return prepared.folder.join(record.REPORT, report.PAGE)
 
 
@@ -269,7 +307,7 @@ def report_of(config: SweepConfig) -> str:
     ).model_copy(update={"confidence": config.confidence})
     prepared = _prepared(begun_as, Space(begun_as), (), number, {})
     run_id = mlflow_runs.find_run(prepared.store, _fingerprint(prepared.folder))
-    return write_report(prepared, run_id, record.results(prepared.folder))
+    return write_report(prepared, run_id, record.results(prepared.folder), Patience(prepared.store.uri))
 
 
 def has_failed(config: SweepConfig, results: Mapping[str, Result]) -> bool:

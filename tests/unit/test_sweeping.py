@@ -1,5 +1,6 @@
 """A sweep's life without Ray: what is refused before it begins, what it is called, what MLflow is told at its end."""
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -23,8 +24,11 @@ from maskray.sweeping import Prepared
 from maskray.sweeps import record
 from maskray.sweeps.record import Result, Status
 from maskray.tracking import mlflow_runs
+from maskray.tracking.base import points_of
 from maskray.tracking.mlflow_runs import NOTE_TAG, PARENT_TAG, TRIAL_TAG
 from maskray.tracking.mlflow_store import DATABASE
+from maskray.tracking.mlflow_tracker import UNTOLD, MlflowTracker
+from maskray.training.throughput import IMAGES_PER_SECOND
 
 RATIOS = {"mask.ratio": [0.5, 0.75]}
 
@@ -321,6 +325,37 @@ def test_mlflow_that_is_away_at_the_end_does_not_hide_what_ended_the_sweep(
     with pytest.raises(ConfigError, match="no room"), caplog.at_level(logging.WARNING):
         end()
     assert "MLflow" in caplog.text
+
+
+def test_what_trials_could_not_tell_is_told_at_the_end(prepare: Callable[..., Prepared]):
+    """As they leave it when MLflow is away: points in a file, no run's id, no seconds; and some of it was told."""
+    prepared, points = prepare(), points_of({"pretrain/loss": 0.5, IMAGES_PER_SECOND: 64.0}, 2)
+    run_id = begin(prepared)
+    pruned, failed = prepared.trials
+    runs = [child_of(prepared, run_id, number) for number in range(2)]
+    told = MlflowTracker(prepared.store.uri, runs[0])
+    told.restore([point.plain() for point in points])
+    assert told.close()
+    untold = [*points, *points_of({"pretrain/loss": 0.25, IMAGES_PER_SECOND: 32.0, "probe/knn": 0.9}, 4)]
+    for trial, result in (
+        (pruned, Result(pruned, "pruned", 4, 0.0, 0.9)),
+        (failed, Result(failed, "failed", 0, 0.0, None)),
+    ):
+        prepared.folder.child(record.TRIALS, trial.key).write_bytes(record.RESULT, result.dump())
+    folder = prepared.folder.child(record.TRIALS, pruned.key)
+    folder.write_bytes(UNTOLD, json.dumps([point.plain() for point in untold]).encode())
+    prepared.folder.child(record.TRIALS, failed.key).write_bytes(record.ERROR, b"its traceback")
+
+    results = sweeping.finish(prepared, run_id)
+    assert [status_of(prepared, run) for run in runs] == ["KILLED", "FAILED"]
+    for key, values in {"pretrain/loss": [0.5, 0.25], IMAGES_PER_SECOND: [64.0, 32.0], "probe/knn": [0.9]}.items():
+        assert [point.value for point in prepared.store.client().get_metric_history(runs[0], key)] == values
+    assert not folder.exists(UNTOLD)
+    batch = prepared.space.base.optim.global_batch
+    assert (results[pruned.key].run_id, results[pruned.key].seconds) == (runs[0], 2 * batch / 64 + 2 * batch / 32)
+    assert (results[failed.key].run_id, results[failed.key].seconds) == (runs[1], 0)
+    kept = prepared.store.client().download_artifacts(runs[1], record.ERROR)
+    assert Path(kept).read_bytes() == b"its traceback"
 
 
 @pytest.mark.parametrize(

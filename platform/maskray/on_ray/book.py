@@ -26,7 +26,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from maskray.errors import MaskrayError, TrackingError
+from maskray.errors import MaskrayError
 from maskray.on_ray.trial import ASKED, BEATS, ENDED, RUNG, STEP, VALUE, Asked, Sweep, newest_step
 from maskray.publish.release import training_seconds
 from maskray.sweeping import Prepared
@@ -35,6 +35,7 @@ from maskray.sweeps.record import Result
 from maskray.sweeps.search import Queue
 from maskray.sweeps.stopping import Ladder, Rung, rungs
 from maskray.tracking import mlflow_runs
+from maskray.tracking.patience import Patience
 from maskray.training.throughput import IMAGES_PER_SECOND
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class Book(NotKept, tune.Callback):
         self._lost = Counter[str]()
         self._tunes: Sequence[TuneTrial] = ()
         self._looked = time.monotonic()
+        self._mlflow = Patience(sweep.store.uri, 0)  # while this thread waits for it, trials wait for this thread
         self.lock, self.is_closed = threading.RLock(), False
         self.error: Exception | None = None
         """That a call of Tune's met, and after which nothing was put on record."""
@@ -258,28 +260,30 @@ class Book(NotKept, tune.Callback):
         self, asked: Asked, status: record.Status, steps: int, value: float | None, reason: str, error: str = ""
     ) -> Result:
         """Of a trial that cannot close its books itself: on record, and in MLflow."""
-        run_id = self._tell_mlflow(asked, "KILLED" if status == "pruned" else "FAILED", reason, error)
-        seconds = 0.0
-        if run_id is not None:
-            with contextlib.suppress(TrackingError):  # there may have been no step
-                rate = mlflow_runs.curve(self._sweep.store, run_id, IMAGES_PER_SECOND)
-                seconds = training_seconds(rate, asked.config["optim"]["global_batch"])
+        run_id, seconds = self._tell_mlflow(asked, "KILLED" if status == "pruned" else "FAILED", reason, error)
         result = Result(asked.trial, status, steps, seconds, value, run_id=run_id, reason=reason)
         self._sweep.folder_of(asked.trial).write_bytes(record.RESULT, result.dump())
         return result
 
-    def _tell_mlflow(self, asked: Asked, status: mlflow_runs.Ended, reason: str, error: str = "") -> str | None:
-        """The id of the trial's run; None where MLflow does not answer: the run is closed with the sweep."""
-        store, run_id = self._sweep.store, None
-        try:
-            run_id = mlflow_runs.find_run(store, self._sweep.fingerprint_of(asked.trial))
-            run_id = run_id or self._sweep.run_of(asked)
+    def _tell_mlflow(
+        self, asked: Asked, status: mlflow_runs.Ended, reason: str, error: str = ""
+    ) -> tuple[str | None, float]:
+        """Id and seconds of the trial's run; None and 0 where MLflow does not answer: the sweep's end tells it."""
+        store = self._sweep.store
+
+        def tell() -> tuple[str, float]:
+            run_id = mlflow_runs.find_run(store, self._sweep.fingerprint_of(asked.trial)) or self._sweep.run_of(asked)
             mlflow_runs.close_run(store, run_id, status, reason)
             if error:
                 mlflow_runs.keep_text(store, run_id, record.ERROR, error)
+            rate = mlflow_runs.points(store, run_id, IMAGES_PER_SECOND)
+            return run_id, training_seconds(rate, asked.config["optim"]["global_batch"])
+
+        try:
+            return self._mlflow.call(tell)
         except MaskrayError as away:
-            log.warning("%s: %s", asked.trial.name, away)
-        return run_id
+            log.warning("%s, of which MLflow is told at the sweep's end: %s", asked.trial.name, away)
+            return None, 0.0
 
     def _on_record(self, asked: Asked) -> Result | None:
         folder = self._sweep.folder_of(asked.trial)

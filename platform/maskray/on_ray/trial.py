@@ -7,6 +7,7 @@ So a trial that is started again, by whichever driver, goes on where it was.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.data.stream import Unit
-from maskray.errors import TrainingError
+from maskray.errors import MaskrayError, TrackingError, TrainingError
 from maskray.evaluation.judgement import Bench, Finding, read_rows
 from maskray.launch import Prepared, card, unstored_metrics
 from maskray.on_ray import nested
@@ -43,10 +44,14 @@ from maskray.sweeps.space import plan_of
 from maskray.tracking import mlflow_runs
 from maskray.tracking.base import Fanout, Observer
 from maskray.tracking.mlflow_store import Store
-from maskray.tracking.mlflow_tracker import MlflowTracker
+from maskray.tracking.mlflow_tracker import UNTOLD, MlflowTracker
+from maskray.tracking.patience import AWAY_SECONDS, Patience
 from maskray.training import checkpoint, folders
 from maskray.training.context import Snapshot
+from maskray.training.memory import give_back_freed_memory
 from maskray.training.throughput import IMAGES_PER_SECOND
+
+log = logging.getLogger(__name__)
 
 ASKED = "asked"
 """What Tune's config of a trial has."""
@@ -98,6 +103,9 @@ class Sweep:
     """A trial may be silent for so long."""
     code: Mapping[str, str]
     """As `mlflow_runs.provenance` says it."""
+    away_seconds: float = AWAY_SECONDS
+    """A trial waits for an MLflow that is away for so long at a stretch, before it begins and when it has been trained;
+    then it fails. Training goes on meanwhile."""
 
     def folder_of(self, trial: Trial) -> Storage:
         """Of a trial."""
@@ -137,22 +145,23 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
         os.environ.setdefault(name, value)
     asked = Asked.load(config[ASKED])
     trial, run_config = asked.trial, RunConfig.model_validate(asked.config)
-    folder, run_id = sweep.folder_of(trial), sweep.run_of(asked)
-    tell = Teller(sweep)
+    folder, tell = sweep.folder_of(trial), Teller(sweep)
+    patience = Patience(sweep.store.uri, sweep.away_seconds, tell.beat)
+    run_id = patience.call(partial(sweep.run_of, asked))
     settle(run_config)
     _forget(run_config)
     bench = Bench(run_config, _device(run_config), _rows)
     if run_config.cluster.workers > 1:
-        root = Storage(run_config.storage.path)
-        nested.train(run_config, root, folder, sweep.store.uri, run_id, scores_of_checkpoint, tell)
+        _train_on_workers(run_config, folder, sweep.store.uri, run_id, tell, patience)
     else:
-        _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
+        _train(run_config, folder, sweep.store.uri, run_id, bench, tell, patience)
     with newest(folder) as weights:
         assert weights is not None, "the last step is a checkpoint"
         assert folders.step_of(weights.name) == trial.steps, "the newest is that of the last step"
         found, name = bench.find(trial.steps, weights), weights.name
-    _keep(found, trial, folder, sweep.store.uri, run_id)
-    loss, rate = (mlflow_runs.curve(sweep.store, run_id, key) for key in (LOSS, IMAGES_PER_SECOND))
+    _keep(found, trial, folder, sweep.store.uri, run_id, patience)
+    curve = partial(mlflow_runs.curve, sweep.store, run_id)
+    loss, rate = (patience.call(partial(curve, key)) for key in (LOSS, IMAGES_PER_SECOND))
     metrics = {**scores_of(found), LOSS: loss[-1][1]}
     result = Result(
         trial=trial,
@@ -165,11 +174,34 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
         checkpoint=name,
     )
     folder.write_bytes(record.RESULT, result.dump())
-    mlflow_runs.close_run(sweep.store, run_id, "FINISHED")
+    _close(sweep, trial, run_id)
     tune.report({STEP: trial.steps, VALUE: result.value, ENDED: True})
 
 
-def _train(config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Bench, tell: Tell) -> None:
+def _close(sweep: Sweep, trial: Trial, run_id: str) -> None:
+    """Say in MLflow that a trial has finished. It is on record: where MLflow is away, the sweep's end says it."""
+    try:
+        Patience(sweep.store.uri, 0).call(partial(mlflow_runs.close_run, sweep.store, run_id, "FINISHED"))
+    except MaskrayError as away:
+        log.warning("%s has finished, and MLflow does not know yet: %s", trial.name, away)
+
+
+def _train_on_workers(
+    config: RunConfig, folder: Storage, uri: str, run_id: str, tell: Tell, patience: Patience
+) -> None:
+    """In processes of their own."""
+    root = Storage(config.storage.path)
+    train = partial(nested.train, config, root, folder, uri, run_id, scores_of_checkpoint, tell)
+    try:
+        train()
+    except TrackingError:  # trained; what MLflow has not taken is in the last checkpoint, from which it goes on
+        patience.call(lambda: None)
+        train()
+
+
+def _train(
+    config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Bench, tell: Tell, patience: Patience
+) -> None:
     """In this process."""
     stored = MlflowTracker(uri, run_id, system_metrics_seconds=config.tracking.system_metrics_seconds)
     known: dict[str, float] = {}
@@ -181,8 +213,13 @@ def _train(config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Ben
     def judge(weights: Path, step: int) -> dict[str, float]:
         scores = scores_of(bench.find(step, weights))
         stored.log(scores, step)
-        stored.flush(_FLUSH_SECONDS)  # a trial that is stopped here may have no time to
+        if not stored.flush(_FLUSH_SECONDS):
+            keep()  # a trial that is stopped here may have no time to
         return {**known, **scores}
+
+    def keep() -> None:
+        if untold := stored.pending():  # the sweep's end tells it, where the trial does not go on
+            folder.write_bytes(UNTOLD, json.dumps(untold).encode())
 
     try:
         if (last := _last_rung(folder, config)) is not None:
@@ -191,16 +228,21 @@ def _train(config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Ben
             stored.log({key: metrics[key] for key in SCORES if key in metrics}, step)
             tell(step, metrics)
         pretrain(config, TrialContext(folder, config, judge, tell), Fanout(stored, Observer(hear)))
-    finally:
-        all_stored = stored.close()
-    if not all_stored:
+    except BaseException:
+        if not stored.close():
+            keep()
+        raise
+    if not patience.close(stored):
+        keep()
         raise unstored_metrics()
+    folder.delete(UNTOLD)
 
 
 def _forget(config: RunConfig) -> None:
     """What the trial before has left in this process: compiled graphs, of which there are only so many, and memory."""
     if config.training.compile:
         torch._dynamo.reset()
+    give_back_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -213,12 +255,12 @@ def _last_rung(folder: Storage, config: RunConfig) -> tuple[int, dict[str, float
         return step, json.loads((weights / folders.PROBE).read_bytes())["metrics"]
 
 
-def _keep(found: Finding, trial: Trial, folder: Storage, uri: str, run_id: str) -> None:
+def _keep(found: Finding, trial: Trial, folder: Storage, uri: str, run_id: str, patience: Patience) -> None:
     """What the last judgement found, in MLflow and for the report."""
     record.keep_painted(folder, found.painted)
     tracker = MlflowTracker(uri, run_id)
     found._replace(title=trial.name).tell(tracker)
-    if not tracker.close():
+    if not patience.close(tracker):
         raise unstored_metrics()
 
 
@@ -280,14 +322,19 @@ class Teller:
 
     def __init__(self, sweep: Sweep) -> None:
         self._metric, self._seconds = sweep.metric, sweep.limit_seconds / BEATS
-        self._last = -math.inf
+        self._last, self._step = -math.inf, 0
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Tell`. Where there is nothing but the step it is a sign of life, and the last one may be enough."""
+        self._step = step
         if metrics:
             self._report({STEP: step, RUNG: step, VALUE: objective_of(metrics, self._metric, step)})
         elif time.monotonic() - self._last >= self._seconds:
             self._report({STEP: step})
+
+    def beat(self) -> None:
+        """A sign of life of a trial that waits."""
+        self(self._step, {})
 
     def _report(self, metrics: dict[str, Any]) -> None:
         self._last = time.monotonic()

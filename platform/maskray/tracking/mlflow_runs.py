@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
@@ -200,14 +200,24 @@ def reconcile(store: Store, is_stale: Callable[[Mapping[str, str]], bool]) -> li
     return closed
 
 
-def running_children(store: Store, run_id: str) -> list[tuple[str, str]]:
-    """Those of a run that say RUNNING: the id of each, and the trial's key.
+class Child(NamedTuple):
+    """A run below another."""
+
+    run_id: str
+    trial: str
+    """Key of the trial that it is of."""
+    is_running: bool
+    """As it says."""
+
+
+def children(store: Store, run_id: str) -> list[Child]:
+    """The runs below a run.
 
     Raises:
         TrackingError: MLflow is away.
     """
-    found = _search(store, f"tags.`{PARENT_TAG}` = '{run_id}' AND attributes.status = 'RUNNING'")
-    return [(run.info.run_id, run.data.tags.get(TRIAL_TAG, "")) for run in found]
+    found = _search(store, f"tags.`{PARENT_TAG}` = '{run_id}'")
+    return [Child(run.info.run_id, run.data.tags.get(TRIAL_TAG, ""), run.info.status == "RUNNING") for run in found]
 
 
 def curve(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:
@@ -216,12 +226,22 @@ def curve(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:
     Raises:
         TrackingError: there is none, or MLflow is away.
     """
+    found = points(store, run_id, key)
+    if not found:
+        raise TrackingError("MLflow has no values of a metric", found=f"{key} of {run_id}")
+    return found
+
+
+def points(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric, by step, where there are any.
+
+    Raises:
+        TrackingError: MLflow is away.
+    """
     try:
         history = store.client().get_metric_history(run_id, key)
     except MlflowException as error:
         raise TrackingError("MLflow does not give a metric", found=f"{key} of {run_id}: {shown(str(error))}") from error
-    if not history:
-        raise TrackingError("MLflow has no values of a metric", found=f"{key} of {run_id}")
     return sorted((int(point.step), float(point.value)) for point in history)
 
 

@@ -25,6 +25,8 @@ from maskray.errors import TrackingError
 PROBE_SECONDS = 5.0
 DATABASE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+HOPELESS = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"})
+"""Answers that will be the same next time."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,26 @@ def open_store(config: TrackingConfig, storage_path: str) -> Store:
         found=shown(uri),
         allowed="http(s)://host:port, sqlite:////absolute/path.db, postgresql://…, or null for a store beside the runs",
     )
+
+
+def check_answers(uri: str) -> None:
+    """Raise within seconds where a server is away: MLflow itself would go on trying for minutes.
+
+    Raises:
+        MlflowException: it is away.
+    """
+    if uri.startswith(("http://", "https://")):
+        http_request(get_default_host_creds(uri), "/health", "GET", timeout=PROBE_SECONDS, max_retries=0)
+
+
+def is_away(error: Exception) -> bool:
+    """Whether MLflow, or the place of its files, did not answer, or not in its senses: the next time it may.
+
+    Args:
+        error: of a call to MLflow, as it was raised, or as the `TrackingError` that was made of it.
+    """
+    cause = error.__cause__ if isinstance(error, TrackingError) else error
+    return isinstance(cause, MlflowException | OSError) and getattr(cause, "error_code", None) not in HOPELESS
 
 
 def has_embedded_store(storage_path: str) -> bool:
@@ -221,7 +243,8 @@ def reason(error: Exception) -> str:
     """The innermost cause that an error of `requests` spells out."""
     text = shown(str(error))
     found = re.findall(r"(Connection refused|Name or service not known|Temporary failure in name resolution|timed out"
-                       r"|No route to host|Network is unreachable|certificate verify failed)", text)  # fmt: skip
+                       r"|Connection reset by peer|No route to host|Network is unreachable"
+                       r"|certificate verify failed)", text)  # fmt: skip
     return found[-1] if found else text[:200]
 
 

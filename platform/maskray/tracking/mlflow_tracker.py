@@ -22,12 +22,10 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.rest_utils import http_request
 
 from maskray.tracking.base import Point, points_of
 from maskray.tracking.mlflow_runs import FIGURES, add_note
-from maskray.tracking.mlflow_store import shown
+from maskray.tracking.mlflow_store import HOPELESS, check_answers, shown
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +42,8 @@ MAX_ATTEMPTS = 5
 LINGER_SECONDS = 0.5
 """Points are gathered for so long before a batch is sent."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
-PROBE_SECONDS = 5.0
-HOPELESS = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"})
-"""Answers that will be the same next time."""
+UNTOLD = "untold.json"
+"""Name for a file with what a tracker had not stored at its end: `pending`, which another takes up by `restore`."""
 
 
 @dataclass
@@ -144,6 +141,11 @@ class MlflowTracker:
         self._thread.join(timeout=1.0)  # it may be in a request: it ends by itself, and is no reason to wait
         return stored and self._dropped == 0
 
+    @property
+    def has_given_up(self) -> bool:
+        """Whether nothing more will be stored: it was refused for good, or the tracker is closed."""
+        return self._given_up
+
     def _append(self, points: Sequence[Point]) -> None:
         with self._changed:
             if self._closed:
@@ -203,7 +205,7 @@ class MlflowTracker:
         """Try until it works; False where the tracker was closed meanwhile, or it never can work."""
         for attempt in itertools.count():
             try:
-                self._check_reachable()
+                check_answers(self._uri)
                 act()
             except Exception as error:  # noqa: BLE001 - said in words: a traceback would repeat the URI's password
                 text = shown(str(error))
@@ -227,12 +229,6 @@ class MlflowTracker:
             if self._hurry:
                 self._changed.wait_for(lambda: self._closed, FIRST_PAUSE)
             return self._closed
-
-    def _check_reachable(self) -> None:
-        """Raises within seconds where a server is away: MLflow itself would go on trying for two minutes."""
-        if self._uri.startswith(("http://", "https://")):
-            creds = get_default_host_creds(self._uri)
-            http_request(creds, "/health", "GET", timeout=PROBE_SECONDS, max_retries=0)
 
     def _ask_what_is_stored(self) -> None:
         latest = self._client.get_run(self._run_id).data._metric_objs  # the last point of each key: no history is read
@@ -267,7 +263,7 @@ class MlflowTracker:
                     return
                 extra = self._extras[0]
             try:
-                self._check_reachable()
+                check_answers(self._uri)
                 extra.send()
             except Exception as error:  # noqa: BLE001 - as above
                 extra.attempts += 1
