@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -72,9 +73,23 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
         code=prepared.code,
     )
     book = Book(prepared, sweep, prepared.queue(), concurrency, show)
-    resources = resources_of(prepared.space.base.cluster)
-    tuner = tune.Tuner(
-        tune.with_resources(partial(train, sweep=sweep), resources),
+    trainable = tune.with_resources(partial(train, sweep=sweep), resources_of(prepared.space.base.cluster))
+    # Tune's files are the driver's alone: trials hand it no checkpoints, so their processes do not look there.
+    with tempfile.TemporaryDirectory(prefix="maskray-", ignore_cleanup_errors=True) as folder:
+        tuner = _tuner(trainable, book, folder)
+        try:
+            # In the main thread Tune would put handlers of its own in place.
+            background.call("maskray-tune", tuner.fit).result()
+        except BaseException as error:
+            book.close()  # no trial goes on while MLflow is told how it ended
+            if isinstance(error, Exception) and book.error is not None:
+                raise book.error from error  # of which Tune made a text
+            raise
+
+
+def _tuner(trainable: Callable[..., None], book: Book, folder: str) -> tune.Tuner:
+    return tune.Tuner(
+        trainable,
         tune_config=tune.TuneConfig(
             search_alg=Asking(book),
             scheduler=Deciding(book),
@@ -84,21 +99,12 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=prepared.folder.uri,
+            storage_path=folder,
             callbacks=[book],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
     )
-    try:
-        # In the main thread Tune would put handlers of its own in place.
-        background.call("maskray-tune", tuner.fit).result()
-    except BaseException as error:
-        book.close()  # no trial goes on while MLflow is told how it ended
-        if isinstance(error, Exception) and book.error is not None:
-            raise book.error from error  # of which Tune made a text
-        raise
-    prepared.folder.delete("tune")
 
 
 def resources_of(cluster: ClusterConfig) -> dict[str, float] | tune.PlacementGroupFactory:

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ray import tune
@@ -147,10 +147,10 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
         nested.train(run_config, root, folder, sweep.store.uri, run_id, scores_of_checkpoint, tell)
     else:
         _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
-    with newest(folder) as weights:
-        assert weights is not None, "the last step is a checkpoint"
-        assert folders.step_of(weights.name) == trial.steps, "the newest is that of the last step"
-        found, name = bench.find(trial.steps, weights), weights.name
+    with newest(folder) as last:
+        assert last is not None, "the last step is a checkpoint"
+        assert folders.step_of(last.name) == trial.steps, "the newest is that of the last step"
+        found, name = bench.find(trial.steps, last.weights), last.name
     _keep(found, trial, folder, sweep.store.uri, run_id)
     loss, rate = (mlflow_runs.curve(sweep.store, run_id, key) for key in (LOSS, IMAGES_PER_SECOND))
     metrics = {**scores_of(found), LOSS: loss[-1][1]}
@@ -207,10 +207,10 @@ def _forget(config: RunConfig) -> None:
 
 def _last_rung(folder: Storage, config: RunConfig) -> tuple[int, dict[str, float]] | None:
     """Step and metrics of a trial that was ended at a rung: nobody may have decided whether it goes on."""
-    with newest(folder) as weights:
-        if weights is None or (step := folders.step_of(weights.name)) not in config.training.probe_at:
+    with newest(folder) as found:
+        if found is None or (step := folders.step_of(found.name)) not in config.training.probe_at:
             return None
-        return step, json.loads((weights / folders.PROBE).read_bytes())["metrics"]
+        return step, json.loads((found.weights / folders.PROBE).read_bytes())["metrics"]
 
 
 def _keep(found: Finding, trial: Trial, folder: Storage, uri: str, run_id: str) -> None:
@@ -248,13 +248,22 @@ def _device(config: RunConfig) -> torch.device:
     return torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
 
 
+class Newest(NamedTuple):
+    """A trial's newest whole checkpoint."""
+
+    name: str
+    """Of its folder, below the trial's."""
+    weights: Path
+    """What is in it, on this machine: under another name where the trial's folder is in a bucket."""
+
+
 @contextmanager
-def newest(folder: Storage) -> Iterator[Path | None]:
-    """A trial's newest whole checkpoint, on this machine while the context lasts."""
+def newest(folder: Storage) -> Iterator[Newest | None]:
+    """Of a trial, while the context lasts."""
     for name in _checkpoints(folder):
         with checkpoint.on_disk(folder.child(name)) as found:
             if checkpoint.is_whole(found):
-                yield found
+                yield Newest(name, found)
                 return
     yield None
 
@@ -313,9 +322,11 @@ class TrialContext:
         self._folder, self._data, self._judge, self._tell = folder, config.data, judge, tell
         self._attempt = uuid.uuid4().hex[:8]  # every start writes folders of its own
 
-    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
         """The newest whole one."""
-        return newest(self._folder)
+        with newest(self._folder) as found:
+            yield None if found is None else found.weights
 
     def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:
         """Judge and write at once: nothing to wait for."""
