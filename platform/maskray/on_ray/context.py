@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ray.train.torch import get_device
 
 from maskray.config.schema import DataConfig
 from maskray.data import local
+from maskray.data.cache import unheard
 from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.data.stream import Unit
@@ -110,11 +111,12 @@ class RayContext(RayWorkerContext):
         data: how the stream reaches the workers.
         run: the run's folder, Train's own.
         on_ray: whether Ray Data decodes, or this worker's threads.
+        beat: see `local.open_units`.
     """
 
-    def __init__(self, data: DataConfig, run: Storage, *, on_ray: bool) -> None:
+    def __init__(self, data: DataConfig, run: Storage, *, on_ray: bool, beat: Callable[[], None] = unheard) -> None:
         super().__init__(run)
-        self._data, self._on_ray = data, on_ray
+        self._data, self._on_ray, self._beat = data, on_ray, beat
 
     @contextmanager
     def units(self, spec: StreamSpec, start_step: int) -> Iterator[Iterator[Unit]]:
@@ -125,5 +127,5 @@ class RayContext(RayWorkerContext):
                 yield units
             return
         place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
-        with local.open_units(spec, data, self.device, **place) as units:
+        with local.open_units(spec, data, self.device, **place, beat=self._beat) as units:
             yield units

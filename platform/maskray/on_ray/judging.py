@@ -6,6 +6,7 @@ A module of its own: a worker need not import what the trial's process does.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from maskray.training.context import Snapshot
 Judge = Callable[[RunConfig, Path], dict[str, float]]
 """What the checkpoint in a local folder is worth, by name."""
 _FLUSH_SECONDS = 10.0
+_BEAT_SECONDS = 1.0
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
@@ -46,10 +48,11 @@ class JudgingContext(RayContext):
     """
 
     def __init__(self, config: RunConfig, settings: dict[str, Any]) -> None:
-        super().__init__(config.data, Storage(settings["run"]), on_ray=False)
+        super().__init__(config.data, Storage(settings["run"]), on_ray=False, beat=self._sign_of_life)
         self.tracker = worker.tracker_of(settings, config, self.rank)
         self._config, self._settings = config, settings
         self._line: tuple[int, dict[str, float]] = (0, {})
+        self._beaten = 0.0
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """What training logged: told with what is found at the same step."""
@@ -89,6 +92,12 @@ class JudgingContext(RayContext):
         self.tracker.flush(_FLUSH_SECONDS)  # a trial that is stopped here has no time to
         # Waited for: what is ended now must not have judged in vain.
         ray.get(self._settings["board"].found.remote(step, dict(metrics)))
+
+    def _sign_of_life(self) -> None:
+        """A sign of life of this worker, whose stream is being made ready."""
+        if (now := time.monotonic()) - self._beaten > _BEAT_SECONDS:
+            self._beaten = now
+            self._settings["board"].beat.remote()
 
 
 def _note(folder: Path) -> dict[str, float] | None:

@@ -53,8 +53,8 @@ def train(
         run_id: the trial's run there; it gets what training logs, and what is found.
         judge: is called in the first worker.
         tell: is called here: after each judgement, with what was logged at its step and what was found; and with
-            nothing, every few seconds, as long as there are new lines of the log (where workers were lost the step goes
-            back, and a step may be told of twice). It may raise, SystemExit too.
+            nothing, every few seconds, as long as there are new lines of the log, or the stream is being made ready
+            (where workers were lost the step goes back, and a step may be told of twice). It may raise, SystemExit too.
 
     Raises:
         MaskrayError: a mistake that only the workers could see, or metrics that MLflow has not taken.
@@ -72,14 +72,14 @@ def train(
     make = partial(_trainer, settings, config, root, folder)
     pulse = _Pulse()
     try:
-        with fit.followed(board, pulse.beat), lent.fitting(make, folder, config.cluster.max_failures) as fitting:
+        with fit.followed(board, pulse.line), lent.fitting(make, folder, config.cluster.max_failures) as fitting:
             num_told, ended = 0, False
             while not ended:
                 ended = bool(wait([fitting], _POLL_SECONDS).done)  # and looks once more
                 for step, metrics in ray.get(board.read_found.remote(num_told)):
                     num_told += 1
                     tell(step, metrics)
-                if pulse.is_due():
+                if pulse.is_due(ray.get(board.read_beats.remote())):
                     tell(pulse.step, {})
             outcome = fitting.result()
     finally:
@@ -128,20 +128,20 @@ def _below(root: Storage, folder: Storage) -> str:
 
 
 class _Pulse:
-    """Whether training goes on: the newest line of its log, and what of it was told."""
+    """Whether training goes on: the newest line of its log, beats before there is any, and what was told of them."""
 
     def __init__(self) -> None:
-        self.step = self._told = 0
+        self.step, self._told = 0, (0, 0)
         self._at = time.monotonic()
 
-    def beat(self, step: int, _: Mapping[str, float]) -> None:
+    def line(self, step: int, _: Mapping[str, float]) -> None:
         """There is a line."""
         self.step = step
 
-    def is_due(self) -> bool:
-        """Whether there is one to tell of, and the last time was long enough ago; that is then now."""
-        now = time.monotonic()
-        if self.step == self._told or now - self._at < _HEARTBEAT_SECONDS:
+    def is_due(self, beats: int) -> bool:
+        """Whether there is something to tell of, and the last time was long enough ago; that is then now."""
+        now, heard = time.monotonic(), (self.step, beats)
+        if heard == self._told or now - self._at < _HEARTBEAT_SECONDS:
             return False
-        self._told, self._at = self.step, now
+        self._told, self._at = heard, now
         return True

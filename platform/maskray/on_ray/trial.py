@@ -350,5 +350,10 @@ class TrialContext:
         return 0.0
 
     def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
-        """The in-process walk."""
-        return local.open_units(spec, self._data, self.device, rank=0, world_size=1, start_step=start_step)
+        """The in-process walk. While images are decoded for it, which may take many minutes, it is told of."""
+
+        def beat() -> None:
+            self._tell(start_step, {})
+
+        place = {"rank": 0, "world_size": 1, "start_step": start_step}
+        return local.open_units(spec, self._data, self.device, **place, beat=beat)
