@@ -50,6 +50,7 @@ class RayWorkerContext:
         if found is None:
             yield None
             return
+        self._newest = Path(found.path).name
         with found.as_directory() as folder:
             yield Path(folder)
 
@@ -88,8 +89,8 @@ class RayWorkerContext:
         return waited
 
     def newest_checkpoint(self) -> Storage:
-        """The folder of what this worker reported last, once all of it is there."""
-        assert self._newest is not None, "the first worker's, once it has reported"
+        """The folder of what this worker reported last, once all of it is there, or else of what it went on from."""
+        assert self._newest is not None, "the first worker's, once it has reported or went on"
         self._uploaded.wait()
         return self._run.child(self._newest)
 

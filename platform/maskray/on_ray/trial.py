@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from maskray.evaluation.judgement import Bench, Finding, read_rows
 from maskray.launch import Prepared, card, unstored_metrics
 from maskray.on_ray import nested
 from maskray.on_ray.nested import Tell
+from maskray.on_ray.stream import registered_checkpoint
 from maskray.pretrain import pretrain, settle
 from maskray.publish.release import training_seconds
 from maskray.sweeps import record
@@ -139,21 +140,12 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     trial, run_config = asked.trial, RunConfig.model_validate(asked.config)
     folder, run_id = sweep.folder_of(trial), sweep.run_of(asked)
     tell = Teller(sweep)
-    settle(run_config)
-    _forget(run_config)
-    bench = Bench(run_config, _device(run_config), _rows)
     if run_config.cluster.workers > 1:
-        root = Storage(run_config.storage.path)
-        nested.train(run_config, root, folder, sweep.store.uri, run_id, scores_of_checkpoint, tell)
+        name, scores = _on_workers(run_config, trial, folder, sweep.store.uri, run_id, tell)
     else:
-        _train(run_config, folder, sweep.store.uri, run_id, bench, tell)
-    with newest(folder) as last:
-        assert last is not None, "the last step is a checkpoint"
-        assert folders.step_of(last.name) == trial.steps, "the newest is that of the last step"
-        found, name = bench.find(trial.steps, last.weights), last.name
-    _keep(found, trial, folder, sweep.store.uri, run_id)
+        name, scores = _here(run_config, trial, folder, sweep.store.uri, run_id, tell)
     loss, rate = (mlflow_runs.curve(sweep.store, run_id, key) for key in (LOSS, IMAGES_PER_SECOND))
-    metrics = {**scores_of(found), LOSS: loss[-1][1]}
+    metrics = {**scores, LOSS: loss[-1][1]}
     result = Result(
         trial=trial,
         status="finished",
@@ -167,6 +159,33 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     folder.write_bytes(record.RESULT, result.dump())
     mlflow_runs.close_run(sweep.store, run_id, "FINISHED")
     tune.report({STEP: trial.steps, VALUE: result.value, ENDED: True})
+
+
+Last = tuple[str, dict[str, float]]
+"""The name of a trial's last checkpoint, and its scores."""
+
+
+def _on_workers(config: RunConfig, trial: Trial, folder: Storage, uri: str, run_id: str, tell: Tell) -> Last:
+    """Train and judge where the accelerators are: this process has none, nor a CPU of its own."""
+    root, judge = Storage(config.storage.path), partial(finding_of, title=trial.name)
+    found = nested.train(config, root, folder, uri, run_id, judge, tell, trial.steps)
+    name = registered_checkpoint(folder)
+    assert name is not None, "the last step is a checkpoint"
+    return name, {key: found[key] for key in SCORES if key in found}
+
+
+def _here(config: RunConfig, trial: Trial, folder: Storage, uri: str, run_id: str, tell: Tell) -> Last:
+    """Train and judge in this process."""
+    settle(config)
+    _forget(config)
+    bench = Bench(config, _device(config), _rows)
+    _train(config, folder, uri, run_id, bench, tell)
+    with newest(folder) as last:
+        assert last is not None, "the last step is a checkpoint"
+        assert folders.step_of(last.name) == trial.steps, "the newest is that of the last step"
+        found = bench.find(trial.steps, last.weights)
+    _keep(found, trial, folder, uri, run_id)
+    return last.name, scores_of(found)
 
 
 def _train(config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Bench, tell: Tell) -> None:
@@ -227,9 +246,10 @@ def scores_of(found: Finding) -> dict[str, float]:
     return {} if found.scores is None else found.scores.metrics()
 
 
-def scores_of_checkpoint(config: RunConfig, weights: Path) -> dict[str, float]:
-    """As `scores_of`, in the first of a trial's workers."""
-    return scores_of(Bench(config, _device(config)).find(checkpoint.read_facts(weights).step, weights))
+def finding_of(config: RunConfig, weights: Path, *, title: str) -> Finding:
+    """What a checkpoint is worth, in the first of a trial's workers."""
+    bench = Bench(config, _device(config))
+    return bench.find(checkpoint.read_facts(weights).step, weights)._replace(title=title)
 
 
 def objective_of(metrics: Mapping[str, float], metric: str, step: int) -> float:
@@ -244,7 +264,6 @@ def objective_of(metrics: Mapping[str, float], metric: str, step: int) -> float:
 
 
 def _device(config: RunConfig) -> torch.device:
-    # The process of a trial whose workers are others has no accelerator.
     return torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
 
 
