@@ -1,19 +1,18 @@
 """What a cluster of several nodes can hold, on real nodes of one machine."""
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from maskray.config.schema import IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import cluster, fit, probe
 from maskray.on_ray.board import Board
+from nodes import add_node, head
 
 pytestmark = pytest.mark.ray
 
@@ -22,28 +21,11 @@ SERVER = "http://mlflow:5000"
 
 
 @pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """As KubeRay makes them: a head without CPUs, where the driver and its files are, and a worker node with three."""
-    with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        nodes = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                "include_dashboard": False,
-                "object_store_memory": 80 * 2**20,
-                "temp_dir": folder,
-            },
-        )
-        nodes.add_node(num_cpus=3, object_store_memory=80 * 2**20)
-        ray.init(
-            address=nodes.address,
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2] / "platform")}},
-        )
+def two_nodes() -> Iterator[None]:
+    """A head, and a worker node with three CPUs."""
+    with head() as nodes:
+        add_node(nodes, num_cpus=3)
         yield
-        ray.shutdown()
-        nodes.shutdown()
 
 
 @pytest.fixture

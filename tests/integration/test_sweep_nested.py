@@ -1,5 +1,6 @@
 """Trials of several workers under Ray Tune: whatever ends one, nothing of it is left, and the next one starts."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -26,11 +28,14 @@ from ray.util.placement_group import placement_group_table
 
 from maskray import cli
 from maskray.config.schema import RunConfig
+from maskray.data import cache
+from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.evaluation import judgement
 from maskray.on_ray import nested
 from maskray.on_ray.stream import registered_checkpoint
 from maskray.sweeps import record
+from maskray.tracking.mlflow_runs import FIGURES
 from maskray.training import checkpoint
 
 pytestmark = pytest.mark.ray
@@ -39,7 +44,7 @@ PACKAGE = str(Path(__file__).parents[2] / "platform")
 CPUS = 2
 STEPS, RUNG = 12, 5
 GONE_SECONDS = 10.0
-PATIENCE_SECONDS = 240.0  # with a sweep that does not get on
+PATIENCE_SECONDS = 480.0  # with a sweep that does not get on
 SCORE = "probe/knn"
 # What Ray starts of itself, for no trial.
 RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -59,28 +64,36 @@ def trial(parameters: dict) -> None:
         tune.report({"step": step, "score": metrics.get(SCORE), "loss": metrics.get("pretrain/loss")})
 
     judge = Judge(Path(point["notes"]), point["key"], point["fault"])
-    nested.train(config, root, folder, point["uri"], point["run_id"], judge, tell)
-    tune.report({"step": config.optim.steps, "score": None, "loss": None, "complete": True})
+    found = nested.train(config, root, folder, point["uri"], point["run_id"], judge, tell, STEPS)
+    if point["fault"] == "killed at its end":
+        os.kill(os.getpid(), signal.SIGKILL)  # before anybody has heard what it is worth
+    tune.report({"step": STEPS, "score": None, "loss": None, "complete": True, "found": found})
 
 
 class Judge:
-    """As a run's probe; and the first time that it is asked, it may be the end of a process."""
+    """As a run's probe; and the first time that it is asked at a step, it may be the end of a process."""
 
     def __init__(self, notes: Path, key: str, fault: str) -> None:
         self.notes, self.key, self.fault = notes, key, fault
 
-    def __call__(self, config: RunConfig, folder: Path) -> dict[str, float]:
+    def __call__(self, config: RunConfig, folder: Path) -> judgement.Finding:
         assert checkpoint.is_whole(folder)
-        is_first = not (self.notes / self.key).exists()
+        step, before = checkpoint.read_facts(folder).step, judged_at(self.notes / self.key)
+        is_first = not before
         with (self.notes / self.key).open("a") as file:
-            file.write(f"{checkpoint.read_facts(folder).step}\n")
-        if is_first and self.fault == "worker":
+            file.write(f"{step}\n")
+        if (is_first and self.fault == "worker") or (before == [RUNG] and self.fault == "worker at its end"):
             os.kill(os.getpid(), signal.SIGKILL)
         if is_first and self.fault == "controller":
             (controller,) = [p for p in psutil.Process().parent().children() if "ray::_Controller" in str(p.cmdline())]
             controller.kill()
             time.sleep(60)  # and goes with it
-        return judgement.probe(config, folder, torch.device("cpu"), first=False)[-1].scores.metrics()
+        return judgement.probe(config, folder, torch.device("cpu"), first=False)[-1]._replace(title=self.key)
+
+
+def judged_at(notes: Path) -> list[int]:
+    """The steps whose checkpoints were judged, in order."""
+    return [int(line) for line in notes.read_text().split()] if notes.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------------------- the driver
@@ -154,6 +167,17 @@ def ray_folder() -> Iterator[str]:
         yield folder
 
 
+@contextmanager
+def background(function: Callable[[], None]) -> Iterator[None]:
+    """A thread that runs a function while the block runs, and has ended when it is left."""
+    thread = threading.Thread(target=function)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
 def left() -> list[str]:
     """What there still is of trials in the cluster that this process started."""
     groups = [f"placement group of {len(g['bundles'])}" for g in placement_group_table().values() if is_there(g)]
@@ -189,7 +213,7 @@ def sweep(tiny: Callable[..., RunConfig], tmp_path: Path, store) -> Callable[...
     (tmp_path / "notes").mkdir()
     client, run_ids = MlflowClient(store.uri), {}
 
-    def run(name: str, *faults: str, cpus_per_worker=1.0, root=None, keys=None) -> tuple[list, KillsSome]:
+    def run(name: str, *faults: str, cpus_per_worker=1.0, root=None, keys=None, kills=None) -> tuple[list, KillsSome]:
         config = tiny(
             optim={"steps": STEPS},
             training={"log_steps": 1, "checkpoint_steps": 4, "probe_at": [RUNG], "threads": 1},
@@ -206,7 +230,7 @@ def sweep(tiny: Callable[..., RunConfig], tmp_path: Path, store) -> Callable[...
             raw["training"]["ledger"] = str(tmp_path / "ledger" / key)
             run_ids.setdefault(key, client.create_run(store.experiment_id).info.run_id)
             points.append({"key": key, "fault": fault, "config": raw, "run_id": run_ids[key], **common})
-        kills = KillsSome()
+        kills = kills or KillsSome()
         tuner = tune.Tuner(
             tune.with_resources(trial, nested.resources(config.cluster)),
             param_space={"point": tune.grid_search(points)},
@@ -227,6 +251,10 @@ def weights(root: Path | str, key: str) -> str:
     folder = Storage(root).child("sweeps", "tiny-1", "trials", key)
     newest = folder.child(registered_checkpoint(folder))
     return hashlib.sha256(newest.read_bytes(checkpoint.WEIGHTS)).hexdigest()
+
+
+def pictures(client: MlflowClient, run_id: str) -> list[str]:
+    return [file.path for file in client.list_artifacts(run_id, f"{FIGURES}/pretrain")]
 
 
 # ----------------------------------------------------------------------------------------------------------- the tests
@@ -263,6 +291,14 @@ def test_whatever_ends_a_trial_nothing_of_it_is_left_and_the_next_one_starts(swe
     assert [m.step for m in history] == list(range(1, STEPS + 1))
     assert loss == history[RUNG - 1].value
 
+    # Judged by the first worker after its last step too, which is no rung.
+    assert judged_at(tmp_path / "notes" / "t2") == [RUNG, STEPS]
+    found, client, run_id = quiet.metrics["found"], MlflowClient(store.uri), quiet.config["point"]["run_id"]
+    assert found["pretrain/loss"] == history[-1].value
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, SCORE)] == [(5, score), (12, found[SCORE])]
+    assert pictures(client, run_id) == ["figures/pretrain/reconstruction-step-000012.png"]
+    assert record.painted(Storage(tmp_path / "runs" / "sweeps" / "tiny-1" / "trials" / "t2")).keys() >= {"painted"}
+
 
 @pytest.mark.slow
 def test_lost_processes_change_no_bit_and_a_loss_that_is_not_finite_is_said(sweep, tmp_path, ray_folder):
@@ -272,9 +308,12 @@ def test_lost_processes_change_no_bit_and_a_loss_that_is_not_finite_is_said(swee
     *trained, nan = results
     # Lost between a checkpoint and its judgement: judged when they come again, told once, and the same to the bit.
     assert all(each.metrics["complete"] for each in trained)
-    assert len({weights(tmp_path / "runs", f"b{number}") for number in range(3)}) == 1
+    quiet, *lost = [weights(tmp_path / "runs", f"b{number}") for number in range(3)]
+    assert lost == [quiet] * 2
     assert len({tuple(each[:2] for each in judged(seen.said[f"b{number}"])) for number in range(3)}) == 1
-    assert [(tmp_path / "notes" / f"b{n}").read_text().split() for n in range(3)] == [["5"], ["5", "5"], ["5", "5"]]
+    notes = [judged_at(tmp_path / "notes" / f"b{number}") for number in range(3)]
+    assert notes == [[5, 12], [5, 5, 12], [5, 5, 12]]
+    assert len({each.metrics["found"][SCORE] for each in trained}) == 1
     assert "not finite at step" in str(nan.error)
 
 
@@ -300,6 +339,59 @@ def test_a_trial_that_was_killed_goes_on_and_says_again_what_it_was_worth(sweep,
 
 
 @pytest.mark.slow
+def test_a_trial_that_was_killed_after_its_last_judgement_is_not_judged_again(sweep, tmp_path, ray_folder, store):
+    with cluster(ray_folder):
+        (quiet, killed), _ = sweep("l", "none", "killed at its end")
+        (again,), seen_then = sweep("m", "none", keys=["l1"])
+        seconds_until_nothing_is_left()
+    assert "died" in str(killed.error)
+    assert again.metrics["complete"]
+    assert judged_at(tmp_path / "notes" / "l1") == [RUNG, STEPS]
+    assert again.metrics["found"][SCORE] == quiet.metrics["found"][SCORE]
+    assert again.metrics["found"]["pretrain/loss"] == quiet.metrics["found"]["pretrain/loss"]
+    assert judged(seen_then.said["l1"]) == [], "its rung was told before"
+    client, run_id = MlflowClient(store.uri), again.config["point"]["run_id"]
+    assert [m.step for m in client.get_metric_history(run_id, SCORE)] == [RUNG, STEPS]
+    assert pictures(client, run_id) == ["figures/pretrain/reconstruction-step-000012.png"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "ledger" / "l1" / "0.jsonl").read_text().splitlines()]
+    assert steps == list(range(STEPS)), "nothing is trained again"
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_lost_in_the_last_judgement_judges_when_it_comes_again(sweep, tmp_path, ray_folder):
+    with cluster(ray_folder):
+        (quiet, lost), _ = sweep("e", "none", "worker at its end")
+        seconds_until_nothing_is_left()
+    assert judged_at(tmp_path / "notes" / "e1") == [RUNG, STEPS, STEPS]
+    assert lost.metrics["found"][SCORE] == quiet.metrics["found"][SCORE]
+    assert weights(tmp_path / "runs", "e0") == weights(tmp_path / "runs", "e1")
+
+
+@pytest.mark.slow
+def test_a_trial_that_waits_for_its_images_to_be_decoded_says_that_it_lives(sweep, tmp_path, ray_folder, digits):
+    """Another process of the machine decodes them, and takes its time."""
+    entry = tmp_path / "cache" / cache._name(Dataset.open(str(digits)), 1)
+    entry.parent.mkdir()
+    seen = KillsSome()
+    told = seen.said["w0"]
+
+    def let_it_go_on():
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while len(told) < 3 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+
+    with entry.with_name(f"{entry.name}.lock").open("ab") as lock, cluster(ray_folder):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with background(let_it_go_on):
+            (waited,), _ = sweep("w", "none", kills=seen)
+        seconds_until_nothing_is_left()
+    assert waited.metrics["complete"]
+    assert told[:3] == [(0, None, None)] * 3
+    assert judged(told)[0][0] == RUNG
+
+
+@pytest.mark.slow
 def test_trials_that_are_kept_in_a_bucket(sweep, tmp_path, ray_folder, bucket):
     with cluster(ray_folder):
         (kept, copied), seen = sweep("k", "none", "worker", root=f"{bucket}/runs")
@@ -308,6 +400,7 @@ def test_trials_that_are_kept_in_a_bucket(sweep, tmp_path, ray_folder, bucket):
     assert copied.metrics["complete"]
     assert weights(f"{bucket}/runs", "k0") == weights(f"{bucket}/runs", "k1")
     assert judged(seen.said["k0"])[0][0] == judged(seen.said["k1"])[0][0] == RUNG
+    assert kept.metrics["found"][SCORE] == copied.metrics["found"][SCORE]
 
 
 @pytest.mark.slow
@@ -343,6 +436,8 @@ def test_a_sweep_whose_trials_take_several_workers(tiny, tmp_path, ray_folder, m
         curve = client.get_metric_history(each.run_id, SCORE)
         assert [m.step for m in curve] == [step for step in (10, 20, 40) if step <= each.steps]
         assert curve[-1].value == each.value
+        is_painted = record.painted(Storage(tmp_path / "runs" / "sweeps" / "two-1" / "trials" / each.trial.key))
+        assert (is_painted is not None) == bool(pictures(client, each.run_id)) == (each.status == "finished")
 
 
 @pytest.mark.slow

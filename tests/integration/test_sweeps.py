@@ -25,9 +25,11 @@ from maskray import sweeping
 from maskray.config.load import merge, parse
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import LOSS, SweepConfig
+from maskray.data import cache
+from maskray.data.shards import Dataset
 from maskray.errors import ClusterError, DataError, StorageError
+from maskray.on_ray import book, trial
 from maskray.on_ray import sweep as on_ray
-from maskray.on_ray import trial
 from maskray.on_ray.trial import ASKED, ENDED, Asked, Sweep
 from maskray.sweeping import Prepared
 from maskray.sweeps import record
@@ -322,6 +324,45 @@ def test_trials_that_failed_are_tried_again_from_their_newest_whole_checkpoints(
         assert alone(after.prepared.space, result.trial, tmp_path / result.trial.key) == result.metrics
         history = after.client.get_metric_history(after.child(result).info.run_id, LOSS)
         assert sorted(point.step for point in history) == list(range(2, 13, 2)), "once each"
+
+
+# ------------------------------------------------------------------------------------- images that are long in decoding
+
+DECODING_SECONDS, LIMIT_SECONDS, START_SECONDS = 24.0, 8.0, 5.0
+
+
+def slowly(parameters: Mapping[str, Any], sweep: Sweep) -> None:
+    """As `trial.run`, where the images of a sweep are long in decoding; with a note of each row group."""
+    decode, notes = cache._decode, Path(sweep.folder.join("decoded"))
+
+    def decoded(dataset: Dataset, channels: int, number: int) -> Any:
+        threads = min(os.cpu_count() or 1, cache._MOST_THREADS)
+        time.sleep(DECODING_SECONDS * threads / dataset.num_row_groups())
+        with notes.open("a") as file:
+            file.write(f"{number}\n")
+        return decode(dataset, channels, number)
+
+    cache._decode = decoded
+    try:
+        trial.run(parameters, sweep)
+    finally:
+        cache._decode = decode
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::Warning:mlflow")
+def test_images_are_decoded_once_for_all_trials_however_long_it_takes(
+    prepare: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+):
+    """Longer than a trial may be silent, where one decodes and another waits for it."""
+    assert DECODING_SECONDS > START_SECONDS + LIMIT_SECONDS * (1 + 1 / trial.BEATS)
+    monkeypatch.setattr(book, "START_SECONDS", START_SECONDS)
+    trials = {"limit_seconds": LIMIT_SECONDS, "concurrency": 2}
+    prepared = prepare({RATIO: [0.75, 0.5, 0.9]}, {"data": {"cache": "host"}}, trials=trials)
+    ended = swept(prepared, slowly)
+    assert [(result.status, result.reason) for result in ended.told] == [("finished", "")] * 3
+    decoded = Path(prepared.folder.join("decoded")).read_text().split()
+    assert sorted(map(int, decoded)) == list(range(prepared.space.dataset.num_row_groups())), "once each"
 
 
 # ----------------------------------------------------------------------------------------------- what cannot be run

@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -117,10 +117,21 @@ def cache_folder(configured: str | None) -> Path:
     return Path(Storage(configured).uri)
 
 
-def open_cache(dataset: Dataset, channels: int, folder: Path) -> WholeImages:
+def unheard() -> None:
+    """Nobody listens for signs of life."""
+
+
+def open_cache(dataset: Dataset, channels: int, folder: Path, beat: Callable[[], None] = unheard) -> WholeImages:
     """The dataset's training split, decoded; built first where that is missing or damaged.
 
     One process of a machine builds, the others wait and say so.
+
+    Args:
+        dataset: whose images.
+        channels: that they have in the end.
+        folder: where caches lie.
+        beat: is called often while it is built, here or by another process: that may take many minutes, and is no
+            hang. A builder that hangs is silent. It may raise.
 
     Raises:
         StorageError: the folder cannot be written, or the disk has no room.
@@ -132,10 +143,10 @@ def open_cache(dataset: Dataset, channels: int, folder: Path) -> WholeImages:
         return kept
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(entry.with_name(f"{entry.name}.lock")):
+        with _alone(entry.with_name(f"{entry.name}.lock"), beat):
             kept = _read(entry, dataset, channels)  # another process may have built it while this one waited
             if kept is None:
-                _build(entry, dataset, channels)
+                _build(entry, dataset, channels, beat)
                 kept = _read(entry, dataset, channels)
     except OSError as error:
         raise StorageError(
@@ -164,7 +175,7 @@ def _name(dataset: Dataset, channels: int) -> str:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(path: Path, beat: Callable[[], None]) -> Iterator[None]:
     """While the block runs, no other process of this machine is in one with the same path."""
     with path.open("ab") as file:
         start = said = time.monotonic()
@@ -176,6 +187,7 @@ def _alone(path: Path) -> Iterator[None]:
                     time.monotonic() - start,
                 )
                 said += _SAY_SECONDS
+            beat()
             time.sleep(_POLL_SECONDS)
         yield
 
@@ -242,7 +254,7 @@ class _Decoded(NamedTuple):
     images: Images
 
 
-def _build(entry: Path, dataset: Dataset, channels: int) -> None:
+def _build(entry: Path, dataset: Dataset, channels: int, beat: Callable[[], None]) -> None:
     """Decode and write; the folder appears whole or not at all. The caller holds the lock."""
     unfinished = entry.with_name(f"{TEMPORARY}{entry.name}")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a builder that was killed
@@ -252,7 +264,7 @@ def _build(entry: Path, dataset: Dataset, channels: int) -> None:
     unfinished.mkdir()
     try:
         with _synced(unfinished / PIXELS) as file:
-            index = _write_pixels(file, dataset, channels)
+            index = _write_pixels(file, dataset, channels, _Progress(dataset, entry, beat))
             num_bytes = file.tell()
         with _synced(unfinished / INDEX) as file:
             pq.write_table(index, file, write_page_checksum=True)
@@ -284,7 +296,30 @@ def _synced(path: Path) -> Iterator[Any]:
         os.fsync(file.fileno())
 
 
-def _write_pixels(file: Any, dataset: Dataset, channels: int) -> pa.Table:
+class _Progress:
+    """Says how far it is: less and less often, the longer it takes."""
+
+    def __init__(self, dataset: Dataset, entry: Path, beat: Callable[[], None]) -> None:
+        self._num_rows, self._entry, self._beat = dataset.num_row_groups() * dataset.manifest.group_rows, entry, beat
+        self._start, self._due_seconds = time.monotonic(), _SAY_SECONDS
+
+    def __call__(self, num_rows: int) -> None:
+        """So many are written."""
+        self._beat()
+        if (seconds := time.monotonic() - self._start) >= self._due_seconds:
+            self._due_seconds = 2 * seconds
+            share = num_rows / self._num_rows
+            logger.warning(
+                "%.0f %% of the %d images are decoded into %s (%.0f s so far, about %.0f s to go)",
+                100 * share,
+                self._num_rows,
+                self._entry,
+                seconds,
+                seconds * (1 - share) / share,
+            )
+
+
+def _write_pixels(file: Any, dataset: Dataset, channels: int, progress: _Progress) -> pa.Table:
     """Write all images; their index."""
     # Every other process of this machine that wants the images waits, so this one takes all cores.
     threads = min(os.cpu_count() or 1, _MOST_THREADS)
@@ -295,6 +330,7 @@ def _write_pixels(file: Any, dataset: Dataset, channels: int) -> pa.Table:
             pixels_CHW = (black if image is None else image).contiguous().numpy()
             file.write(pixels_CHW)
             rows.append((key, *pixels_CHW.shape[1:], image is not None, zlib.crc32(pixels_CHW.data)))
+        progress(len(rows))
     columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), _INDEX_SCHEMA, strict=True)]
     return pa.Table.from_arrays(columns, schema=_INDEX_SCHEMA)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
@@ -14,7 +14,7 @@ import torch
 
 from maskray.config.schema import DataConfig
 from maskray.data import device as on_device
-from maskray.data.cache import WholeImages, cache_folder, open_cache
+from maskray.data.cache import WholeImages, cache_folder, open_cache, unheard
 from maskray.data.shards import Dataset, decoded_bytes
 from maskray.data.spec import StreamSpec
 from maskray.data.stream import Unit, augment, load_unit
@@ -39,9 +39,25 @@ def chosen_cache(data: DataConfig, dataset: Dataset) -> Literal["none", "host", 
 
 @contextmanager
 def open_units(
-    spec: StreamSpec, data: DataConfig, device: torch.device, *, rank: int, world_size: int, start_step: int
+    spec: StreamSpec,
+    data: DataConfig,
+    device: torch.device,
+    *,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    beat: Callable[[], None] = unheard,
 ) -> Iterator[Iterator[Unit]]:
     """A worker's row groups from a step on, from the cache that the config asks for.
+
+    Args:
+        spec: the stream.
+        data: how it reaches the worker.
+        device: the worker's.
+        rank: of the worker.
+        world_size: number of workers.
+        start_step: where to begin.
+        beat: see `open_cache`.
 
     Raises:
         ConfigError: the decoded images do not fit on the device.
@@ -53,7 +69,7 @@ def open_units(
     cache = chosen_cache(data, dataset)
     if cache == "device":
         on_device.check(dataset, data, device)
-        whole = open_cache(dataset, spec.channels, cache_folder(data.cache_folder)).to(device)
+        whole = open_cache(dataset, spec.channels, cache_folder(data.cache_folder), beat).to(device)
         yield on_device.device_units(spec, whole, spec.positions(rank, world_size, start_step))
         return
     with LocalStream(
@@ -64,14 +80,14 @@ def open_units(
         start_step=start_step,
         threads=data.decode_threads,
         prefetch_groups=data.prefetch_groups,
-        images=_on_host(spec, data, dataset) if cache == "host" else None,
+        images=_on_host(spec, data, dataset, beat) if cache == "host" else None,
     ) as units:
         yield units
 
 
-def _on_host(spec: StreamSpec, data: DataConfig, dataset: Dataset) -> WholeImages | None:
+def _on_host(spec: StreamSpec, data: DataConfig, dataset: Dataset, beat: Callable[[], None]) -> WholeImages | None:
     try:
-        return open_cache(dataset, spec.channels, cache_folder(data.cache_folder))
+        return open_cache(dataset, spec.channels, cache_folder(data.cache_folder), beat)
     except (StorageError, DataError) as error:
         # What cannot be read is never kept: it may be there again in the next pass.
         gap = DataError | UnreachableError

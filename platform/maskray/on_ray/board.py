@@ -29,11 +29,20 @@ class Board:
 
 
 class TrialBoard(Board):
-    """Also what a trial's checkpoints are worth: each is kept, and none but once."""
+    """Also what a trial's checkpoints are worth: each is kept, and none but once. And signs of life before any line."""
 
     def __init__(self) -> None:
         super().__init__()
         self._found: dict[int, dict[str, float]] = {}
+        self._beats = 0
+
+    def beat(self) -> None:
+        """From any worker that is alive, and has no line to post."""
+        self._beats += 1
+
+    def read_beats(self) -> int:
+        """From the trial's process: how many there were."""
+        return self._beats
 
     def found(self, step: int, metrics: Mapping[str, float]) -> None:
         """From the first worker. One that was lost and came again may find the same again."""

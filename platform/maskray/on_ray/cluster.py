@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from maskray.errors import ClusterError
 log = logging.getLogger(__name__)
 
 _SAY_EVERY_SECONDS = 5.0
+_MANY_NODES = 1000  # of a kind of which an autoscaler may bring any number
 # Set before Ray starts, and only where the user has not: a lost worker is told apart from a slow one sooner.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -220,6 +222,25 @@ def _can_grow() -> bool:
     return bool(_shortage(_largest(), ray.cluster_resources()))
 
 
+def largest_nodes() -> list[dict[str, float]]:
+    """What each node has, of those that are there and of those that an autoscaler may still bring."""
+    nodes = [_amounts(node["Resources"]) for node in _nodes()]
+    config = ray_state.get_cluster_config()
+    there = Counter(tuple(node.items()) for node in nodes)
+    for kind in config.node_group_configs if config is not None else ():
+        node = _amounts(kind.resources)
+        number = _MANY_NODES if kind.max_count < 0 else kind.max_count
+        # Nodes do not say of which kind they are; those that have as much are.
+        known = min(there[tuple(node.items())], number)
+        there[tuple(node.items())] -= known
+        nodes += [dict(node) for _ in range(number - known)]
+    return nodes
+
+
+def _amounts(resources: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")}
+
+
 def _nodes() -> list[dict[str, Any]]:
     """All that are alive. The driver's is one of them, whether or not it has CPUs to give."""
     return [node for node in ray.nodes() if node["Alive"]]
@@ -310,6 +331,17 @@ def check_sweep(storage: Storage, tracking_uri: str) -> None:
     """
     _refuse_job_folder(storage, "storage.path")
     _check_shared(storage, tracking_uri)
+
+
+def wait_for_trial(cluster: ClusterConfig) -> bool:
+    """Wait, visibly, until there is a free place for a sweep's trial; whether that took any time.
+
+    Raises:
+        ClusterError: there is more in it than the cluster can grow to, or no place after `cluster.wait_seconds`.
+    """
+    bundles = _bundles(cluster, [], streams_on_ray=False)
+    _refuse_if_short(_total(bundles), _largest(), cluster)
+    return _wait_for(bundles, cluster)
 
 
 def check_ingest(config: IngestConfig) -> None:

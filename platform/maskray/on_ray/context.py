@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ray.train.torch import get_device
 
 from maskray.config.schema import DataConfig
 from maskray.data import local
+from maskray.data.cache import unheard
 from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.data.stream import Unit
@@ -49,6 +50,7 @@ class RayWorkerContext:
         if found is None:
             yield None
             return
+        self._newest = Path(found.path).name
         with found.as_directory() as folder:
             yield Path(folder)
 
@@ -87,8 +89,8 @@ class RayWorkerContext:
         return waited
 
     def newest_checkpoint(self) -> Storage:
-        """The folder of what this worker reported last, once all of it is there."""
-        assert self._newest is not None, "the first worker's, once it has reported"
+        """The folder of what this worker reported last, once all of it is there, or else of what it went on from."""
+        assert self._newest is not None, "the first worker's, once it has reported or went on"
         self._uploaded.wait()
         return self._run.child(self._newest)
 
@@ -110,11 +112,12 @@ class RayContext(RayWorkerContext):
         data: how the stream reaches the workers.
         run: the run's folder, Train's own.
         on_ray: whether Ray Data decodes, or this worker's threads.
+        beat: see `local.open_units`.
     """
 
-    def __init__(self, data: DataConfig, run: Storage, *, on_ray: bool) -> None:
+    def __init__(self, data: DataConfig, run: Storage, *, on_ray: bool, beat: Callable[[], None] = unheard) -> None:
         super().__init__(run)
-        self._data, self._on_ray = data, on_ray
+        self._data, self._on_ray, self._beat = data, on_ray, beat
 
     @contextmanager
     def units(self, spec: StreamSpec, start_step: int) -> Iterator[Iterator[Unit]]:
@@ -125,5 +128,5 @@ class RayContext(RayWorkerContext):
                 yield units
             return
         place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
-        with local.open_units(spec, data, self.device, **place) as units:
+        with local.open_units(spec, data, self.device, **place, beat=self._beat) as units:
             yield units

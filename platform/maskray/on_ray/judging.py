@@ -6,10 +6,11 @@ A module of its own: a worker need not import what the trial's process does.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -22,9 +23,15 @@ from maskray.tracking.base import Fanout, Observer
 from maskray.training import checkpoint, folders
 from maskray.training.context import Snapshot
 
-Judge = Callable[[RunConfig, Path], dict[str, float]]
-"""What the checkpoint in a local folder is worth, by name."""
+if TYPE_CHECKING:  # what judges brings imports of seconds
+    from maskray.evaluation.judgement import Finding
+
+Judge = Callable[[RunConfig, Path], "Finding"]
+"""What the checkpoint in a local folder is worth, and what its model paints."""
+PICTURE = "painted.png"
+"""Beside the files of a trial's last checkpoint: what its model paints, for MLflow."""
 _FLUSH_SECONDS = 10.0
+_BEAT_SECONDS = 1.0
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
@@ -36,9 +43,10 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class JudgingContext(RayContext):
-    """A `RayContext` whose first worker judges the checkpoints that the config names.
+    """A `RayContext` whose first worker judges the checkpoints that the config names, and that of the last step.
 
-    What it finds is told to MLflow and to the trial's process, and left in a note beside the checkpoint.
+    What it finds is left in a note beside the checkpoint, and told to MLflow and to the trial's process. Of the last
+    one it also keeps what the model paints: beside the checkpoint, and in the trial's folder for the report.
 
     Args:
         config: of the trial.
@@ -46,10 +54,11 @@ class JudgingContext(RayContext):
     """
 
     def __init__(self, config: RunConfig, settings: dict[str, Any]) -> None:
-        super().__init__(config.data, Storage(settings["run"]), on_ray=False)
+        super().__init__(config.data, Storage(settings["run"]), on_ray=False, beat=self._sign_of_life)
         self.tracker = worker.tracker_of(settings, config, self.rank)
         self._config, self._settings = config, settings
         self._line: tuple[int, dict[str, float]] = (0, {})
+        self._beaten = 0.0
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """What training logged: told with what is found at the same step."""
@@ -60,35 +69,56 @@ class JudgingContext(RayContext):
         """As there. What it is worth is told: nobody may have heard of it, and it may not even have been judged."""
         with super().latest_checkpoint() as folder:
             if folder is not None and self._is_judged(step := checkpoint.read_facts(folder).step):
-                metrics = _note(folder) or self._judge(folder)
-                self._tell(step, metrics, [key for key in SCORES if key in metrics])
+                self._tell(step, _note(folder) or self._judge(step, folder))
             yield folder
 
     def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:  # noqa: ARG002
         """As there, and judge."""
         waited = super().report(step, snapshot, probed=False)
         if self._is_judged(step):
-            weights, (at, logged) = self.newest_checkpoint(), self._line
-            with checkpoint.on_disk(weights) as folder:
-                found = self._judge(folder)
-            metrics = {**(logged if at == step else {}), **found}
-            weights.write_bytes(folders.PROBE, json.dumps({"metrics": metrics}, indent=1).encode())
-            self._tell(step, metrics, found)
+            with checkpoint.on_disk(self.newest_checkpoint()) as folder:
+                metrics = self._judge(step, folder)
+            self._tell(step, metrics)
         return waited
 
     def _is_judged(self, step: int) -> bool:
-        return self.rank == 0 and step in self._config.training.probe_at
+        return self.rank == 0 and (step in self._config.training.probe_at or self._is_last(step))
 
-    def _judge(self, folder: Path) -> dict[str, float]:
-        # Fetched by the first worker alone, when it is needed: what judges brings imports of seconds.
+    def _is_last(self, step: int) -> bool:
+        return bool(step == self._settings["last_step"])
+
+    def _judge(self, step: int, folder: Path) -> dict[str, float]:
+        """What the newest checkpoint is worth, and what was logged at its step."""
+        # Fetched by the first worker alone, when it is needed.
         judge: Judge = ray.get(self._settings["judge"])
-        return judge(self._config, folder)
+        found, (at, logged) = judge(self._config, folder), self._line
+        scores = {} if found.scores is None else found.scores.metrics()
+        metrics, weights = {**(logged if at == step else {}), **scores}, self.newest_checkpoint()
+        if self._is_last(step):
+            from maskray.sweeps import record  # here alone: it imports as much as what judges
 
-    def _tell(self, step: int, metrics: Mapping[str, float], found: Iterable[str]) -> None:
-        self.tracker.log({key: metrics[key] for key in found}, step)
+            record.keep_painted(self._run, found.painted)
+            weights.write_bytes(PICTURE, found.painted.figure(found.title))
+        # The file that says that the checkpoint was judged goes last.
+        weights.write_bytes(folders.PROBE, json.dumps({"metrics": metrics}, indent=1).encode())
+        return metrics
+
+    def _tell(self, step: int, metrics: Mapping[str, float]) -> None:
+        """MLflow drops what it has: this may have been told before."""
+        self.tracker.log({key: metrics[key] for key in SCORES if key in metrics}, step)
+        if self._is_last(step):
+            from maskray.evaluation.judgement import FIGURE
+
+            self.tracker.figure(FIGURE, self.newest_checkpoint().read_bytes(PICTURE), step)
         self.tracker.flush(_FLUSH_SECONDS)  # a trial that is stopped here has no time to
         # Waited for: what is ended now must not have judged in vain.
         ray.get(self._settings["board"].found.remote(step, dict(metrics)))
+
+    def _sign_of_life(self) -> None:
+        """A sign of life of this worker, whose stream is being made ready."""
+        if (now := time.monotonic()) - self._beaten > _BEAT_SECONDS:
+            self._beaten = now
+            self._settings["board"].beat.remote()
 
 
 def _note(folder: Path) -> dict[str, float] | None:

@@ -32,16 +32,23 @@ _POLL_SECONDS, _HEARTBEAT_SECONDS = 0.5, 3.0
 
 
 def train(
-    config: RunConfig, root: Storage, folder: Storage, tracking_uri: str, run_id: str, judge: Judge, tell: Tell
-) -> None:
-    """Train a trial to its end on the workers of its placement group, which `resources` asks Tune for.
+    config: RunConfig,
+    root: Storage,
+    folder: Storage,
+    tracking_uri: str,
+    run_id: str,
+    judge: Judge,
+    tell: Tell,
+    last_step: int,
+) -> dict[str, float]:
+    """Train a trial to its end on the workers of its placement group, which `resources` asks Tune for, and judge it.
 
     Checkpoints are kept in the trial's folder, and it goes on from them; lost workers are Train's to start again, and a
-    lost controller is ours, `cluster.max_failures` times each. After each of the steps of `training.probe_at`, the last
-    of the run among them or not, the first worker judges the checkpoint, on what it trains on; the others wait for it
-    in their next collective, half an hour at most (`timeout_s` of Ray Train's `TorchConfig`). Where the trial goes on
-    from such a checkpoint, what was found is told again. Training does not wait for what `tell` does: a trial that it
-    ends has done a few steps more.
+    lost controller is ours, `cluster.max_failures` times each. After each of the steps of `training.probe_at`, and
+    after the last, the first worker judges the checkpoint, on what it trains on; the others wait for it in their next
+    collective, half an hour at most (`timeout_s` of Ray Train's `TorchConfig`). Where the trial goes on from such a
+    checkpoint, what was found is known from the note beside it. Training does not wait for what `tell` does: a trial
+    that it ends has done a few steps more.
 
     When `tell` raises, Train's controller and the workers are killed. They also die with this process.
 
@@ -52,9 +59,14 @@ def train(
         tracking_uri: MLflow's.
         run_id: the trial's run there; it gets what training logs, and what is found.
         judge: is called in the first worker.
-        tell: is called here: after each judgement, with what was logged at its step and what was found; and with
-            nothing, every few seconds, as long as there are new lines of the log (where workers were lost the step goes
-            back, and a step may be told of twice). It may raise, SystemExit too.
+        tell: is called here: after each judgement but the last, with what was logged at its step and what was found;
+            and with nothing, every few seconds, as long as there are new lines of the log, or the stream is being made
+            ready (where workers were lost the step goes back, and a step may be told of twice). It may raise,
+            SystemExit too.
+        last_step: of the run.
+
+    Returns:
+        What was logged at the last step, and what was found.
 
     Raises:
         MaskrayError: a mistake that only the workers could see, or metrics that MLflow has not taken.
@@ -68,18 +80,21 @@ def train(
         "tracking_uri": tracking_uri,
         "board": board,
         "judge": ray.put(judge),
+        "last_step": last_step,
     }
     make = partial(_trainer, settings, config, root, folder)
-    pulse = _Pulse()
+    pulse, found = _Pulse(), dict[int, dict[str, float]]()
     try:
-        with fit.followed(board, pulse.beat), lent.fitting(make, folder, config.cluster.max_failures) as fitting:
-            num_told, ended = 0, False
+        with fit.followed(board, pulse.line), lent.fitting(make, folder, config.cluster.max_failures) as fitting:
+            ended = False
             while not ended:
                 ended = bool(wait([fitting], _POLL_SECONDS).done)  # and looks once more
-                for step, metrics in ray.get(board.read_found.remote(num_told)):
-                    num_told += 1
-                    tell(step, metrics)
-                if pulse.is_due():
+                news, beats = ray.get([board.read_found.remote(len(found)), board.read_beats.remote()])
+                for step, metrics in news:
+                    found[step] = metrics
+                    if step != last_step:
+                        tell(step, metrics)
+                if pulse.is_due(beats):
                     tell(pulse.step, {})
             outcome = fitting.result()
     finally:
@@ -88,6 +103,7 @@ def train(
         raise NonFiniteError(outcome["not_finite"])
     if not outcome["stored"]:
         raise unstored_metrics()
+    return found[last_step]
 
 
 def resources(asked: ClusterConfig) -> tune.PlacementGroupFactory:
@@ -128,20 +144,20 @@ def _below(root: Storage, folder: Storage) -> str:
 
 
 class _Pulse:
-    """Whether training goes on: the newest line of its log, and what of it was told."""
+    """Whether training goes on: the newest line of its log, beats before there is any, and what was told of them."""
 
     def __init__(self) -> None:
-        self.step = self._told = 0
+        self.step, self._told = 0, (0, 0)
         self._at = time.monotonic()
 
-    def beat(self, step: int, _: Mapping[str, float]) -> None:
+    def line(self, step: int, _: Mapping[str, float]) -> None:
         """There is a line."""
         self.step = step
 
-    def is_due(self) -> bool:
-        """Whether there is one to tell of, and the last time was long enough ago; that is then now."""
-        now = time.monotonic()
-        if self.step == self._told or now - self._at < _HEARTBEAT_SECONDS:
+    def is_due(self, beats: int) -> bool:
+        """Whether there is something to tell of, and the last time was long enough ago; that is then now."""
+        now, heard = time.monotonic(), (self.step, beats)
+        if heard == self._told or now - self._at < _HEARTBEAT_SECONDS:
             return False
-        self._told, self._at = self.step, now
+        self._told, self._at = heard, now
         return True

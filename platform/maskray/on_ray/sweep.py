@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -20,7 +22,7 @@ from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import background, nested, trial
 from maskray.on_ray.book import Asking, Book, Deciding, Show, survive_lost_processes
-from maskray.on_ray.cluster import SECRET, check_sweep
+from maskray.on_ray.cluster import SECRET, check_sweep, largest_nodes, wait_for_trial
 from maskray.on_ray.trial import Sweep
 from maskray.sweeping import Prepared
 
@@ -54,7 +56,7 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    concurrency = concurrency_of(prepared)
+    concurrency = _concurrency_of(prepared)
     # One that waits for a process of its own is given that of one that ends: with fewer, processes start for nothing.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrency)
     for name in ("tune", "execution.tune_controller"):  # they say again, in Tune's words, what came of trials
@@ -71,9 +73,23 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
         code=prepared.code,
     )
     book = Book(prepared, sweep, prepared.queue(), concurrency, show)
-    resources = resources_of(prepared.space.base.cluster)
-    tuner = tune.Tuner(
-        tune.with_resources(partial(train, sweep=sweep), resources),
+    trainable = tune.with_resources(partial(train, sweep=sweep), resources_of(prepared.space.base.cluster))
+    # Tune's files are the driver's alone: trials hand it no checkpoints, so their processes do not look there.
+    with tempfile.TemporaryDirectory(prefix="maskray-", ignore_cleanup_errors=True) as folder:
+        tuner = _tuner(trainable, book, folder)
+        try:
+            # In the main thread Tune would put handlers of its own in place.
+            background.call("maskray-tune", tuner.fit).result()
+        except BaseException as error:
+            book.close()  # no trial goes on while MLflow is told how it ended
+            if isinstance(error, Exception) and book.error is not None:
+                raise book.error from error  # of which Tune made a text
+            raise
+
+
+def _tuner(trainable: Callable[..., None], book: Book, folder: str) -> tune.Tuner:
+    return tune.Tuner(
+        trainable,
         tune_config=tune.TuneConfig(
             search_alg=Asking(book),
             scheduler=Deciding(book),
@@ -83,21 +99,12 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=prepared.folder.uri,
+            storage_path=folder,
             callbacks=[book],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
     )
-    try:
-        # In the main thread Tune would put handlers of its own in place.
-        background.call("maskray-tune", tuner.fit).result()
-    except BaseException as error:
-        book.close()  # no trial goes on while MLflow is told how it ended
-        if isinstance(error, Exception) and book.error is not None:
-            raise book.error from error  # of which Tune made a text
-        raise
-    prepared.folder.delete("tune")
 
 
 def resources_of(cluster: ClusterConfig) -> dict[str, float] | tune.PlacementGroupFactory:
@@ -112,25 +119,34 @@ def of_worker(cluster: ClusterConfig) -> dict[str, float]:
 
 
 def concurrency_of(prepared: Prepared) -> int:
-    """Trials at once.
+    """Trials at once, when there is a place for the first of them: it is waited for, visibly.
 
     Raises:
-        ClusterError: the cluster has no room for so many, or for any; or places that not all of its nodes reach.
+        ClusterError: the cluster has no room for so many, or for any, now and at its autoscaler's largest; none was
+            free within `cluster.wait_seconds`; or there are places that not all of its nodes reach.
     """
+    concurrency = _concurrency_of(prepared)
+    if wait_for_trial(prepared.space.base.cluster):
+        check_sweep(Storage(prepared.space.base.storage.path), prepared.store.uri)  # again: nodes may have come
+    return concurrency
+
+
+def _concurrency_of(prepared: Prepared) -> int:
     check_sweep(Storage(prepared.space.base.storage.path), prepared.store.uri)
     asked, cluster = prepared.config.trials.concurrency, prepared.space.base.cluster
-    needs, nodes = of_worker(cluster), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    needs, nodes = of_worker(cluster), largest_nodes()
     room = nested.concurrency(cluster, nodes)
     each = ", ".join(f"{need:g} {name}{'' if need == 1 else 's'}" for name, need in needs.items())
     each = each if cluster.workers == 1 else f"{cluster.workers} workers with {each}"
     if not room:
-        has = [", ".join(f"{node.get(name, 0.0):g} {name}s" for name in needs) for node in nodes]
-        several = f"a worker lies on one node, and the nodes have {'; '.join(has)}"
+        has = Counter(", ".join(f"{node[name]:g} {name}s" for name in needs) for node in nodes)
+        all_have = "; ".join(what if number == 1 else f"{number} × {what}" for what, number in has.items())
+        several = f"a worker lies on one node, and the nodes have {all_have}"
         raise ClusterError(
             "there is no room for a trial",
             key="cluster.cpus_per_worker" if cluster.workers == 1 else "cluster.workers",
             found=f"{each} for a trial",
-            allowed=f"what one node has: {'; or '.join(dict.fromkeys(has))}" if cluster.workers == 1 else several,
+            allowed=f"what one node has: {'; or '.join(has)}" if cluster.workers == 1 else several,
             fix="ask for less, under overrides: cluster.cpus_per_worker, cluster.gpus_per_worker"
             + (", cluster.workers" if cluster.workers > 1 else ""),
         )

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ray import tune
@@ -36,6 +36,7 @@ from maskray.evaluation.judgement import Bench, Finding, read_rows
 from maskray.launch import Prepared, card, unstored_metrics
 from maskray.on_ray import nested
 from maskray.on_ray.nested import Tell
+from maskray.on_ray.stream import registered_checkpoint
 from maskray.pretrain import pretrain, settle
 from maskray.publish.release import training_seconds
 from maskray.sweeps import record
@@ -148,21 +149,11 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     folder, tell = sweep.folder_of(trial), Teller(sweep)
     patience = Patience(sweep.store.uri, sweep.away_seconds, tell.beat)
     run_id = patience.call(partial(sweep.run_of, asked))
-    settle(run_config)
-    _forget(run_config)
-    bench = Bench(run_config, _device(run_config), _rows)
-    if run_config.cluster.workers > 1:
-        _train_on_workers(run_config, folder, sweep.store.uri, run_id, tell, patience)
-    else:
-        _train(run_config, folder, sweep.store.uri, run_id, bench, tell, patience)
-    with newest(folder) as weights:
-        assert weights is not None, "the last step is a checkpoint"
-        assert folders.step_of(weights.name) == trial.steps, "the newest is that of the last step"
-        found, name = bench.find(trial.steps, weights), weights.name
-    _keep(found, trial, folder, sweep.store.uri, run_id, patience)
+    judged = _on_workers if run_config.cluster.workers > 1 else _here
+    name, scores = judged(run_config, trial, folder, sweep.store.uri, run_id, tell, patience)
     curve = partial(mlflow_runs.curve, sweep.store, run_id)
     loss, rate = (patience.call(partial(curve, key)) for key in (LOSS, IMAGES_PER_SECOND))
-    metrics = {**scores_of(found), LOSS: loss[-1][1]}
+    metrics = {**scores, LOSS: loss[-1][1]}
     result = Result(
         trial=trial,
         status="finished",
@@ -186,17 +177,40 @@ def _close(sweep: Sweep, trial: Trial, run_id: str) -> None:
         log.warning("%s has finished, and MLflow does not know yet: %s", trial.name, away)
 
 
-def _train_on_workers(
-    config: RunConfig, folder: Storage, uri: str, run_id: str, tell: Tell, patience: Patience
-) -> None:
-    """In processes of their own."""
-    root = Storage(config.storage.path)
-    train = partial(nested.train, config, root, folder, uri, run_id, scores_of_checkpoint, tell)
+Last = tuple[str, dict[str, float]]
+"""The name of a trial's last checkpoint, and its scores."""
+
+
+def _on_workers(
+    config: RunConfig, trial: Trial, folder: Storage, uri: str, run_id: str, tell: Tell, patience: Patience
+) -> Last:
+    """Train and judge where the accelerators are: this process has none, nor a CPU of its own."""
+    root, judge = Storage(config.storage.path), partial(finding_of, title=trial.name)
+    train = partial(nested.train, config, root, folder, uri, run_id, judge, tell, trial.steps)
     try:
-        train()
+        found = train()
     except TrackingError:  # trained; what MLflow has not taken is in the last checkpoint, from which it goes on
         patience.call(lambda: None)
-        train()
+        found = train()
+    name = registered_checkpoint(folder)
+    assert name is not None, "the last step is a checkpoint"
+    return name, {key: found[key] for key in SCORES if key in found}
+
+
+def _here(
+    config: RunConfig, trial: Trial, folder: Storage, uri: str, run_id: str, tell: Tell, patience: Patience
+) -> Last:
+    """Train and judge in this process."""
+    settle(config)
+    _forget(config)
+    bench = Bench(config, _device(config), _rows)
+    _train(config, folder, uri, run_id, bench, tell, patience)
+    with newest(folder) as last:
+        assert last is not None, "the last step is a checkpoint"
+        assert folders.step_of(last.name) == trial.steps, "the newest is that of the last step"
+        found = bench.find(trial.steps, last.weights)
+    _keep(found, trial, folder, uri, run_id, patience)
+    return last.name, scores_of(found)
 
 
 def _train(
@@ -249,10 +263,10 @@ def _forget(config: RunConfig) -> None:
 
 def _last_rung(folder: Storage, config: RunConfig) -> tuple[int, dict[str, float]] | None:
     """Step and metrics of a trial that was ended at a rung: nobody may have decided whether it goes on."""
-    with newest(folder) as weights:
-        if weights is None or (step := folders.step_of(weights.name)) not in config.training.probe_at:
+    with newest(folder) as found:
+        if found is None or (step := folders.step_of(found.name)) not in config.training.probe_at:
             return None
-        return step, json.loads((weights / folders.PROBE).read_bytes())["metrics"]
+        return step, json.loads((found.weights / folders.PROBE).read_bytes())["metrics"]
 
 
 def _keep(found: Finding, trial: Trial, folder: Storage, uri: str, run_id: str, patience: Patience) -> None:
@@ -269,9 +283,10 @@ def scores_of(found: Finding) -> dict[str, float]:
     return {} if found.scores is None else found.scores.metrics()
 
 
-def scores_of_checkpoint(config: RunConfig, weights: Path) -> dict[str, float]:
-    """As `scores_of`, in the first of a trial's workers."""
-    return scores_of(Bench(config, _device(config)).find(checkpoint.read_facts(weights).step, weights))
+def finding_of(config: RunConfig, weights: Path, *, title: str) -> Finding:
+    """What a checkpoint is worth, in the first of a trial's workers."""
+    bench = Bench(config, _device(config))
+    return bench.find(checkpoint.read_facts(weights).step, weights)._replace(title=title)
 
 
 def objective_of(metrics: Mapping[str, float], metric: str, step: int) -> float:
@@ -286,17 +301,25 @@ def objective_of(metrics: Mapping[str, float], metric: str, step: int) -> float:
 
 
 def _device(config: RunConfig) -> torch.device:
-    # The process of a trial whose workers are others has no accelerator.
     return torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
 
 
+class Newest(NamedTuple):
+    """A trial's newest whole checkpoint."""
+
+    name: str
+    """Of its folder, below the trial's."""
+    weights: Path
+    """What is in it, on this machine: under another name where the trial's folder is in a bucket."""
+
+
 @contextmanager
-def newest(folder: Storage) -> Iterator[Path | None]:
-    """A trial's newest whole checkpoint, on this machine while the context lasts."""
+def newest(folder: Storage) -> Iterator[Newest | None]:
+    """Of a trial, while the context lasts."""
     for name in _checkpoints(folder):
         with checkpoint.on_disk(folder.child(name)) as found:
             if checkpoint.is_whole(found):
-                yield found
+                yield Newest(name, found)
                 return
     yield None
 
@@ -360,9 +383,11 @@ class TrialContext:
         self._folder, self._data, self._judge, self._tell = folder, config.data, judge, tell
         self._attempt = uuid.uuid4().hex[:8]  # every start writes folders of its own
 
-    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
         """The newest whole one."""
-        return newest(self._folder)
+        with newest(self._folder) as found:
+            yield None if found is None else found.weights
 
     def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:
         """Judge and write at once: nothing to wait for."""
@@ -386,5 +411,10 @@ class TrialContext:
         return 0.0
 
     def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
-        """The in-process walk."""
-        return local.open_units(spec, self._data, self.device, rank=0, world_size=1, start_step=start_step)
+        """The in-process walk. While images are decoded for it, which may take many minutes, it is told of."""
+
+        def beat() -> None:
+            self._tell(start_step, {})
+
+        place = {"rank": 0, "world_size": 1, "start_step": start_step}
+        return local.open_units(spec, self._data, self.device, **place, beat=beat)

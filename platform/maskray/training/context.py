@@ -130,5 +130,5 @@ class LocalContext(LocalWorkerContext):
 
     def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
         """The in-process walk."""
-        place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
-        return local.open_units(spec, self._data, self.device, **place)
+        rank, world_size = self.rank, self.world_size
+        return local.open_units(spec, self._data, self.device, rank=rank, world_size=world_size, start_step=start_step)

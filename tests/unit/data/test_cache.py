@@ -1,6 +1,7 @@
 """The decoded images of a machine: made once, by one process, whole or not at all."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from maskray.config.schema import DataConfig
+from maskray.data import cache
 from maskray.data.cache import INDEX, PIXELS, cache_folder, open_cache
 from maskray.data.local import chosen_cache, is_walked_locally
 from maskray.data.shards import Dataset, decoded_bytes
@@ -208,6 +210,53 @@ def test_of_two_processes_one_builds_and_the_other_waits(builders, dataset, plac
     assert "Decoding the" not in said_by_other.read_text()
     assert said_by_one.read_text().splitlines()[-1] == said_by_other.read_text().splitlines()[-1]
     assert_holds(open_cache(dataset, 3, place), dataset)
+
+
+def test_who_builds_and_who_waits_gives_signs_of_life_and_who_reads_has_no_need_to(builders, dataset, place, tmp_path):
+    one, _ = builders()
+    wait_until(one, is_building(place))
+    waited = []
+
+    def let_it_go_on():
+        waited.append(len(waited))
+        if len(waited) == 3:
+            (tmp_path / "gate").touch()
+
+    whole = open_cache(dataset, 3, place, let_it_go_on)
+    assert len(waited) >= 3
+    assert one.wait(PATIENCE_SECONDS) == 0
+    assert_holds(whole, dataset)
+
+    open_cache(dataset, 3, place, lambda: pytest.fail("there is nothing to wait for"))
+    built = []
+    open_cache(dataset, 1, place, lambda: built.append(dataset.reads))
+    assert len(built) == dataset.num_row_groups(), "after each row group"
+
+
+def test_who_is_told_to_end_while_it_builds_leaves_nothing(dataset, place):
+    def end():
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        open_cache(dataset, 3, place, end)
+    assert [path.suffix for path in place.iterdir()] == [".lock"]
+    assert_holds(open_cache(dataset, 3, place), dataset)
+
+
+def test_a_long_one_says_how_far_it_is_less_and_less_often(dataset, place, caplog, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(cache.time, "monotonic", lambda: now)
+    progress = cache._Progress(dataset, place, lambda: None)
+    num_rows = dataset.num_row_groups() * dataset.manifest.group_rows
+    for minute in range(10):
+        now = 1000.0 + 60 * minute
+        progress(num_rows * minute // 10)
+    said = re.findall(
+        r"(\d+) % of the \d+ images are decoded into .*\((\d+) s so far, about (\d+) s to go", caplog.text
+    )
+    assert [int(seconds) for _, seconds, _ in said] == [60, 120, 240, 480]
+    assert abs(int(said[1][0]) - 20) <= 2
+    assert abs(int(said[1][2]) - 480) <= 30
 
 
 def test_a_killed_builder_is_in_nobodys_way(builders, dataset, place):

@@ -20,6 +20,14 @@ def test_a_flood_is_cut_and_says_so():
     assert "more warnings" in warnings[-1]
 
 
+def test_beats_are_counted():
+    board = TrialBoard()
+    assert board.read_beats() == 0
+    board.beat()
+    board.beat()
+    assert board.read_beats() == 2
+
+
 def test_what_a_checkpoint_is_worth_is_kept_once():
     """A worker that was lost may judge again."""
     board = TrialBoard()

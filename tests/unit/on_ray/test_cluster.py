@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ray._private.state import GlobalState
@@ -55,6 +56,30 @@ def test_a_cluster_that_can_grow_is_one_of_several_nodes(monkeypatch, tmp_path):
     monkeypatch.setattr(GlobalState, "get_max_resources_from_cluster_config", lambda _: {"CPU": 8})
     with pytest.raises(ClusterError, match=r"tracking.uri: .* one node that can grow to several"):
         cluster._check_shared(Storage(tmp_path), "sqlite:///x")
+
+
+def kind(resources: dict[str, float], most: int) -> SimpleNamespace:
+    return SimpleNamespace(resources=resources, max_count=most)
+
+
+def test_nodes_that_an_autoscaler_may_bring_are_counted_once(monkeypatch):
+    small, large = {"CPU": 2, "memory": 10**9}, {"CPU": 8, "GPU": 4}
+    there = [{"CPU": 2, "node:10.0.0.1": 1.0, "memory": 5.0}, {"CPU": 2}, {}]
+    monkeypatch.setattr(cluster, "_nodes", lambda: [{"Resources": node} for node in there])
+
+    def most(*kinds: SimpleNamespace) -> list[tuple[float, float]]:
+        config = SimpleNamespace(node_group_configs=kinds)
+        monkeypatch.setattr(GlobalState, "get_cluster_config", lambda _: config)
+        return sorted((node["CPU"], node["GPU"]) for node in cluster.largest_nodes())
+
+    now = [(0, 0), (2, 0), (2, 0)]
+    assert most() == most(kind(small, 2)) == most(kind(small, 1), kind(small, 1)) == now
+    assert most(kind(small, 1), kind(small, 2)) == [*now, (2, 0)]
+    assert most(kind(small, 3), kind(large, 2)) == [*now, (2, 0), (8, 4), (8, 4)]
+    assert most(kind(small, 0), kind(large, 0)) == now
+    assert most(kind(large, -1)).count((8, 4)) >= 100, "as many as are asked for"
+    monkeypatch.setattr(GlobalState, "get_cluster_config", lambda _: None)
+    assert len(cluster.largest_nodes()) == len(now)
 
 
 def test_an_ingest_into_a_submitted_jobs_own_folder_is_refused(monkeypatch):

@@ -55,17 +55,21 @@ def test_a_trial_says_that_it_goes_on_only_where_it_does_and_not_too_often(monke
     monkeypatch.setattr(nested.time, "monotonic", lambda: now)
     pulse = nested._Pulse()
     now += 60
-    assert not pulse.is_due()  # no line yet, however long it takes
-    pulse.beat(10, {})
-    assert pulse.is_due()
+    assert not pulse.is_due(beats=0)  # no line yet, however long it takes
+    assert pulse.is_due(beats=1)  # its stream is being made ready
+    assert pulse.step == 0
+    now += 60
+    assert not pulse.is_due(beats=1)
+    pulse.line(10, {})
+    assert pulse.is_due(beats=1)
     assert pulse.step == 10
     now += 60
-    assert not pulse.is_due()  # it hangs
-    pulse.beat(20, {})
-    assert pulse.is_due()
+    assert not pulse.is_due(beats=1)  # it hangs
+    pulse.line(20, {})
+    assert pulse.is_due(beats=1)
     now += nested._HEARTBEAT_SECONDS / 2
-    pulse.beat(30, {})
-    assert not pulse.is_due()
+    pulse.line(30, {})
+    assert not pulse.is_due(beats=1)
     now += nested._HEARTBEAT_SECONDS / 2
-    assert pulse.is_due()
+    assert pulse.is_due(beats=1)
     assert pulse.step == 30
