@@ -118,6 +118,8 @@ def until_trained(
             return asked
         except BadStepError as error:
             if not may_go_back(config, known):
+                if known:
+                    log.warning("The run has gone back %d times already: training.rewinds allows no more", len(known))
                 raise
             now = datetime.now(UTC).isoformat(timespec="seconds")
             found = Rewind(error.step, error.reason, error.message, error.seen_at, newest_step(), now)

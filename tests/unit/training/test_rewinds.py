@@ -65,7 +65,7 @@ def test_a_run_goes_back_and_on_without_what_was_bad(tiny, run, caplog):
     assert "bad at 7" in caplog.text
 
 
-def test_it_goes_back_so_often_in_its_life_and_then_stops_with_what_it_met(tiny, run):
+def test_it_goes_back_so_often_in_its_life_and_then_stops_with_what_it_met(tiny, run, caplog):
     config = tiny(training={"rewinds": 2})
     training = Training(run, bad(1), Killed())
     with pytest.raises(Killed):
@@ -75,6 +75,7 @@ def test_it_goes_back_so_often_in_its_life_and_then_stops_with_what_it_met(tiny,
         training.go(config)
     assert training.asked == [(1,), (1, 3)]
     assert [each.step for each in rewinds.read(run)] == [1, 3]
+    assert "has gone back 2 times already: training.rewinds" in caplog.text
     training = Training(run, bad(6))
     with pytest.raises(BadStepError, match=r"^bad at 6$"):  # and when it is launched again
         training.go(config)
