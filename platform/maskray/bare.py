@@ -6,13 +6,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from maskray.config.schema import RunConfig
-from maskray.errors import CheckpointError, ClusterError, ConfigError, StorageError
+from maskray.errors import BadStepError, CheckpointError, ClusterError, ConfigError, StorageError
 from maskray.evaluation import judgement
 from maskray.evaluation.judgement import Verdict
 from maskray.launch import Prepared, Summary, launch, unstored_metrics
@@ -20,8 +21,9 @@ from maskray.pretrain import pretrain
 from maskray.tracking.base import Fanout, Observer, Tracker
 from maskray.tracking.console import ProgressLine
 from maskray.tracking.mlflow_tracker import MlflowTracker
+from maskray.training import rewinds
 from maskray.training.context import LocalContext
-from maskray.training.folders import PROBE
+from maskray.training.folders import PROBE, step_of
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,12 @@ class BareLauncher:
             )
 
     def train(self, prepared: Prepared, run_id: str) -> None:
-        """Train to the end."""
+        """Train to the end.
+
+        Raises:
+            BadStepError: of a step. The processes behind the first have seen it too, and wait where the run may go on.
+        """
+        self._meet()
         stored = MlflowTracker(
             prepared.store.uri, run_id, system_metrics_seconds=prepared.config.tracking.system_metrics_seconds
         )
@@ -76,8 +83,25 @@ class BareLauncher:
             raise unstored_metrics()
 
     def follow(self, prepared: Prepared) -> None:
-        """What the processes behind the first do."""
-        self._pretrain(prepared, Observer())
+        """What the processes behind the first do: the same, by the record of the run, which the first alone writes.
+
+        Raises:
+            BadStepError: of a step, and the run has no way back left.
+        """
+        while True:
+            self._meet()
+            known = rewinds.read(prepared.run)
+            config = rewinds.in_force(prepared.config, known)
+            try:
+                return self._pretrain(replace(prepared, config=config), Observer())
+            except BadStepError:
+                if not rewinds.may_go_back(config, known):
+                    raise
+
+    def newest_step(self, prepared: Prepared) -> int:
+        """Of the newest whole folder of the run."""
+        with self._context(prepared).latest_checkpoint() as folder:
+            return 0 if folder is None else step_of(folder.name)
 
     @contextmanager
     def newest_checkpoint(self, prepared: Prepared) -> Iterator[Path]:
@@ -109,6 +133,11 @@ class BareLauncher:
                 each.tell(tracker)
 
         pretrain(prepared.config, self._context(prepared, probe), tracker)
+
+    def _meet(self) -> None:
+        """Wait for the other processes. What the first wrote is there; it writes no more before all have trained."""
+        if self._world_size > 1:
+            dist.barrier()
 
     def _context(self, prepared: Prepared, probe: Callable[[Path], None] | None = None) -> LocalContext:
         return LocalContext(

@@ -10,7 +10,8 @@ MaskrayError (ValueError)     a mistake of the user's, or of what the run was gi
 │   └── UnreachableError      an object store that does not answer, however often it is asked
 └── RunConflictError          the same run or ingest is already running somewhere else
 TrainingError (RuntimeError)  the run itself went wrong: not a mistake in what was asked
-├── NonFiniteError            a loss or gradient norm that is not finite
+├── BadStepError              a step of a run's plan that was not finite, or whose loss leapt
+├── NonFiniteError            a loss or gradient norm that is not finite, in the training of an evaluation
 └── StreamError               the stream delivered another row group than the plan's: a fault of ours
 """
 
@@ -89,8 +90,31 @@ class TrainingError(RuntimeError):
     """The run itself went wrong, with a config that was right."""
 
 
+class BadStepError(TrainingError):
+    """A step was not finite, or its loss leapt; no update was applied from it on, so the run may go on without it.
+
+    Args:
+        message: for people.
+        step: of the plan, from 0.
+        seen_at: steps done when the host saw it.
+        reason: the name of the event.
+    """
+
+    def __init__(self, message: str, step: int, seen_at: int, reason: str) -> None:
+        super().__init__(message)
+        self.message, self.step, self.seen_at, self.reason = message, step, seen_at, reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors cross process borders on Ray."""
+        return type(self), self.plain()
+
+    def plain(self) -> tuple[str, int, int, str]:
+        """What it is made of."""
+        return self.message, self.step, self.seen_at, self.reason
+
+
 class NonFiniteError(TrainingError):
-    """A loss or gradient norm was not finite; no update was applied from that step on."""
+    """A loss or gradient norm was not finite; no update was applied."""
 
 
 class StreamError(TrainingError):

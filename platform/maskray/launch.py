@@ -10,9 +10,10 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -35,12 +36,15 @@ from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard
 from maskray.tracking.mlflow_store import Store, open_store, shown
 from maskray.tracking.mlflow_tracker import MlflowTracker
+from maskray.training import rewinds
+from maskray.training.rewinds import Rewind
 
 log = logging.getLogger(__name__)
 
 FINISHED, LAUNCHER, DATASET = "finished.json", "launcher", "dataset"
 HOST_TAG = "maskray.host"
 _CHECKED_BYTES = 2**30
+_TELL_SECONDS = 10.0
 _SUMMARY_VERSION = 2
 
 
@@ -72,7 +76,15 @@ class Launcher(Protocol):
         ...
 
     def train(self, prepared: Prepared, run_id: str) -> None:
-        """Train to the end, through whatever can be survived."""
+        """Train to the end, through whatever can be survived.
+
+        Raises:
+            BadStepError: of a step: the run may go on without it.
+        """
+        ...
+
+    def newest_step(self, prepared: Prepared) -> int:
+        """Steps done at the run's newest checkpoint; 0 where there is none."""
         ...
 
     def newest_checkpoint(self, prepared: Prepared) -> AbstractContextManager[Path]:
@@ -204,12 +216,14 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
         done = finished(prepared)  # by the launch that had the lease until now
         if done is not None:
             return done
+        config = rewinds.in_force(prepared.config, rewinds.read(prepared.run))
+        prepared = replace(prepared, config=config)
         launcher.preflight(prepared)
         _keep_to(launcher, prepared)
         prepared.run.write_bytes(DATASET, prepared.dataset.manifest.fingerprint.encode())
         with _tracked(prepared, held) as run_id:
             start = time.monotonic()
-            launcher.train(prepared, run_id)
+            prepared = _trained(prepared, launcher, run_id)
             seconds = time.monotonic() - start
             verdict = launcher.judge(prepared) if prepared.config.probe.enabled else None
             if verdict is not None:
@@ -218,6 +232,27 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
         # Last of all: a launch that is killed before it does what is left again, and all of that can be done twice.
         prepared.run.write_bytes(FINISHED, summary.dump())
         return summary
+
+
+def _trained(prepared: Prepared, launcher: Launcher, run_id: str) -> Prepared:
+    """The run, with all steps that it was trained without."""
+
+    def train(config: RunConfig) -> None:
+        launcher.train(replace(prepared, config=config), run_id)
+
+    tell, newest_step = partial(_tell_rewinds, prepared, run_id), partial(launcher.newest_step, prepared)
+    return replace(prepared, config=rewinds.until_trained(prepared.config, prepared.run, train, newest_step, tell))
+
+
+def _tell_rewinds(prepared: Prepared, run_id: str, known: Sequence[Rewind]) -> None:
+    """To MLflow, which drops what it has; where it is away, it is told again when the run goes back or is taken up."""
+    if known:
+        tracker = MlflowTracker(prepared.store.uri, run_id)
+        for rewind in known:
+            tracker.event("rewind", rewind.text())
+        skipped = rewinds.in_force(prepared.config, known).training.skip_steps
+        tracker.tag("setting.training.skip_steps", json.dumps(skipped))
+        tracker.close(_TELL_SECONDS)
 
 
 def _keep_to(launcher: Launcher, prepared: Prepared) -> None:

@@ -58,9 +58,8 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
         step.warm_up(zero_batch(spec))
 
     def facts(done: int) -> checkpoint.Facts:
-        packages = checkpoint.versions(PACKAGES)
-        known = (plan.fingerprint, context.world_size, threads, packages, tracker.pending(), dict(rates))
-        return checkpoint.Facts(done, *known)
+        known = (plan.fingerprint, context.world_size, threads, checkpoint.versions(PACKAGES), tracker.pending())
+        return checkpoint.Facts(done, *known, dict(rates), config.training.skipped_before(done), step.recent_losses())
 
     def snapshot(done: int) -> Snapshot | None:
         return checkpoint.taken(context.rank, model, optimizer, facts(done), dump(config))
@@ -68,7 +67,8 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
     start_step, rates = 0, dict[str, float]()
     with context.latest_checkpoint() as folder:
         if folder is not None:
-            then = checkpoint.restore(folder, model, optimizer, fingerprint=plan.fingerprint)
+            then = checkpoint.restore(folder, model, optimizer, plan.fingerprint, config.training.skip_steps)
+            step.recall(then.recent_losses)
             checkpoint.warn_of_differences(then, facts(then.step))
             tracker.restore(then.pending_metrics)
             start_step, rates = then.step, dict(then.matmul_rates)

@@ -12,7 +12,7 @@ from maskray import pretrain as pretraining
 from maskray.config.resolve import resolve
 from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
-from maskray.errors import CheckpointError, NonFiniteError
+from maskray.errors import BadStepError, CheckpointError
 from maskray.pretrain import pretrain
 from maskray.tracking.base import MemoryStore, MemoryTracker
 from maskray.training import throughput
@@ -246,7 +246,7 @@ def test_the_checkpoint_of_another_run_is_refused(run, tiny):
 
 def test_a_run_that_is_not_finite_stops_and_says_where(run):
     made = run("made", optim={"steps": 12, "warmup_steps": 0, "base_lr": 1e30})
-    with pytest.raises(NonFiniteError) as caught:
+    with pytest.raises(BadStepError) as caught:
         made.launch()
     message = str(caught.value)
     # Step 0 is finite and throws the weights away; step 1 is the first that is not.

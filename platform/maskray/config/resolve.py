@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +65,8 @@ def resolve(config: RunConfig, data: DatasetFacts, init_digest: str | None = Non
 
     Raises:
         DataError: the dataset has no full row group.
-        ConfigError: the global batch is not whole row groups, more workers than a step has row groups, or a micro-batch
-            that is neither whole groups nor a divisor of one.
+        ConfigError: the global batch is not whole row groups, more workers than a step has row groups, a micro-batch
+            that is neither whole groups nor a divisor of one, or steps to be skipped that there are not.
     """
     if data.num_row_groups == 0:
         raise DataError(
@@ -88,6 +89,7 @@ def resolve(config: RunConfig, data: DatasetFacts, init_digest: str | None = Non
     k = batch // group
     check_shares(config, group, k)
     total, warmup = _steps(config.optim, data.num_row_groups / k)
+    _check_skipped(config.training.skip_steps, total)
     plain: dict[str, Any] = identity(config)
     for key in ("epochs", "steps", "warmup_epochs", "warmup_steps"):
         plain["optim"].pop(key)
@@ -141,6 +143,19 @@ def check_shares(config: RunConfig, group: int, k: int) -> None:
             allowed=f"multiples of {group}",
             fix="take one, or ingest again with a smaller group_rows",
         )
+
+
+def _check_skipped(steps: Sequence[int], total: int) -> None:
+    beyond = [step for step in steps if step >= total]
+    if beyond:
+        raise ConfigError(
+            "the run has no such step: they are counted from 0",
+            key="training.skip_steps",
+            found=beyond[0] if len(beyond) == 1 else beyond,
+            allowed=f"0 to {total - 1}",
+        )
+    if len(steps) == total:
+        raise ConfigError("no step would be left to train", key="training.skip_steps", found=f"all {total}")
 
 
 def _steps(optim: OptimConfig, steps_per_pass: float) -> tuple[int, int]:

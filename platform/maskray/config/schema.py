@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from maskray.config.models import (
     AnyVit,
@@ -174,6 +174,19 @@ class OptimConfig(Section):
         return self
 
 
+class SpikeConfig(Section):
+    """What counts as a leap of the loss."""
+
+    factor: Annotated[float, Field(gt=1)] = operational(4.0)
+    """Times the median of the steps before: the loss of a step above that has leapt."""
+    window: Annotated[int, Field(ge=2, le=4096)] = operational(64)
+    """Steps that the median is taken over; until there are so many, no loss leaps."""
+
+
+Steps = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(lambda steps: tuple(sorted(set(steps))))]
+"""Numbers of steps of the plan, from 0, ascending and each once, in whatever order they are given."""
+
+
 class TrainingConfig(Section):
     """How the steps are computed and how often the run looks up from them."""
 
@@ -202,8 +215,20 @@ class TrainingConfig(Section):
     """Steps between two probes of the encoder: a multiple of `checkpoint_steps`. None: at the end only."""
     probe_at: tuple[PositiveInt, ...] = operational(())
     """Further steps after which the encoder is probed, whatever they are multiples of: logged and checkpointed too."""
+    rewinds: Annotated[int, Field(ge=0)] = operational(3)
+    """Times in its life that a run goes back to its newest checkpoint, and on without the step that was not finite, or
+    whose loss leapt. At the next one it stops; 0: at the first."""
+    spike: SpikeConfig | None = operational(None)
+    """When a loss that is finite has leapt so far that the run goes back all the same; null: never."""
+    skip_steps: Steps = operational(())
+    """Steps of the plan that are left out: read, and not trained on. All others stay what they are. A launch adds those
+    that the run went back over."""
     ledger: str | None = operational(None)
     """Folder on the workers' disks for a record of the positions and keys of each step; None keeps none."""
+
+    def skipped_before(self, step: int) -> list[int]:
+        """Those of `skip_steps` that lie before a step."""
+        return [each for each in self.skip_steps if each < step]
 
     @property
     def probes(self) -> bool:

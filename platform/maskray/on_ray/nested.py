@@ -19,7 +19,7 @@ from ray import tune
 
 from maskray.config.schema import ClusterConfig, RunConfig
 from maskray.data.storage import Storage
-from maskray.errors import NonFiniteError
+from maskray.errors import BadStepError
 from maskray.launch import unstored_metrics
 from maskray.on_ray import cluster, fit, judging, lent
 from maskray.on_ray.board import TrialBoard
@@ -70,7 +70,8 @@ def train(
 
     Raises:
         MaskrayError: a mistake that only the workers could see, or metrics that MLflow has not taken.
-        TrainingError: a step was not finite, or the workers were lost too often.
+        BadStepError: a step was not finite: trials do not go back.
+        TrainingError: the workers were lost too often.
     """
     board = ray.remote(num_cpus=0)(TrialBoard).remote()
     settings = {
@@ -99,8 +100,8 @@ def train(
             outcome = fitting.result()
     finally:
         ray.kill(board)  # an error's traceback may be kept, and would keep it
-    if "not_finite" in outcome:
-        raise NonFiniteError(outcome["not_finite"])
+    if "bad_step" in outcome:
+        raise BadStepError(*outcome["bad_step"])
     if not outcome["stored"]:
         raise unstored_metrics()
     return found[last_step]

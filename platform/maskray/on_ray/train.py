@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 
 from maskray.data.local import is_walked_locally
 from maskray.data.spec import StreamSpec
-from maskray.errors import CheckpointError, NonFiniteError
+from maskray.errors import BadStepError, CheckpointError
 from maskray.evaluation.judgement import Verdict
 from maskray.launch import Prepared, unstored_metrics
 from maskray.on_ray import cluster, evaluate, fit, probe, stream, worker
@@ -51,7 +51,8 @@ class RayLauncher:
 
         Raises:
             MaskrayError: a mistake that only the workers could see (a damaged shard, a checkpoint that does not fit).
-            TrainingError: a step was not finite, or the workers were lost too often.
+            BadStepError: of a step.
+            TrainingError: the workers were lost too often.
         """
         config = prepared.config
         board = ray.remote(num_cpus=0)(Board).remote()
@@ -61,10 +62,14 @@ class RayLauncher:
             hook = Hook(config.model_dump(mode="json"), prepared.run, told, place, self._probe)
             trainer = partial(_trainer, prepared, told, hook)
             outcome = fit.fitted(trainer, prepared.run, config.cluster.max_failures)
-        if "not_finite" in outcome:
-            raise NonFiniteError(outcome["not_finite"])
+        if "bad_step" in outcome:
+            raise BadStepError(*outcome["bad_step"])
         if not outcome["stored"]:
             raise unstored_metrics()
+
+    def newest_step(self, prepared: Prepared) -> int:
+        """Of the checkpoint that Train has on record."""
+        return stream.registered_step(prepared.run)
 
     @contextmanager
     def newest_checkpoint(self, prepared: Prepared) -> Iterator[Path]:

@@ -9,7 +9,7 @@ import ray
 
 from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
-from maskray.errors import NonFiniteError
+from maskray.errors import BadStepError
 from maskray.on_ray.context import RayContext
 from maskray.pretrain import pretrain
 from maskray.tracking.base import Fanout, Observer, Tracker
@@ -30,9 +30,9 @@ def train(config: RunConfig, context: RayContext, tracker: Tracker) -> dict[str,
     stored = False
     try:
         pretrain(config, context, tracker)
-    except NonFiniteError as error:
+    except BadStepError as error:
         # All workers see it, and it would come again: returned, not raised, so that Train does not try again.
-        return {"not_finite": str(error)}
+        return {"bad_step": error.plain()}
     finally:
         stored = tracker.close()
     return {"stored": stored}

@@ -56,6 +56,8 @@ class Trained:
     hours_of: str
     """`accelerator` or `core`."""
     workers: int
+    skipped: tuple[int, ...] = ()
+    """Numbers of those of the steps that were left out."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,11 @@ def _training(lineage: Lineage) -> list[tuple[str, str]]:
     versions = [f"{name.removeprefix('version.')} {code[name]}" for name in code if name.startswith("version.")]
     return [
         ("data", f"{data.train_rows:,} images of `{data.place}`, fingerprint `{data.fingerprint}`"),
-        ("length", f"{trained.steps:,} steps of {trained.global_batch:,} views, {trained.passes:.4g} passes"),
+        (
+            "length",
+            f"{trained.steps:,} steps of {trained.global_batch:,} views, {trained.passes:.4g} passes"
+            + (f"; left out: steps {', '.join(map(str, trained.skipped))}" if trained.skipped else ""),
+        ),
         ("mask", _mask(lineage.mask)),
         ("loss", f"{lineage.first_loss:.4g} first, {lineage.last_loss:.4g} last"),
         (

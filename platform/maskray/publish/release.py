@@ -140,7 +140,8 @@ def training_seconds(rate: Curve, global_batch: int) -> float:
 
 
 def _trained(config: RunConfig, plan: RunPlan, flops_per_view: float, rate: Curve) -> Trained:
-    cluster, views = config.cluster, plan.total_steps * plan.global_batch
+    cluster, skipped = config.cluster, config.training.skip_steps
+    views = (plan.total_steps - len(skipped)) * plan.global_batch
     seconds = training_seconds(rate, plan.global_batch)
     on_gpu = cluster.gpus_per_worker > 0
     units = cluster.workers * (cluster.gpus_per_worker if on_gpu else cluster.cpus_per_worker)
@@ -148,12 +149,13 @@ def _trained(config: RunConfig, plan: RunPlan, flops_per_view: float, rate: Curv
         steps=plan.total_steps,
         global_batch=plan.global_batch,
         views=views,
-        passes=plan.total_steps / plan.steps_per_pass,
+        passes=(plan.total_steps - len(skipped)) / plan.steps_per_pass,
         flops=views * flops_per_view,
         seconds=seconds,
         hours=seconds * units / 3600,
         hours_of="accelerator" if on_gpu else "core",
         workers=cluster.workers,
+        skipped=skipped,
     )
 
 

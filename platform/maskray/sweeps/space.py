@@ -34,6 +34,8 @@ _OF_TRIALS = {
     "data.stream": "local",
     # Trials are judged at rungs, and at their ends.
     "training.probe_steps": None,
+    # One that diverges is to end at once.
+    "training.rewinds": 0,
     "storage.keep_checkpoints": 1,
 }
 _SAID_ELSEWHERE = {

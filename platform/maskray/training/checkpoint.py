@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -31,13 +31,15 @@ from maskray.training.sharding import load_model, load_optimizer, whole
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATE = "state.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 CONFIG = "config.yaml"
 KIND = "kind"
 FILES = (CONFIG, WEIGHTS, OPTIMIZER)
+_READ_VERSIONS = (1, SCHEMA_VERSION)
+"""Those of 1 know of no skipped steps: none was. What else there is in 2 is in them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Facts:
     """Metric points that the tracker had not stored when the checkpoint was taken."""
     matmul_rates: Mapping[str, float] = field(default_factory=dict)
     """FLOP/s of matrix products that were measured, by hardware: MFU is a share of the same all through a run."""
+    skipped: list[int] = field(default_factory=list)
+    """Steps of the plan, before `step`, that were left out."""
+    recent_losses: list[float] = field(default_factory=list)
+    """That a later loss is compared with, where leaps are looked for, the oldest first."""
 
 
 class HostCopy:
@@ -102,12 +108,12 @@ def unsealed(folder: Path, names: Iterable[str] = ()) -> dict[str, Any]:
     """
     state = _state(folder)
     version = state.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
+    if version not in _READ_VERSIONS:
         raise CheckpointError(
             "the checkpoint has another schema version",
             key="schema_version",
             found=f"{version} in {folder}",
-            allowed=str(SCHEMA_VERSION),
+            allowed=" or ".join(map(str, _READ_VERSIONS)),
             fix="continue it with the maskray that wrote it, or start a new run with init_from",
         )
     try:
@@ -155,11 +161,14 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, fingerprint: str) -> Facts:
+def restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str, skip_steps: Sequence[int] = ()
+) -> Facts:
     """Load weights and optimiser state in place.
 
     Raises:
-        CheckpointError: damaged, of another schema version, or of a run with another identity.
+        CheckpointError: damaged, of another schema version, of a run with another identity, or of one that has trained
+            on other steps of its plan than all but `skip_steps`.
     """
     facts = read_facts(folder)
     if facts.fingerprint != fingerprint:
@@ -170,10 +179,30 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *,
             allowed=fingerprint,
             fix="start a new run from it with init_from, or undo the change of the config",
         )
+    _refuse_other_steps(folder, facts, skip_steps)
     # By way of the host: a device may have no room for the whole of them.
     load_model(model, load_file(folder / WEIGHTS))
     load_optimizer(optimizer, torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu"))
     return facts
+
+
+def _refuse_other_steps(folder: Path, facts: Facts, skip_steps: Sequence[int]) -> None:
+    due, done = {step for step in skip_steps if step < facts.step}, set(facts.skipped)
+    if left_out := sorted(done - due):
+        raise CheckpointError(
+            "the checkpoint was made without steps that are now to be trained on",
+            key="training.skip_steps",
+            found=f"{sorted(skip_steps)}, and {folder} was made without {left_out}",
+            fix="add these steps to training.skip_steps, or give this run another name",
+        )
+    if trained := sorted(due - done):
+        raise CheckpointError(
+            "the checkpoint has been trained on steps that are now to be left out",
+            key="training.skip_steps",
+            found=f"{trained}, and {folder} is of step {facts.step}",
+            allowed=f"further steps from {facts.step} on",
+            fix="take these steps out of training.skip_steps, or give this run another name",
+        )
 
 
 def warn_of_differences(then: Facts, now: Facts) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from maskray.config.schema import TrainingConfig
 from maskray.data import stream
 from maskray.data.spec import StreamSpec
 from maskray.data.stream import Step, Unit, read_images
-from maskray.errors import NonFiniteError
+from maskray.errors import BadStepError
 from maskray.tracking.base import Tracker
 from maskray.training.context import RunContext, Snapshot
 from maskray.training.optim import Schedule
@@ -39,21 +40,24 @@ class Parts:
 def run(parts: Parts, config: TrainingConfig, context: RunContext, tracker: Tracker, start_step: int) -> int:
     """Train from `start_step` to the end of the plan; the number of steps done in the run's life.
 
+    Steps of `config.skip_steps` are read, so that the stream goes on, and dropped.
+
     Raises:
-        NonFiniteError: a loss or gradient norm was not finite; no update was applied from that step on.
+        BadStepError: a loss or gradient norm was not finite, or a loss leapt; no update was applied from that step on.
     """
-    total = parts.spec.total_steps
+    total, skipped = parts.spec.total_steps, frozenset(config.skip_steps)
     with context.units(parts.spec, start_step) as units:
         for step in _timed(_steps(parts, config, context, units, start_step), parts.meter):
-            parts.step(step.number, step.batches)
-            parts.meter.steps += 1
-            _note(parts.ledger, step)
+            if step.number not in skipped:
+                parts.step(step.number, step.batches)
+                parts.meter.steps += 1
+                _note(parts.ledger, step)
             done = step.number + 1
             due = done == total or done in config.probe_at
             if due or done % config.log_steps == 0:
                 report = parts.step.report()
-                _stop_if_not_finite(report, parts.spec, done, tracker)
-                tracker.log(_metrics(report, parts, step.number), done)
+                _stop_if_bad(report, parts.spec, config, done, tracker)
+                tracker.log(_metrics(report, parts, config, step.number), done)
             if due or done % config.checkpoint_steps == 0:
                 probed = done < total and parts.probed(done)
                 waited = context.report(done, parts.snapshot(done), probed=probed)
@@ -77,33 +81,41 @@ def _timed(steps: Iterator[Step], meter: Meter) -> Iterator[Step]:
         yield step
 
 
-def _metrics(report: StepReport, parts: Parts, number: int) -> dict[str, float]:
+def _metrics(report: StepReport, parts: Parts, config: TrainingConfig, number: int) -> dict[str, float]:
     return {
-        "pretrain/loss": report.loss,
-        "pretrain/grad_norm": report.grad_norm,
+        **({} if math.isnan(report.loss) else {"pretrain/loss": report.loss, "pretrain/grad_norm": report.grad_norm}),
         "pretrain/lr": parts.schedule.lr(number),
+        "pretrain/skipped_steps": len(config.skipped_before(number + 1)),
         "throughput/views_without_image": report.views_without_image,
         "pretrain/epoch": (number + 1) * parts.spec.groups_per_step / parts.spec.num_row_groups,
         **parts.meter.read(),
     }
 
 
-def _stop_if_not_finite(report: StepReport, spec: StreamSpec, done: int, tracker: Tracker) -> None:
+def _stop_if_bad(report: StepReport, spec: StreamSpec, config: TrainingConfig, done: int, tracker: Tracker) -> None:
     """The flag is the same on every worker (it is made of reduced values), so all of them stop here."""
-    if report.first_bad_step is None:
+    step = report.first_bad_step
+    if step is None:
         return
-    first = report.first_bad_step * spec.groups_per_step
+    what, reason, remedy = "Loss or gradient norm was not finite", "non_finite", "use training.precision: fp32"
+    if report.leap is not None and config.spike is not None:
+        loss, median = report.leap
+        what = (
+            f"The loss leapt to {loss:.4g}, from a median of {median:.4g} over the {config.spike.window} steps before,"
+        )
+        reason, remedy = "spike", "set training.spike.factor higher"
+    first = step * spec.groups_per_step
     positions = range(first, first + spec.groups_per_step)
     dataset = spec.open_dataset()
     keys = [key for p in positions for key in read_images(spec, dataset, spec.plan.locate(p)[1]).keys]
     shown = ", ".join(keys[:4]) + (f" … {keys[-1]} ({len(keys)} images)" if len(keys) > 4 else "")
     message = (
-        f"Loss or gradient norm was not finite at step {report.first_bad_step} (seen at step {done}; no update was "
-        f"applied from that step on). The step trained on positions {first} to {positions[-1]} of the plan: {shown}. "
-        "What to do: look at these images; lower optim.base_lr, set optim.clip_norm, or use training.precision: fp32."
+        f"{what} at step {step} (seen at step {done}; no update was applied from that step on). The step trained on "
+        f"positions {first} to {positions[-1]} of the plan: {shown}. "
+        f"What to do: look at these images; lower optim.base_lr, set optim.clip_norm, or {remedy}."
     )
-    tracker.event("non_finite", message)
-    raise NonFiniteError(message)
+    tracker.event(reason, message)
+    raise BadStepError(message, step, done, reason)
 
 
 def _note(ledger: Path | None, step: Step) -> None:

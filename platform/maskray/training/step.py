@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from maskray.models.sparse_layers import drop_statistics, group_norms, settle_st
 from maskray.objective import Objective
 from maskray.training.optim import Optimizer, Schedule
 from maskray.training.sharding import whole
+from maskray.training.spikes import SpikeWatch
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class StepReport:
     """What the host learns at a log step, from one transfer."""
 
     loss: float
-    """Mean over the steps since the last report."""
+    """Mean over the steps that were trained since the last report; NaN where none was."""
     grad_norm: float
     """Mean over the same steps, before clipping."""
     first_bad_step: int | None
-    """First step with a non-finite loss or gradient norm: no update has been applied since."""
+    """First step with a non-finite loss or gradient norm, or whose loss leapt: no update has been applied since."""
+    leap: tuple[float, float] | None
+    """Of that step, where all of it was finite: its loss, and the median of those before it."""
     views_without_image: int
     """Views of the same steps whose image could not be decoded: their slots counted for nothing."""
 
@@ -76,6 +80,10 @@ class TrainStep:
         self._first_bad = torch.full((), -1, device=device, dtype=torch.int64)
         self._steps_summed = 0
         optimizer.found_inf = self._found_inf
+        spike = config.training.spike
+        self._watch = None if spike is None else SpikeWatch(spike, device)
+        # Loss and gradient norm of the first bad step, and the median of the losses before it.
+        self._of_first_bad = torch.full((3,), math.nan, device=device)
 
     def warm_up(self, batch: Batch) -> None:
         """One backward on a batch that does not count, discarded, before the state is loaded.
@@ -105,6 +113,11 @@ class TrainStep:
         if self._clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        if self._watch is not None:
+            leapt, median = self._watch.leaps(loss)
+            bad |= leapt
+            is_first = bad & (self._first_bad < 0)
+            self._of_first_bad = torch.where(is_first, torch.stack([loss, norm, median]), self._of_first_bad)
         self._first_bad = torch.where(bad & (self._first_bad < 0), number, self._first_bad)
         self._found_inf.logical_or_(bad)
         self._schedule.apply(self._optimizer, number)
@@ -114,15 +127,26 @@ class TrainStep:
 
     def report(self) -> StepReport:
         """Means since the last report. This waits for the device: call it at log steps."""
-        loss, norm, weight, first_bad = torch.cat([self._sums, self._first_bad[None].double()]).tolist()
+        told = [self._sums, self._first_bad[None].double(), self._of_first_bad.double()]
+        loss, norm, weight, first_bad, bad_loss, bad_norm, median = torch.cat(told).tolist()
         count, self._steps_summed = self._steps_summed, 0
         self._sums.zero_()
         return StepReport(
-            loss=loss / count,
-            grad_norm=norm / count,
+            loss=loss / count if count else math.nan,
+            grad_norm=norm / count if count else math.nan,
             first_bad_step=None if first_bad < 0 else int(first_bad),
+            leap=(bad_loss, median) if math.isfinite(bad_loss) and math.isfinite(bad_norm) else None,
             views_without_image=count * self._global_batch - round(weight),
         )
+
+    def recent_losses(self) -> list[float]:
+        """What a later step's loss is compared with, for a checkpoint; none where nothing is."""
+        return [] if self._watch is None else self._watch.losses()
+
+    def recall(self, losses: Sequence[float]) -> None:
+        """Take up what `recent_losses` gave."""
+        if self._watch is not None:
+            self._watch.recall(losses)
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Gradients of a batch; its part of the step's loss and of its weights, as a tensor of two."""

@@ -67,18 +67,18 @@ class Meter:
     _retries: int = field(default_factory=lambda: RETRIES.count)
 
     def read(self) -> dict[str, float]:
-        """Metrics of the interval, under the names that the tracker shows."""
+        """Metrics of the interval, under the names that the tracker shows; no rates where no step was trained."""
         now = time.perf_counter()
         seconds = max(now - self._start, 1e-9)
         images_per_second = self.steps * self.global_batch / seconds
         done = images_per_second / self.world_size * self.train_flops_per_image
+        rates = {IMAGES_PER_SECOND: images_per_second, "throughput/mfu": done / self.device_flops}
         out = {
-            IMAGES_PER_SECOND: images_per_second,
+            **(rates if self.steps else {}),
             "throughput/data_wait_seconds": self.data_wait_seconds,
             "throughput/data_wait_fraction": self.data_wait_seconds / seconds,
             "throughput/checkpoint_wait_seconds": self.checkpoint_wait_seconds,
             "throughput/storage_retries": RETRIES.count - self._retries,
-            "throughput/mfu": done / self.device_flops,
         }
         self.data_wait_seconds = self.checkpoint_wait_seconds = 0.0
         self.steps, self._start, self._retries = 0, now, RETRIES.count

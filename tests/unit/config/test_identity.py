@@ -45,8 +45,12 @@ OPERATIONAL: dict[str, set[str] | bool] = {
         "checkpoint_steps",
         "probe_steps",
         "probe_at",
+        "rewinds",
+        "spike",
+        "skip_steps",
         "ledger",
     },
+    "training.spike": True,
     "probe": True,
     "cluster": True,
     "storage": True,
@@ -123,7 +127,7 @@ def fields():
 
 def is_operational(key):
     section, _, name = key.rpartition(".")
-    marked = OPERATIONAL.get(section.partition(".")[0], set())
+    marked = OPERATIONAL.get(section, OPERATIONAL.get(section.partition(".")[0], set()))
     return marked is True or (isinstance(marked, set) and name in marked and "." not in section)
 
 

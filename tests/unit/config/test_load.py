@@ -253,6 +253,10 @@ def takes(key, found, allowed):
             {"cluster": {"workers": 1.5}},
             takes("cluster.workers", "1.5", "an integer"),
         ),
+        ({"training": {"skip_steps": [3, -1]}}, takes("training.skip_steps.1", "-1", "greater than or equal to 0")),
+        ({"training": {"rewinds": -1}}, takes("training.rewinds", "-1", "greater than or equal to 0")),
+        ({"training": {"spike": {"factor": 1}}}, takes("training.spike.factor", "1", "greater than 1")),
+        ({"training": {"spike": {"window": 1}}}, takes("training.spike.window", "1", "greater than or equal to 2")),
         ({"training": {"precision": "fp16"}}, takes("training.precision", "'fp16'", "'fp32' or 'bf16'")),
         (
             {"model": {"width": 64, "heads": 5}},

@@ -55,6 +55,26 @@ def test_all_durations_become_steps_once(optim, total, warmup):
     assert (plan.total_steps, plan.warmup_steps) == (total, warmup)
 
 
+def test_steps_that_are_left_out_are_ascending_and_each_once():
+    config = parse(RunConfig, merge(BASE, {"training": {"skip_steps": [9, 2, 39, 2]}}))
+    assert config.training.skip_steps == (2, 9, 39)
+    assert config.training.skipped_before(9) == [2]
+    assert resolve(config, facts()) == resolved()  # the plan is the same, and so is the run
+
+
+@pytest.mark.parametrize(("steps", "found"), [([40], "40"), ([3, 41, 50], "[41, 50]")])
+def test_steps_that_there_are_not_cannot_be_left_out(steps, found):
+    assert refusal(ConfigError, training={"skip_steps": steps}) == (
+        f"training.skip_steps: the run has no such step: they are counted from 0. Found: {found}. Allowed: 0 to 39."
+    )
+
+
+def test_not_all_steps_can_be_left_out():
+    assert resolved(training={"skip_steps": list(range(39))}).total_steps == 40
+    message = "training.skip_steps: no step would be left to train. Found: all 40."
+    assert refusal(ConfigError, training={"skip_steps": list(range(40))}) == message
+
+
 def test_more_row_groups_in_a_step_than_in_the_dataset_are_allowed():
     assert resolved(facts(num_row_groups=3)).groups_per_step == 4
 

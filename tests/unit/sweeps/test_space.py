@@ -159,6 +159,14 @@ def test_what_a_trial_trains_is_what_its_key_and_its_length_say(space: Make):
         assert abs(plan.warmup_steps - trial.steps / 6) <= 0.5
 
 
+def test_a_trial_never_goes_back(space: Make):
+    """One that diverges ends at once."""
+    made = space(base={"training": {"rewinds": 5}})
+    assert made.run_config(made.trial({"mask.ratio": 0.5}, 0)).training.rewinds == 0
+    with pytest.raises(ConfigError, match=r"^overrides\.training\.rewinds: .*cannot have it otherwise"):
+        space(overrides={"training.rewinds": 5})
+
+
 def test_a_warm_up_is_never_all_of_a_trial(space: Make):
     made = space(RATIOS, {"optim": {"warmup_steps": 11}}, budget={"steps": 1})
     config = made.run_config(made.trial({"mask.ratio": 0.5}, 0))

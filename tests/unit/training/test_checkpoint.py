@@ -22,6 +22,9 @@ FACTS = Facts(
     threads=1,
     packages={"torch": "2.0"},
     pending_metrics=[["pretrain/loss", 0.5, 1700000000000, 3], ["pretrain/grad_norm", None, 1700000000000, 3]],
+    matmul_rates={"cpu, threads 1": 1e9},
+    skipped=[1],
+    recent_losses=[0.1, 1 / 3],
 )
 
 
@@ -47,8 +50,8 @@ def folder(trained, tmp_path):
     return folder
 
 
-def restore(folder, r, fingerprint=FACTS.fingerprint):
-    return checkpoint.restore(folder, r.model, r.optimizer, fingerprint=fingerprint)
+def restore(folder, r, fingerprint=FACTS.fingerprint, skip_steps=(1,)):
+    return checkpoint.restore(folder, r.model, r.optimizer, fingerprint, skip_steps)
 
 
 def change_state(folder, **changes):
@@ -83,7 +86,7 @@ def test_the_flag_still_stops_updates_after_a_restore(folder, trained, rig, same
 def test_a_checkpoint_says_all_of_itself(folder, trained):
     assert {f.name for f in folder.iterdir()} == {*FILES, STATE}
     state = json.loads((folder / STATE).read_text())
-    assert (state["schema_version"], state["step"], state["fingerprint"]) == (1, 3, FACTS.fingerprint)
+    assert (state["schema_version"], state["step"], state["fingerprint"]) == (2, 3, FACTS.fingerprint)
     assert set(state["files"]) == set(FILES)
     assert (folder / CONFIG).read_text() == dump(trained.config)
     assert yaml.safe_load((folder / CONFIG).read_text())["name"] == "tiny"
@@ -164,14 +167,50 @@ def test_a_state_that_lists_too_little_makes_no_checkpoint(folder, trained):
     assert f"missing or damaged. Found: {folder / WEIGHTS}" in refusal(folder, trained)
 
 
-@pytest.mark.parametrize("version", [0, 2, None])
+@pytest.mark.parametrize("version", [0, 3, None])
 def test_another_schema_version_is_refused_by_name_and_kept(folder, trained, version):
     change_state(folder, schema_version=version)
     assert refusal(folder, trained) == (
-        f"schema_version: the checkpoint has another schema version. Found: {version} in {folder}. Allowed: 1. "
+        f"schema_version: the checkpoint has another schema version. Found: {version} in {folder}. Allowed: 1 or 2. "
         "What to do: continue it with the maskray that wrote it, or start a new run with init_from."
     )
     assert checkpoint.is_whole(folder)  # else a run would silently go on from an older one
+
+
+def test_a_checkpoint_of_schema_version_1_left_nothing_out(folder, trained):
+    change_state(folder, schema_version=1, skipped=..., recent_losses=...)
+    assert checkpoint.is_whole(folder)
+    assert restore(folder, trained, skip_steps=(3, 7)) == replace(FACTS, skipped=[], recent_losses=[])
+
+
+@pytest.mark.parametrize("skip_steps", [(1,), (1, 3), (1, 99)])
+def test_steps_from_the_checkpoint_on_may_be_left_out(folder, trained, skip_steps):
+    assert restore(folder, trained, skip_steps=skip_steps).skipped == [1]
+
+
+@pytest.mark.parametrize(
+    ("skip_steps", "message"),
+    [
+        (
+            (),
+            "training.skip_steps: the checkpoint was made without steps that are now to be trained on. Found: [], and "
+            "{} was made without [1]. What to do: add these steps to training.skip_steps, or give this run another "
+            "name.",
+        ),
+        (
+            (0, 1, 2, 5),
+            "training.skip_steps: the checkpoint has been trained on steps that are now to be left out. Found: [0, 2], "
+            "and {} is of step 3. Allowed: further steps from 3 on. What to do: take these steps out of "
+            "training.skip_steps, or give this run another name.",
+        ),
+    ],
+)
+def test_a_checkpoint_that_was_trained_on_other_steps_is_refused(folder, trained, skip_steps, message):
+    weights = {name: value.clone() for name, value in trained.model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        restore(folder, trained, skip_steps=skip_steps)
+    assert str(caught.value) == message.format(folder)
+    assert all(torch.equal(value, weights[name]) for name, value in trained.model.state_dict().items())
 
 
 def test_another_identity_is_refused(folder, trained):

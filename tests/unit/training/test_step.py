@@ -1,5 +1,6 @@
 """One step: what moves the weights, what must not, and that nothing moves them once a step was not finite."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -127,6 +128,102 @@ def test_a_bad_first_step_leaves_the_initial_weights(rig, same, name):
     r.step(0, [poison_loss(r, r.batch())])
     same(r.weights(), weights)
     assert r.step.report().first_bad_step == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- spikes
+
+
+def raised(r, batch, by):
+    """The batch; the loss of the next step is so many times what it would be."""
+    objective = r.step._objective
+
+    def once(*arguments):
+        r.step._objective = objective
+        return by * objective(*arguments)
+
+    r.step._objective = once
+    return batch
+
+
+def watching(rig, **spike):
+    return rig(optim={"base_lr": 1e-4}, training={"spike": {"factor": 4.0, "window": 4, **spike}})
+
+
+@pytest.mark.parametrize(("by", "is_bad"), [(3.5, False), (5.0, True), (INF, True), (NAN, True)])
+def test_from_the_first_loss_that_leaps_no_update_is_applied(rig, same, by, is_bad):
+    r = watching(rig)
+    for number in range(5):
+        r.step(number, [r.batch(number)])
+    assert r.step.report().first_bad_step is None
+    median, weights = sorted(r.step.recent_losses())[1], r.weights()
+    r.step(5, [raised(r, r.batch(5), by)])
+    assert all(torch.equal(a, b) for a, b in zip(r.weights().values(), weights.values(), strict=True)) == is_bad
+    for number in range(6, 9):
+        r.step(number, [r.batch(number)])
+    report = r.step.report()
+    if not is_bad:
+        assert (report.first_bad_step, report.leap) == (None, None)
+        return
+    same(r.weights(), weights)
+    assert report.first_bad_step == 5
+    if by == 5.0:
+        assert report.leap is not None
+        loss, of = report.leap
+        assert of == median
+        assert loss > 4 * median
+    else:  # what is not finite is said to be that
+        assert report.leap is None
+
+
+def test_no_loss_leaps_before_the_window_is_full(rig):
+    r = watching(rig)
+    for number, by in enumerate([1, 50, 1, 1]):
+        r.step(number, [raised(r, r.batch(number), by)])
+        assert r.step.report().first_bad_step is None
+    r.step(4, [raised(r, r.batch(4), 50)])
+    assert r.step.report().first_bad_step == 4
+
+
+def test_nothing_leaps_where_nobody_looks(rig):
+    r = rig()
+    for number in range(9):
+        r.step(number, [raised(r, r.batch(number), 1000 if number == 8 else 1)])
+    report = r.step.report()
+    assert (report.first_bad_step, report.leap, r.step.recent_losses()) == (None, None, [])
+
+
+@pytest.mark.parametrize("num", [0, 1, 3, 4, 7, 8])
+def test_what_is_recalled_decides_as_what_was_forgotten(rig, num):
+    """Through JSON, as a checkpoint has it."""
+    r, other = watching(rig), watching(rig)
+    losses = []
+    for number in range(num):
+        r.step(number, [r.batch(number)])
+        losses.append(r.step.report().loss)
+    kept = r.step.recent_losses()
+    assert kept == losses[-4:]
+    other.step.recall(json.loads(json.dumps(kept)))
+    for number in range(num, num + 6):
+        for each in (r, other):
+            each.step._watch.leaps(torch.tensor(1.0 + number))
+        assert other.step.recent_losses() == r.step.recent_losses()
+        one, two = (each.step._watch.leaps(torch.tensor(9.0)) for each in (r, other))
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("window", [2, 3, 9])
+def test_losses_of_another_window_are_taken_as_far_as_they_go(rig, window):
+    r = watching(rig, window=window)
+    r.step.recall([1.0, 2.0, 3.0, 4.0])
+    assert r.step.recent_losses() == [1.0, 2.0, 3.0, 4.0][-window:]
+    r.step._watch.leaps(torch.tensor(5.0))
+    assert r.step.recent_losses() == [1.0, 2.0, 3.0, 4.0, 5.0][-window:]
+
+
+def test_an_interval_without_a_step_has_no_mean(rig):
+    report = rig().step.report()
+    assert str(report.loss) == str(report.grad_norm) == "nan"
+    assert (report.first_bad_step, report.views_without_image) == (None, 0)
 
 
 # ----------------------------------------------------------------------------------------------------- batches, weights

@@ -44,7 +44,14 @@ def test_rates_are_those_of_the_interval(clock):
 
 def test_an_interval_of_no_time_divides_by_nothing(clock):
     meter = Meter(256, 1, 1e6, 1e9, _start=clock.now)
-    assert meter.read()["throughput/images_per_second"] == 0
+    meter.steps = 1
+    assert meter.read()["throughput/images_per_second"] > 0
+
+
+def test_an_interval_whose_steps_were_all_left_out_has_no_rate(clock):
+    """Of 0 images/s: how long a run took is what is divided by it."""
+    meter = Meter(256, 1, 1e6, 1e9, _start=clock.now - 1)
+    assert meter.read().keys() & {"throughput/images_per_second", "throughput/mfu"} == set()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
