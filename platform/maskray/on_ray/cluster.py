@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import threading
 import time
@@ -24,6 +23,7 @@ from maskray.config.embedding import EmbedConfig
 from maskray.config.schema import ClusterConfig, IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
+from maskray.on_ray.parcel import SECRET, of_this_job
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,6 @@ _ENVIRONMENT = {
 }
 
 
-# A runtime environment is shown in Ray's dashboard and logs: nodes must have secrets of their own.
-SECRET = re.compile("PASSWORD|TOKEN|SECRET|KEY")
 # Where Ray unpacks the working directory of a submitted job: another folder after each change, gone with the session.
 _JOB_FOLDER = "/working_dir_files/"
 _ADDRESS_OPTION = {"ingest": "--address"}  # of the others it is a key of their config
@@ -62,7 +60,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             ray.init(
                 address=address,
                 logging_level="ERROR",
-                runtime_env={"py_modules": [str(package)], "env_vars": variables},
+                runtime_env=of_this_job({"py_modules": [str(package)], "env_vars": variables}, os.environ),
             )
         else:
             context = ray.init(
