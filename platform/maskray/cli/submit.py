@@ -17,7 +17,7 @@ from rich.console import Console
 from maskray.cli.pretrain import program
 from maskray.config.embedding import EmbedConfig
 from maskray.config.evaluation import EvaluateConfig
-from maskray.config.load import files_of, load, load_as, merge, parse
+from maskray.config.load import files_of, load, load_as, parse
 from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import IngestConfig, RunConfig
 from maskray.config.sweep import load_sweep
@@ -203,13 +203,9 @@ def _places_of_run(config: RunConfig) -> Places:
 
 def _sweep(given: argparse.Namespace) -> tuple[str, Places]:
     config = load_sweep(given.config, given.set)
-    raw: dict[str, Any] = dict(config.base)
-    for key, value in config.overrides.items():
-        laid: Any = value
-        for part in reversed(key.split(".")):
-            laid = {part: laid}
-        raw = merge(raw, laid)
-    of_run = _places_of_run(parse(RunConfig, {**raw, "name": config.name}, "the run"))
+    from maskray.sweeps.space import base_of
+
+    of_run = _places_of_run(base_of(config))
     return config.name, {f">base.{k[1:]}" if k[0] == ">" else f"base.{k}": v for k, v in of_run.items()}
 
 

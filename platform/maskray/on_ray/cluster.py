@@ -103,7 +103,7 @@ def _refuse_ray_client(address: str | None) -> None:
             key="cluster.address",
             found=f"{address} (from the config or RAY_ADDRESS)",
             allowed="auto or host:port (of the head's GCS, 6379 by default) on a node of the cluster, or null",
-            fix="submit the job to the cluster: ray job submit --address http://HEAD:8265 -- python jobs/pretrain.py",
+            fix="submit the job to the cluster: maskray submit --address http://HEAD:8265 -- pretrain --config …",
         )
 
 

@@ -1,5 +1,6 @@
 """What a submitted job takes along, and what it does not."""
 
+import inspect
 import json
 import os
 import zipfile
@@ -9,6 +10,7 @@ import pytest
 
 from maskray.errors import ClusterError
 from maskray.on_ray import parcel
+from maskray.tracking.mlflow_tracker import MlflowTracker
 
 
 def test_the_same_files_make_the_same_bytes(tmp_path: Path):
@@ -103,6 +105,12 @@ def test_a_secret_that_is_given_is_refused_and_not_repeated(given: str):
     with pytest.raises(ClusterError, match="no secret goes along") as refused:
         parcel.variables_sent([given], {})
     assert "s3cret" not in str(refused.value)
+
+
+def test_a_stopped_job_has_time_for_what_the_tracker_holds():
+    """`close` waits for MLflow, and the run is closed after it."""
+    seconds = inspect.signature(MlflowTracker.close).parameters["timeout_seconds"].default
+    assert 1.5 * seconds <= parcel.STOP_SECONDS
 
 
 def test_a_variable_without_a_value_is_refused():
