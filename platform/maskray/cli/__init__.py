@@ -19,7 +19,7 @@ from types import FrameType
 from rich.console import Console
 from rich.logging import RichHandler
 
-from maskray.cli import data, embed, estimate, evaluate, export, masks, pretrain, promote, sweep
+from maskray.cli import data, embed, estimate, evaluate, export, masks, pretrain, promote, submit, sweep
 from maskray.config.embedding import EmbedConfig
 from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import json_schema
@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     masks.add(commands)
     pretrain.add(commands)
     promote.add(commands)
+    submit.add(commands)
     sweep.add(commands)
     schema = commands.add_parser("schema", help="JSON Schema of the YAML, for editors")
     schema.add_argument("kind", nargs="?", choices=tuple(_SCHEMAS), default="pretrain", help="of config [pretrain]")

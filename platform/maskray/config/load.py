@@ -123,6 +123,37 @@ def read(path: Path, places: Collection[str] = (), seen: tuple[Path, ...] = ()) 
     return merge(merged, loaded | placed)
 
 
+def files_of(path: Path, links: Collection[str] = ("extends", "base")) -> list[Path]:
+    """The YAML file and those that it is laid over, as `read` would read them, each once and absolute.
+
+    Args:
+        path: of a file that `read` has read.
+        links: keys that name other files.
+
+    Raises:
+        ConfigError: one of them is named by an absolute path, which means nothing on another machine.
+    """
+    found, left = [], [path.resolve()]
+    while left:
+        file = left.pop()
+        if file in found:
+            continue
+        found.append(file)
+        loaded = _from_yaml(file.read_text(), str(file))
+        for key in links:
+            value = loaded.get(key, [])
+            for name in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+                if Path(name).is_absolute():
+                    raise ConfigError(
+                        "an absolute path means nothing on another machine",
+                        key=key,
+                        found=f"{name} in {file}",
+                        allowed="a path relative to the file that says it",
+                    )
+                left.append((file.parent / name).resolve())
+    return found
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` laid on `base`, section by section; where both say a `kind` and they differ, `over` replaces the whole."""
     out = dict(base)

@@ -9,7 +9,8 @@ from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ConfigError
 
-_CREDENTIALS = re.compile(r"secret_key=|//[^/@]*:[^/@]*@")
+CREDENTIALS = re.compile(r"secret_key=|//[^/@\s]*:[^/@\s]*@")
+"""Of a URI that has them in it."""
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -21,7 +22,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     def moved(section: Any, key: str) -> Any:
         value = getattr(section, key)
-        if value is not None and _CREDENTIALS.search(value):
+        if value is not None and CREDENTIALS.search(value):
             raise ConfigError(
                 "credentials do not belong into a config, which is kept with the run",
                 key=key,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import threading
 import time
@@ -25,6 +24,7 @@ from maskray.config.embedding import EmbedConfig
 from maskray.config.schema import ClusterConfig, IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
+from maskray.on_ray.parcel import SECRET, of_this_job
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,6 @@ _ENVIRONMENT = {
 }
 
 
-# A runtime environment is shown in Ray's dashboard and logs: nodes must have secrets of their own.
-SECRET = re.compile("PASSWORD|TOKEN|SECRET|KEY")
 # Where Ray unpacks the working directory of a submitted job: another folder after each change, gone with the session.
 _JOB_FOLDER = "/working_dir_files/"
 _ADDRESS_OPTION = {"ingest": "--address"}  # of the others it is a key of their config
@@ -64,7 +62,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             ray.init(
                 address=address,
                 logging_level="ERROR",
-                runtime_env={"py_modules": [str(package)], "env_vars": variables},
+                runtime_env=of_this_job({"py_modules": [str(package)], "env_vars": variables}, os.environ),
             )
         else:
             context = ray.init(
@@ -107,7 +105,7 @@ def _refuse_ray_client(address: str | None) -> None:
             key="cluster.address",
             found=f"{address} (from the config or RAY_ADDRESS)",
             allowed="auto or host:port (of the head's GCS, 6379 by default) on a node of the cluster, or null",
-            fix="submit the job to the cluster: ray job submit --address http://HEAD:8265 -- python jobs/pretrain.py",
+            fix="submit the job to the cluster: maskray submit --address http://HEAD:8265 -- pretrain --config …",
         )
 
 

@@ -22,7 +22,8 @@ from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import background, nested, trial
 from maskray.on_ray.book import Asking, Book, Deciding, Show, survive_lost_processes
-from maskray.on_ray.cluster import SECRET, check_sweep, largest_nodes, wait_for_trial
+from maskray.on_ray.cluster import check_sweep, largest_nodes, wait_for_trial
+from maskray.on_ray.parcel import SECRET
 from maskray.on_ray.trial import Sweep
 from maskray.sweeping import Prepared
 

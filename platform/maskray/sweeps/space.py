@@ -66,8 +66,7 @@ class Space:
         self._overrides = config.overrides | _OF_TRIALS
         self._measured = dict(seconds_per_step or {})
         self._costs: dict[str, Cost] = {}
-        self.base = _base(config, _laid(config.base, self._overrides))
-        _refuse_other_keys(config)
+        self.base = with_absolute_paths(base_of(config))
         self.dataset = Dataset.open(self.base.data.path, self.base.data.version)
         self._digest = weights_digest(self.base.init_from)
         self._refuse_without_objective()
@@ -238,13 +237,21 @@ def _as_long_as(config: RunConfig, steps: int, whole: RunPlan) -> RunConfig:
     return config.model_copy(update={"optim": config.optim.model_copy(update=length)})
 
 
-def _base(config: SweepConfig, raw: Mapping[str, Any]) -> RunConfig:
-    """What the points have in common. A mistake in it says which of the sweep's sections it is in."""
+def base_of(config: SweepConfig) -> RunConfig:
+    """What the points have in common, its paths as they are written. A mistake in it says in which section it is.
+
+    Raises:
+        ConfigError: there is no such run, or a key of the sweep's cannot be there.
+    """
+    raw = _laid(config.base, config.overrides | _OF_TRIALS)
     try:
-        return with_absolute_paths(parse(RunConfig, {**raw, "name": config.name}, "the run"))
+        base = parse(RunConfig, {**raw, "name": config.name}, "the run")
+        with_absolute_paths(base)
     except ConfigError as error:
         section = "overrides" if any(key in str(error) for key in config.overrides) else "base"
         raise ConfigError(str(error), key=section) from error
+    _refuse_other_keys(config)
+    return base
 
 
 def _refuse_other_keys(config: SweepConfig) -> None:

@@ -9,7 +9,6 @@ import getpass
 import hashlib
 import json
 import logging
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from maskray.errors import TrackingError
+from maskray.tracking.commit import commit_of
 from maskray.tracking.mlflow_store import Store as Store
 from maskray.tracking.mlflow_store import open_store as open_store
 from maskray.tracking.mlflow_store import reason, shown
@@ -278,16 +278,11 @@ def provenance(package: Path, commit: str | None = None) -> dict[str, str]:
             continue
     if commit:
         tags["mlflow.source.git.commit"] = commit
-    git = ("git", "-C", str(package))
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
-    try:
-        # A package that is installed below some other repository has nothing to do with that one's commits.
-        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], **options)
-        found = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, or not the package's
+    found = commit_of(package)
+    if found is None:
         return tags
-    return {**tags, "mlflow.source.git.commit": found, "git.uncommitted_changes": "yes" if changed else "no"}
+    changed = "yes" if found.is_changed else "no"
+    return {**tags, "mlflow.source.git.commit": found.sha, "git.uncommitted_changes": changed}
 
 
 def _sources_digest(package: Path) -> str:

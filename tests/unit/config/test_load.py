@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from maskray.config.evaluation import EvaluateConfig
-from maskray.config.load import dump, load, merge, parse, with_overrides
+from maskray.config.load import dump, files_of, load, merge, parse, with_overrides
 from maskray.config.schema import IngestConfig, RunConfig
 from maskray.errors import ConfigError
 
@@ -410,3 +410,16 @@ def test_a_mistake_in_an_item_of_a_list_is_one_and_names_what_is_meant(evaluatio
     with pytest.raises(ConfigError) as caught:
         parse(EvaluateConfig, {"name": "x", "model": "m", "data": {"path": "d"}, "evaluations": [evaluation]})
     assert str(caught.value).startswith(said)
+
+
+def test_the_files_of_a_config_are_all_that_it_is_laid_over(write):
+    write("one.yaml", {"seed": 1})
+    write("two.yaml", {"seed": 2, "extends": "one.yaml"})
+    top = write("in/top.yaml", {"extends": ["../two.yaml", "../one.yaml"]})
+    assert sorted(path.name for path in files_of(top)) == ["one.yaml", "top.yaml", "two.yaml"]
+
+
+def test_an_absolute_path_to_a_base_is_none_on_another_machine(write):
+    base = write("base.yaml", {"seed": 1})
+    with pytest.raises(ConfigError, match=r"extends: an absolute path .*base.yaml in .*top.yaml"):
+        files_of(write("top.yaml", {"extends": str(base)}))

@@ -95,7 +95,7 @@ def test_ray_client_is_refused_by_name(monkeypatch, where: str):
     if where == "environment":
         monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     config = ClusterConfig(address="ray://head:10001" if where == "config" else None)
-    with pytest.raises(ClusterError, match=r"cluster.address: Ray Client .* ray://head:10001 .* ray job submit"):
+    with pytest.raises(ClusterError, match=r"cluster.address: Ray Client .* ray://head:10001 .* maskray submit"):
         cluster.connected(config).__enter__()
 
 
