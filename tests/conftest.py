@@ -116,6 +116,16 @@ def store(mlflow_tables: Path, tmp_path: Path) -> "Store":
     return open_store(TrackingConfig(), str(tmp_path))
 
 
+@pytest.fixture
+def runs(mlflow_tables: Path, tmp_path: Path) -> Path:
+    """Where `tiny` keeps runs, for tests that launch them: with MLflow's tables, else each of them makes its own."""
+    from maskray.tracking.mlflow_store import DATABASE
+
+    (tmp_path / "runs").mkdir()
+    shutil.copy(mlflow_tables, tmp_path / "runs" / DATABASE)
+    return tmp_path / "runs"
+
+
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[str]:
     """The URL of a real S3 API over HTTP."""
