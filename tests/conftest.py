@@ -55,6 +55,14 @@ TINY = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ray has the machine to itself."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker("alone")
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits as a dataset: row groups of 16, a fifth held out."""
