@@ -1,6 +1,7 @@
 # Each target makes its own virtual environment when there is none, and installs what it needs.
 VENV ?= .venv
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 DATA_BENCHMARKS := decode delivery memory latency
 
@@ -15,8 +16,11 @@ demo: $(VENV)/.installed  ## pretrain on the digits and register the encoder
 	$(BIN)/maskray ingest digits runs/data/digits --held-out-fraction 0.2
 	$(BIN)/maskray pretrain --config configs/pretrain/digits.yaml
 
-test: $(VENV)/.installed  ## everything but the long kills
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## everything but the long kills: what bears company in some processes, then the rest in one
+	# Both, even where the first fails.
+	failed=0; \
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not slow and not alone' || failed=$$?; \
+	$(BIN)/python -m pytest -m 'not slow and alone' && exit $$failed
 
 check: $(VENV)/.installed  ## format, lint, types, guards
 	$(BIN)/ruff format --check .

@@ -55,6 +55,14 @@ TINY = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ray has the machine to itself."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker("alone")
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits as a dataset: row groups of 16, a fifth held out."""
@@ -114,6 +122,16 @@ def store(mlflow_tables: Path, tmp_path: Path) -> "Store":
 
     shutil.copy(mlflow_tables, tmp_path / DATABASE)
     return open_store(TrackingConfig(), str(tmp_path))
+
+
+@pytest.fixture
+def runs(mlflow_tables: Path, tmp_path: Path) -> Path:
+    """Where `tiny` keeps runs, for tests that launch them: with MLflow's tables, else each of them makes its own."""
+    from maskray.tracking.mlflow_store import DATABASE
+
+    (tmp_path / "runs").mkdir()
+    shutil.copy(mlflow_tables, tmp_path / "runs" / DATABASE)
+    return tmp_path / "runs"
 
 
 @pytest.fixture(scope="session")

@@ -36,13 +36,6 @@ class Case:
     tags: Callable[[], Mapping[str, str]]
 
 
-@pytest.fixture(scope="module")
-def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mlflow")
-    open_store(TrackingConfig(experiment="unused"), str(folder))
-    return folder / DATABASE
-
-
 @pytest.fixture(params=["memory", "mlflow"])
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
     if request.param == "memory":

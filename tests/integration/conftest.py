@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from maskray.data.storage import TEMPORARY
+from maskray.tracking.mlflow_store import DATABASE
 from maskray.training.checkpoint import WEIGHTS
 
 ROOT = Path(__file__).parents[2]
@@ -190,7 +192,7 @@ class Launches:
 
 
 @pytest.fixture
-def launches(digits: Path, tmp_path: Path) -> Iterator[Callable[..., Launches]]:
+def launches(digits: Path, mlflow_tables: Path, tmp_path: Path) -> Iterator[Callable[..., Launches]]:
     """Makes a run of W workers: `launches("quiet", workers=2)`."""
     made: list[Launches] = []
 
@@ -199,6 +201,8 @@ def launches(digits: Path, tmp_path: Path) -> Iterator[Callable[..., Launches]]:
         def make(name: str, workers: int) -> Launches:
             folder = tmp_path / name
             folder.mkdir()
+            (folder / "runs").mkdir()
+            shutil.copy(mlflow_tables, folder / "runs" / DATABASE)
             config = folder / "config.yaml"
             config.write_text(yaml.safe_dump(_config(digits, folder, workers)))
             environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))} | {

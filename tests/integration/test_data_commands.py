@@ -1,5 +1,6 @@
 """`maskray ingest` and `maskray data` as a user types them."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -113,23 +114,24 @@ def test_damaged_shards_are_named_with_exit_code_2(say, pictures, tmp_path):
     assert "no such dataset" in say("data", "check", "nowhere", code=cli.USER_MISTAKE)
 
 
-def test_a_registered_version_keeps_its_data(say, pictures, tmp_path):
+def test_a_registered_version_keeps_its_data(say, pictures, tmp_path, runs, mlflow_tables):
     from maskray.config.schema import TrackingConfig
     from maskray.tracking.mlflow_store import open_store
 
     say("ingest", pictures("first", range(20)), "shards", "--group-rows", 8)
     say("ingest", pictures("second", range(30, 50)), "shards", "--add")
-    store = open_store(TrackingConfig(), str(tmp_path / "runs"))
+    store = open_store(TrackingConfig(), str(runs))
     store.client().create_registered_model("m")
     store.client().create_model_version("m", store.uri, tags={"dataset": fingerprints()[0]})
     assert "0 versions, 0 files" in say("data", "gc", "shards")
     assert "0 versions, 0 files" in say("data", "gc", "shards", "--delete", "--storage", "runs")
     other = f"sqlite:///{tmp_path}/other.db"
-    open_store(TrackingConfig(uri=other), str(tmp_path / "runs"))
+    shutil.copy(mlflow_tables, tmp_path / "other.db")
+    open_store(TrackingConfig(uri=other), str(runs))
     assert "1 versions" in say("data", "gc", "shards", "--tracking-uri", other)
 
 
-def test_a_run_that_was_begun_on_an_older_version_is_pointed_out(say, pictures, tiny, tmp_path, caplog):
+def test_a_run_that_was_begun_on_an_older_version_is_pointed_out(say, pictures, tiny, tmp_path, runs, caplog):
     say("ingest", pictures("first", range(200)), "shards", "--group-rows", 8)
     config = tiny(data={"path": "shards", "channels": 3}, optim={"global_batch": 16})
     begun = prepare(config)

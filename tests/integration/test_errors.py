@@ -28,7 +28,7 @@ Say = Callable[..., str]
 
 
 @pytest.fixture
-def refuse(tiny: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Say:
+def refuse(tiny: Callable[..., RunConfig], runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Say:
     """Runs the command with overrides; the paragraph that it says."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tiny().model_dump(mode="json")))

@@ -15,6 +15,8 @@ from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import parse
 from maskray.training.folders import step_of
 
+pytestmark = pytest.mark.alone  # a kill must come in time
+
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
 STEPS = 40

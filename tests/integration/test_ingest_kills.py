@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.alone  # a kill must come in time
+
 ROOT = Path(__file__).parents[2]
 IMAGES, CHUNK = 400, 16
 SCRIPT = """

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from maskray.on_ray import probe
 from maskray.on_ray.probe import Told
 from maskray.on_ray.train import RayLauncher
 from maskray.tracking.mlflow_runs import NOTE_TAG
+from maskray.tracking.mlflow_store import DATABASE
 from maskray.training.folders import PROBE, step_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -30,8 +32,10 @@ KEYS = ("probe/few_labels", "probe/all_labels", "probe/knn")
 
 
 @pytest.fixture
-def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> Callable[[str], RunConfig]:
+def run(tiny: Callable[..., RunConfig], mlflow_tables: Path, tmp_path: Path) -> Callable[[str], RunConfig]:
     def build(folder: str) -> RunConfig:
+        (tmp_path / folder).mkdir()
+        shutil.copy(mlflow_tables, tmp_path / folder / DATABASE)
         return tiny(
             optim={"steps": STEPS},
             training={"log_steps": 2, "checkpoint_steps": EVERY, "probe_steps": EVERY},

@@ -127,7 +127,7 @@ def test_a_promotion_killed_after_its_record_is_carried_out_by_the_next_call(
     promote(registered.config(old))
     path = tmp_path / "promote.yaml"
     path.write_text(yaml.safe_dump(registered.config().model_dump(mode="json")))
-    killed = subprocess.run([sys.executable, "-c", KILLED, moment, str(path)], env=environment(), timeout=120)
+    killed = subprocess.run([sys.executable, "-c", KILLED, moment, str(path)], env=environment(), timeout=240)
     assert killed.returncode == -9
     assert [d.kind for d in history(registered)] == ["promoted", "promoted"]
     assert registered.champion == (old if moment == "point" else new)
@@ -158,7 +158,7 @@ def test_the_command_says_what_was_decided_and_by_its_exit_code_too(
     assert "promoted" in shown
     assert "@champion of tiny: version 1" in shown
     job = [sys.executable, str(ROOT / "jobs" / "promote.py"), *command[1:], "--set", "challenger=nobody"]
-    done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == cli.USER_MISTAKE
     assert "Found: nobody" in " ".join(done.stderr.split())
 

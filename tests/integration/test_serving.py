@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,16 +25,17 @@ from maskray.config.schema import TrackingConfig
 from maskray.models.encoder import load_encoder, resize
 from maskray.publish.registry import ModelCard, register_encoder
 from maskray.tracking.mlflow_runs import DatasetCard, RunCard, ensure_run
-from maskray.tracking.mlflow_store import open_store
+from maskray.tracking.mlflow_store import DATABASE, open_store
 
 START_SECONDS = 120
 ARRAYS = [np.random.default_rng(i).integers(0, 256, (40 + 9 * i, 70 - 7 * i, 1), dtype=np.uint8) for i in range(3)]
 
 
 @pytest.fixture(scope="module")
-def server(digits_encoder: Path, tmp_path_factory):
+def server(digits_encoder: Path, mlflow_tables: Path, tmp_path_factory):
     """The URL of a server that was started as its user would."""
     folder = tmp_path_factory.mktemp("serving")
+    shutil.copy(mlflow_tables, folder / DATABASE)
     store = open_store(TrackingConfig(), str(folder))
     card = RunCard("digits-f00d", "f00d", {"seed": 0}, {}, "name: x\n", DatasetCard("digits", "/d", "d16e57", 1))
     version = register_encoder(store.uri, ensure_run(store, card), digits_encoder, "digits", ModelCard(step=1))

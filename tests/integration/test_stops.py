@@ -21,6 +21,8 @@ from maskray.config.schema import RunConfig
 from maskray.data import lease
 from maskray.data.storage import Storage
 
+pytestmark = pytest.mark.usefixtures("runs")
+
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "maskray.cli", "pretrain", "--launcher", "torch", "--config"]
 

@@ -35,7 +35,6 @@ from maskray.sweeping import Prepared
 from maskray.sweeps import record
 from maskray.sweeps.record import Result
 from maskray.tracking.mlflow_runs import NOTE_TAG, PARENT_TAG, TRIAL_TAG
-from maskray.tracking.mlflow_store import DATABASE
 from maskray.training import checkpoint
 from trials import alone
 
@@ -81,10 +80,8 @@ class Swept:
 
 
 @pytest.fixture
-def prepare(tiny: Callable[..., RunConfig], tmp_path: Path, mlflow_tables: Path) -> Callable[..., Prepared]:
+def prepare(tiny: Callable[..., RunConfig], runs: Path) -> Callable[..., Prepared]:
     """A sweep of the tiny run, with keys of its config laid over it."""
-    (tmp_path / "runs").mkdir()
-    shutil.copy(mlflow_tables, tmp_path / "runs" / DATABASE)
 
     def make(space: Mapping[str, Any], base: Mapping[str, Any] | None = None, **keys: Any) -> Prepared:
         run = tiny(probe={"draws": 2, "figure_images": 1}).model_dump(mode="json")

@@ -158,7 +158,7 @@ def test_a_checkpoints_decoder_plays_no_part(config, checkpoint_folder):
     assert len(list((checkpoint_folder.parent / "evaluations").iterdir())) == 1
 
 
-def test_mlflows_run_of_the_model_is_told(config, checkpoint_folder, store, tiny):
+def test_mlflows_run_of_the_model_is_told(config, checkpoint_folder, store, tiny, runs):
     from maskray.launch import card
     from maskray.launch import prepare as prepare_run
 
@@ -175,7 +175,7 @@ def test_mlflows_run_of_the_model_is_told(config, checkpoint_folder, store, tiny
     ]
 
 
-def test_another_evaluation_of_that_name_replaces_the_first(config, checkpoint_folder, store, tiny):
+def test_another_evaluation_of_that_name_replaces_the_first(config, checkpoint_folder, store, tiny, runs):
     from maskray.launch import card
     from maskray.launch import prepare as prepare_run
 

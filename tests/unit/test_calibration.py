@@ -9,6 +9,8 @@ from maskray.calibration import seconds_per_step
 from maskray.config.schema import RunConfig
 from maskray.errors import CheckpointError
 
+pytestmark = pytest.mark.alone  # it times steps
+
 
 def test_a_few_real_steps_are_timed_and_nothing_is_left_of_them(tiny: Callable[..., RunConfig], tmp_path):
     config = tiny(optim={"steps": 10**6, "warmup_steps": 10**5}, training={"probe_at": [3], "probe_steps": 4})

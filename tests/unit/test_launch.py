@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from maskray.launch import Prepared, Summary
 
 
 @pytest.fixture
-def prepared(tiny: Callable[..., RunConfig]) -> Prepared:
+def prepared(tiny: Callable[..., RunConfig], runs: Path) -> Prepared:
     return launch.prepare(tiny())
 
 

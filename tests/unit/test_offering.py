@@ -1,6 +1,5 @@
 """The best of a sweep in the registry: its own encoder, under the sweep's name for it, before the gate."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from maskray.config.sweep import SweepConfig
 from maskray.on_ray import trial
 from maskray.sweeps import record
 from maskray.sweeps.record import Result
-from maskray.tracking.mlflow_store import DATABASE
 
 
 def result_of(of: sweeping.Prepared, number: int, status: record.Status, value: float | None) -> Result:
@@ -22,9 +20,7 @@ def result_of(of: sweeping.Prepared, number: int, status: record.Status, value: 
 
 
 @pytest.fixture
-def prepared(tiny: Callable[..., RunConfig], tmp_path: Path, mlflow_tables: Path) -> sweeping.Prepared:
-    (tmp_path / "runs").mkdir()
-    shutil.copy(mlflow_tables, tmp_path / "runs" / DATABASE)
+def prepared(tiny: Callable[..., RunConfig], runs: Path) -> sweeping.Prepared:
     run = tiny(probe={"draws": 2, "figure_images": 1}).model_dump(mode="json")
     promotion = {"gate": {"bootstrap_draws": 200}}
     raw: dict[str, Any] = {"name": "swept", "base": run, "space": {"mask.ratio": [0.5, 0.75]}, "seeds": [0, 1]}

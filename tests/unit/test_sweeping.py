@@ -34,10 +34,8 @@ RATIOS = {"mask.ratio": [0.5, 0.75]}
 
 
 @pytest.fixture
-def prepare(tiny: Callable[..., RunConfig], tmp_path: Path, mlflow_tables: Path) -> Callable[..., Prepared]:
+def prepare(tiny: Callable[..., RunConfig], runs: Path) -> Callable[..., Prepared]:
     """Prepares a sweep of the tiny run: `prepare(seeds=[0])`; what is not of its config is for `sweeping.prepare`."""
-    (tmp_path / "runs").mkdir()
-    shutil.copy(mlflow_tables, tmp_path / "runs" / DATABASE)
 
     def make(*, resume: bool = False, new: bool = False, base: dict | None = None, **keys: Any) -> Prepared:
         run = merge(tiny().model_dump(mode="json"), base or {})

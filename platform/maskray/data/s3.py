@@ -43,11 +43,15 @@ def read_exactly(file: Any, offset: int, length: int) -> bytes:
     Raises:
         ShortReadError: the file ends before that.
     """
-    # Its size first: beyond it, files on S3 raise something else.
-    content: bytes = file.read_at(length, offset) if offset + length <= file.size() else b""
-    if len(content) != length:
+    content, num_read = bytearray(length), 0
+    if offset + length <= file.size():  # beyond it, files on S3 raise something else
+        # Into zeros: pyarrow does not see that an object store sent less than was asked. Its own buffers would then
+        # hold what lay in memory, another file's bytes or an older read's, and pass for what came.
+        file.seek(offset)
+        num_read = file.readinto(content)
+    if num_read != length:
         raise ShortReadError(f"it has {file.size()} bytes, {offset + length} were expected")
-    return content
+    return bytes(content)
 
 
 def is_passing(error: OSError) -> bool:

@@ -326,7 +326,7 @@ def test_every_damaged_shard_of_every_version_is_named(three_versions):
         check(str(path), thread_mapper(2), lambda *told: None)
 
 
-def test_a_stream_reads_the_version_it_began_with(folder, tmp_path, ingest_here, more, tiny):
+def test_a_stream_reads_the_version_it_began_with(folder, tmp_path, ingest_here, more, tiny, runs):
     from maskray.data.spec import StreamSpec
     from maskray.data.stream import load_unit
     from maskray.launch import prepare

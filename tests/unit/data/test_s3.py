@@ -46,6 +46,23 @@ def test_each_verb_outlives_each_fault(storage, proxy, verb, kind, caplog):
     assert storage.uri in caplog.text
 
 
+@pytest.mark.parametrize("verb", ["read_bytes", "read_pieces", "read_range"])
+def test_what_did_not_come_is_not_what_lay_in_memory(storage, proxy, verb):
+    content = bytes(range(1, 201)) * 250
+    storage.write_bytes("y", content)
+    read = {
+        "read_bytes": lambda: storage.read_bytes("y"),
+        "read_pieces": lambda: b"".join(storage.read_pieces("y")),
+        "read_range": lambda: storage.read_range("y", 0, len(content)),
+    }[verb]
+    assert read() == content  # and its memory is free again
+    proxy.script = ["fewer"] if verb == "read_range" else [None, "fewer"]  # the size is asked for anew
+    got, half = read(), len(content) // 2
+    assert proxy.script == []
+    assert got[:half] == content[:half]
+    assert got[half:] == bytes(len(content) - half)
+
+
 def test_a_slow_answer_is_waited_for(storage, proxy):
     before, proxy.script = RETRIES.count, ["slow"] * 2
     assert VERBS["read_bytes"](storage)

@@ -36,7 +36,7 @@ CODE = {
 
 
 @pytest.fixture
-def run(tiny: Callable[..., RunConfig]) -> TrainedRun:
+def run(tiny: Callable[..., RunConfig], runs: Path) -> TrainedRun:
     prepared = launch.prepare(tiny(cluster={"workers": 2, "cpus_per_worker": 1.5}))
     return TrainedRun(prepared.config, prepared.plan, prepared.dataset, prepared.store, "run-1", CODE)
 
@@ -114,7 +114,7 @@ def test_the_longest_card_fits_into_mlflow(lineage: Lineage):
     assert len(markdown(long)) < MAX_DESCRIPTION
 
 
-def test_a_run_that_is_registered_carries_its_lineage(tiny: Callable[..., RunConfig]):
+def test_a_run_that_is_registered_carries_its_lineage(tiny: Callable[..., RunConfig], runs: Path):
     prepared = launch.prepare(tiny())
     summary = launch.launch(prepared, BareLauncher())
     client = prepared.store.client()
