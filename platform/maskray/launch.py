@@ -174,7 +174,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
         initial_model(config)
     _say_what_is_left_out(config, plan, dataset)
     root = Storage(config.storage.path)
-    _check_writable(root)
+    check_writable(root)
     _say_what_was_begun_on_other_data(root, plan, config)
     store = open_store(config.tracking, root.uri)
     code = mlflow_runs.provenance(Path(__file__).parent, commit)
@@ -284,7 +284,7 @@ def unstored_metrics() -> TrackingError:
 def _tracked(prepared: Prepared, held: lease.Lease) -> Iterator[str]:
     """The run's one MLflow run, whose status is true at the end: FINISHED, FAILED or KILLED."""
     store = prepared.store
-    mlflow_runs.reconcile(store, lambda tags: _is_abandoned(tags, prepared.plan.fingerprint))
+    mlflow_runs.reconcile(store, lambda tags: is_abandoned(tags, prepared.plan.fingerprint))
     run_id = mlflow_runs.ensure_run(store, card(prepared))
     try:
         yield run_id
@@ -323,7 +323,7 @@ def card(prepared: Prepared) -> RunCard:
     )
 
 
-def _is_abandoned(tags: Mapping[str, str], own_fingerprint: str) -> bool:
+def is_abandoned(tags: Mapping[str, str], own_fingerprint: str) -> bool:
     """Whether a RUNNING run has nobody who runs it: its lease is gone or has no living holder."""
     if tags.get("maskray.fingerprint") == own_fingerprint or "maskray.storage" not in tags:
         return False
@@ -389,7 +389,12 @@ def _say_what_was_begun_on_other_data(root: Storage, plan: RunPlan, config: RunC
             )
 
 
-def _check_writable(root: Storage) -> None:
+def check_writable(root: Storage) -> None:
+    """Write a small file where runs are kept, and delete it.
+
+    Raises:
+        StorageError: it cannot be done, and why.
+    """
     try:
         root.check_writable()
     except StorageError as error:  # what it tried to write is of no interest

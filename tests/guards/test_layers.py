@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [  # from the ground up; rooms on one line do not impor
     {"launch", "appraisal", "embedding", "calibration", "offering"},
     {"sweeping"},
     {"on_ray", "bare", "in_use"},
+    {"doctor"},
     {"cli"},
 ]
 WITHIN_A_LAYER = {("config", "errors")}  # everything may raise
@@ -52,11 +53,14 @@ OWNERS: dict[str, set[str]] = {
         "publish/predictor",
         "publish/versions",
     },
+    "alembic": {"tracking/mlflow_store"},
+    "sqlalchemy": {"tracking/mlflow_store"},
+    "packaging": {"doctor/environment"},
     "psutil": {"data/lease"},
     "faster_coco_eval": {"evaluation/detection"},
     "optuna": {"sweeps/search"},
     "jinja2": {"sweeps"},
-    "ray": {"on_ray"},
+    "ray": {"on_ray", "doctor"},
 }
 WITHOUT_TORCH = {"config", "cli", "errors", "data/plan", "data/spec", "training/folders"}
 

@@ -19,7 +19,7 @@ from types import FrameType
 from rich.console import Console
 from rich.logging import RichHandler
 
-from maskray.cli import data, embed, estimate, evaluate, export, masks, pretrain, promote, submit, sweep
+from maskray.cli import data, doctor, embed, estimate, evaluate, export, masks, pretrain, promote, submit, sweep
 from maskray.config.embedding import EmbedConfig
 from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import json_schema
@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     data.add(commands)
+    doctor.add(commands)
     embed.add(commands)
     estimate.add(commands)
     evaluate.add(commands)

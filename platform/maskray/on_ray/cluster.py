@@ -342,6 +342,30 @@ def wait_for_trial(cluster: ClusterConfig) -> bool:
     return _wait_for(bundles, cluster)
 
 
+def check_room(
+    config: RunConfig,
+    beside: list[dict[str, float]],
+    *,
+    streams_on_ray: bool,
+    machine: Mapping[str, float] | None = None,
+) -> None:
+    """As `preflight` of what no waiting brings, and without a word to an autoscaler.
+
+    Args:
+        config: of the run.
+        beside: bundles that are held beside the workers.
+        streams_on_ray: whether Ray Data decodes.
+        machine: what this machine would have for an embedded cluster; None: the connected one is looked at.
+
+    Raises:
+        ClusterError: too few CPUs or GPUs.
+    """
+    bundles = _bundles(config.cluster, beside, streams_on_ray=streams_on_ray)
+    _refuse_if_short(_total(bundles), _largest() if machine is None else machine, config.cluster, beside)
+    if machine is None and not _can_grow():
+        _refuse_if_scattered(bundles, beside, config.cluster)
+
+
 def check_ingest(config: IngestConfig) -> None:
     """Refuse, before tasks on all nodes read and write, folders that only some of them see.
 

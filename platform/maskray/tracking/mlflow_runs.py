@@ -185,6 +185,15 @@ def keep_text(store: Store, run_id: str, name: str, text: str) -> None:
         raise TrackingError("MLflow does not take a file", found=f"{name}: {shown(str(error))}") from error
 
 
+def running(store: Store) -> list[Any]:
+    """MLflow's runs that say RUNNING.
+
+    Raises:
+        TrackingError: MLflow cannot be searched.
+    """
+    return _search(store, f"tags.`{FINGERPRINT_TAG}` != '' AND attributes.status = 'RUNNING'")
+
+
 def reconcile(store: Store, is_stale: Callable[[Mapping[str, str]], bool]) -> list[str]:
     """Close, as killed, the runs that say RUNNING while nobody runs them; their names.
 
@@ -193,7 +202,7 @@ def reconcile(store: Store, is_stale: Callable[[Mapping[str, str]], bool]) -> li
         is_stale: whether nobody holds the run with these tags any more.
     """
     closed = []
-    for run in _search(store, f"tags.`{FINGERPRINT_TAG}` != '' AND attributes.status = 'RUNNING'"):
+    for run in running(store):
         if is_stale(run.data.tags):
             close_run(store, run.info.run_id, "KILLED", "its launch ended without a word")
             closed.append(run.info.run_name)

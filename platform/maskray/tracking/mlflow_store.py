@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import re
 import socket
 import sqlite3
@@ -12,12 +13,17 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from mlflow import MlflowClient
+from alembic.script import ScriptDirectory
+from mlflow import MlflowClient, __version__
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import _get_alembic_config, _get_latest_schema_revision, _get_schema_version
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from sqlalchemy import create_engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from maskray.config.schema import TrackingConfig
 from maskray.errors import TrackingError
@@ -56,7 +62,7 @@ def open_store(config: TrackingConfig, storage_path: str) -> Store:
     """
     # Alembic's and MLflow's word on tables made is noise on a first `maskray demo`.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    uri = config.uri or _embedded_uri(storage_path)
+    uri = config.uri or embedded_uri(storage_path)
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https"):
         _probe(uri)
@@ -69,11 +75,58 @@ def open_store(config: TrackingConfig, storage_path: str) -> Store:
     if scheme.partition("+")[0] in DATABASE_PORTS:
         _probe_port(uri)
         return _open(uri, config.experiment, artifacts=f"{storage_path.rstrip('/')}/{ARTIFACTS}")
-    raise TrackingError(
-        "MLflow cannot be reached by such a URI",
-        key="tracking.uri",
-        found=shown(uri),
-        allowed="http(s)://host:port, sqlite:////absolute/path.db, postgresql://…, or null for a store beside the runs",
+    raise _unknown(uri)
+
+
+class Look(NamedTuple):
+    """What was found where MLflow is, or would be."""
+
+    place: str
+    """Its URI, without a password."""
+    words: str
+    store: Store | None = None
+    """None: there is no store yet, or no such experiment in it."""
+    server: str | None = None
+    """Version of the server, where it is one."""
+
+
+def look(config: TrackingConfig, storage_path: str) -> Look:
+    """Reach MLflow as `open_store` does, and change nothing: no file, no table and no experiment is made.
+
+    Raises:
+        TrackingError: as `open_store`, and for tables of another version of MLflow.
+    """
+    uri = config.uri or embedded_uri(storage_path)
+    scheme, server = urlsplit(uri).scheme, None
+    if scheme in ("http", "https"):
+        _probe(uri)
+        server = http_request(get_default_host_creds(uri), "/version", "GET", timeout=PROBE_SECONDS, max_retries=0).text
+    elif scheme == "sqlite":
+        database = _database(uri)
+        if not database.exists():
+            return Look(shown(uri), "the first run makes it")
+        uri = f"sqlite:///{database}"
+        if not os.access(database, os.W_OK) or not os.access(database.parent, os.W_OK):
+            raise _unwritable(database, PermissionError("read-only"))
+        _refuse_other_tables(f"sqlite:///file:{database}?mode=ro&uri=true", uri)
+    elif scheme.partition("+")[0] in DATABASE_PORTS:
+        _probe_port(uri)
+        _refuse_other_tables(uri, uri)
+    else:
+        raise _unknown(uri)
+    words = f"MLflow {server} answers" if server else "the tables are those of this MLflow"
+    try:
+        found = MlflowClient(tracking_uri=uri, registry_uri=uri).get_experiment_by_name(config.experiment)
+    except MlflowException as error:
+        raise _unusable(uri, error) from error
+    if found is None:
+        return Look(shown(uri), f"{words}; the first run makes experiment {config.experiment}", None, server)
+    _refuse_deleted(found)
+    return Look(
+        shown(uri),
+        f"{words}, experiment {config.experiment}",
+        Store(uri, found.experiment_id, config.experiment),
+        server,
     )
 
 
@@ -117,7 +170,12 @@ def shown(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//***@", uri)
 
 
-def _embedded_uri(storage_path: str) -> str:
+def embedded_uri(storage_path: str) -> str:
+    """The URI of the store beside the runs.
+
+    Raises:
+        TrackingError: they are not kept in a local folder.
+    """
     if "://" in storage_path and not storage_path.startswith("file://"):
         raise TrackingError(
             "an embedded MLflow store needs a local folder, and the runs are kept elsewhere",
@@ -256,17 +314,8 @@ def _open(uri: str, experiment: str, artifacts: str | None) -> Store:
         if found is None:
             return Store(uri, _create_experiment(client, experiment, artifacts), experiment)
     except MlflowException as error:
-        fix = "mlflow db upgrade " + shown(uri) if "out-of-date database schema" in str(error) else None
-        raise TrackingError(
-            "MLflow's store cannot be used", key="tracking.uri", found=f"{shown(uri)} ({shown(str(error))})", fix=fix
-        ) from error
-    if found.lifecycle_stage != "active":
-        raise TrackingError(
-            "the experiment was deleted in MLflow",
-            key="tracking.experiment",
-            found=experiment,
-            fix=f"restore it (mlflow experiments restore --experiment-id {found.experiment_id}), or take another name",
-        )
+        raise _unusable(uri, error) from error
+    _refuse_deleted(found)
     return Store(uri, found.experiment_id, experiment)
 
 
@@ -277,3 +326,56 @@ def _create_experiment(client: MlflowClient, experiment: str, artifacts: str | N
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         return str(client.get_experiment_by_name(experiment).experiment_id)  # another driver was faster
+
+
+def _refuse_other_tables(readable: str, uri: str) -> None:
+    """Compare the version of a database's tables with what this MLflow wants; MLflow alone would make missing ones."""
+    engine = create_engine(readable)
+    try:
+        found = _get_schema_version(engine)
+    except SQLAlchemyError as error:
+        raise _unusable(uri, error) from error
+    finally:
+        engine.dispose()
+    wanted = _get_latest_schema_revision()
+    if found == wanted:
+        return
+    is_older = found is None or any(each.revision == found for each in _revisions())
+    raise TrackingError(
+        "the tables of MLflow's database are not those of this MLflow",
+        key="tracking.uri",
+        found=f"{shown(uri)}, revision {found}",
+        allowed=f"revision {wanted}, of MLflow {__version__}",
+        fix=f"after a backup: mlflow db upgrade '{shown(uri)}'" if is_older else "pip install --upgrade mlflow",
+    )
+
+
+def _revisions() -> Iterator[Any]:
+    yield from ScriptDirectory.from_config(_get_alembic_config("")).walk_revisions()
+
+
+def _unknown(uri: str) -> TrackingError:
+    return TrackingError(
+        "MLflow cannot be reached by such a URI",
+        key="tracking.uri",
+        found=shown(uri),
+        allowed="http(s)://host:port, sqlite:////absolute/path.db, postgresql://…, or null for a store beside the runs",
+    )
+
+
+def _unusable(uri: str, error: Exception) -> TrackingError:
+    fix = "mlflow db upgrade " + shown(uri) if "out-of-date database schema" in str(error) else None
+    return TrackingError(
+        "MLflow's store cannot be used", key="tracking.uri", found=f"{shown(uri)} ({shown(str(error))})", fix=fix
+    )
+
+
+def _refuse_deleted(experiment: Any) -> None:
+    if experiment.lifecycle_stage == "active":
+        return
+    raise TrackingError(
+        "the experiment was deleted in MLflow",
+        key="tracking.experiment",
+        found=experiment.name,
+        fix=f"restore it (mlflow experiments restore --experiment-id {experiment.experiment_id}), or take another name",
+    )

@@ -1,0 +1,1 @@
+"""What is wrong, said before a job is: checks that take seconds and leave nothing behind."""
