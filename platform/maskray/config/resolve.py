@@ -7,7 +7,7 @@ from typing import Any
 
 from maskray.config.load import fingerprint, identity
 from maskray.config.models import SparseConvConfig
-from maskray.config.schema import OptimConfig, RunConfig
+from maskray.config.schema import OptimConfig, PretrainClusterConfig, RunConfig
 from maskray.errors import ConfigError, DataError
 
 
@@ -64,8 +64,9 @@ def resolve(config: RunConfig, data: DatasetFacts, init_digest: str | None = Non
 
     Raises:
         DataError: the dataset has no full row group.
-        ConfigError: the global batch is not whole row groups, more workers than a step has row groups, or a micro-batch
-            that is neither whole groups nor a divisor of one.
+        ConfigError: the global batch is not whole row groups, more workers than a step has row groups, a number of
+            workers that may change and does not divide them, or a micro-batch that is neither whole groups nor a
+            divisor of one.
     """
     if data.num_row_groups == 0:
         raise DataError(
@@ -87,6 +88,14 @@ def resolve(config: RunConfig, data: DatasetFacts, init_digest: str | None = Non
         )
     k = batch // group
     check_shares(config, group, k)
+    if config.cluster.min_workers is not None and k % config.cluster.workers:
+        raise ConfigError(
+            f"workers that may become fewer must divide the row groups of a step ({k})",
+            key="cluster.workers",
+            found=f"{config.cluster.workers}, with cluster.min_workers {config.cluster.min_workers}",
+            allowed=", ".join(str(d) for d in range(config.cluster.min_workers, k + 1) if k % d == 0),
+            fix="take one of these, or set cluster.min_workers: null",
+        )
     total, warmup = _steps(config.optim, data.num_row_groups / k)
     plain: dict[str, Any] = identity(config)
     for key in ("epochs", "steps", "warmup_epochs", "warmup_steps"):
@@ -141,6 +150,17 @@ def check_shares(config: RunConfig, group: int, k: int) -> None:
             allowed=f"multiples of {group}",
             fix="take one, or ingest again with a smaller group_rows",
         )
+
+
+def worker_counts(cluster: PretrainClusterConfig, groups_per_step: int) -> list[int]:
+    """Numbers of workers that a run may have, the largest first.
+
+    Where there are several, each divides the row groups of a step: so streams start at the first worker's turn wherever
+    they start, and no worker waits for another.
+    """
+    if cluster.min_workers is None:
+        return [cluster.workers]
+    return [n for n in range(cluster.workers, cluster.min_workers - 1, -1) if groups_per_step % n == 0]
 
 
 def _steps(optim: OptimConfig, steps_per_pass: float) -> tuple[int, int]:

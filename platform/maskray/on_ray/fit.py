@@ -29,7 +29,7 @@ def trainer(
     root: Storage,
     name: str,
     checkpoints: ray.train.CheckpointConfig,
-    kind: type[TorchTrainer] = TorchTrainer,
+    kind: Callable[..., TorchTrainer] = TorchTrainer,
     **data: Any,
 ) -> TorchTrainer:
     """A trainer, of a kind.
@@ -41,7 +41,7 @@ def trainer(
         root: where runs are kept.
         name: of the run, and of its folder there.
         checkpoints: which are kept.
-        kind: its class.
+        kind: its class, or what makes it.
         data: what else `TorchTrainer` takes: `datasets`, `dataset_config` and `validation_config`.
     """
     on_gpu = cluster.gpus_per_worker > 0

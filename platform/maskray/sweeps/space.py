@@ -45,6 +45,8 @@ _OF_TRIALS = {
     # Trials are judged at rungs, and at their ends.
     "training.probe_steps": None,
     "storage.keep_checkpoints": 1,
+    # What Tune holds for a trial does not change.
+    "cluster.min_workers": None,
 }
 _SAID_ELSEWHERE = {
     "name": "trials have the sweep's",

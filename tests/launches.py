@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from maskray.config.load import merge
 from maskray.data.storage import TEMPORARY
 from maskray.training.checkpoint import WEIGHTS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 240
 HUNG = "hung"
 # Python runs it at the start of every process. Uploads copy files so; the last of them, state.json, never comes.
@@ -57,6 +57,7 @@ class Launches:
     config: Path
     environment: dict[str, str]
     command: str = "pretrain"
+    tracking_uri: str | None = None
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     killed: set[int] = field(default_factory=set)
 
@@ -157,6 +158,18 @@ class Launches:
             assert out.setdefault((line["step"], line["rank"]), entry) == entry, "a step was trained on other images"
         return out
 
+    def steps_trained(self) -> dict[int, tuple[int, tuple[int, ...]]]:
+        """Step → (workers, positions of the plan), as it was trained last."""
+        latest: dict[int, dict[int, list[int]]] = {}
+        for line in self.lines():
+            latest.setdefault(line["step"], {})[line["rank"]] = line["positions"]
+        out = {}
+        for step, by_rank in sorted(latest.items()):
+            first = by_rank[0]
+            workers = first[1] - first[0] if len(first) > 1 else len(by_rank)  # others trained it before, and were lost
+            out[step] = workers, tuple(sorted(p for rank in range(workers) for p in by_rank[rank]))
+        return out
+
     def status(self) -> str:
         """Of the one run that MLflow holds."""
         return str(self._tracked()[1].info.status)
@@ -165,8 +178,13 @@ class Launches:
         client, run = self._tracked()
         return [m.step for m in client.get_metric_history(run.info.run_id, key)]
 
+    def metrics(self, key: str) -> dict[int, float]:
+        """By step."""
+        client, run = self._tracked()
+        return {m.step: m.value for m in client.get_metric_history(run.info.run_id, key)}
+
     def _tracked(self) -> tuple[MlflowClient, Run]:
-        client = MlflowClient(f"sqlite:///{self.folder}/runs/mlflow.db")
+        client = MlflowClient(self.tracking_uri or f"sqlite:///{self.folder}/runs/mlflow.db")
         (run,) = client.search_runs([client.get_experiment_by_name("maskray").experiment_id])
         return client, run
 
@@ -189,25 +207,25 @@ class Launches:
             time.sleep(0.002)
 
 
-@pytest.fixture
-def launches(digits: Path, tmp_path: Path) -> Iterator[Callable[..., Launches]]:
-    """Makes a run of W workers: `launches("quiet", workers=2)`."""
+@contextmanager
+def launching(digits: Path, folder: Path) -> Iterator[Callable[..., Launches]]:
+    """Makes runs of W workers, with sections laid over their config: `make("quiet", workers=2, optim={"steps": 8})`."""
     made: list[Launches] = []
 
     with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
 
-        def make(name: str, workers: int) -> Launches:
-            folder = tmp_path / name
-            folder.mkdir()
-            config = folder / "config.yaml"
-            config.write_text(yaml.safe_dump(_config(digits, folder, workers)))
+        def make(name: str, workers: int, **sections: object) -> Launches:
+            place = folder / name
+            place.mkdir()
+            config = place / "config.yaml"
+            config.write_text(yaml.safe_dump(merge(_config(digits, place, workers), sections)))
             environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))} | {
-                "PYTHONPATH": str(_source_root(folder)),
+                "PYTHONPATH": str(_source_root(place)),
                 "RAY_AUTH_MODE": "disabled",
                 "RAY_TMPDIR": ray_folder,
                 "OMP_NUM_THREADS": "1",
             }
-            made.append(Launches(folder, config, environment))
+            made.append(Launches(place, config, environment))
             return made[-1]
 
         yield make
