@@ -26,19 +26,32 @@ from maskray.training.checkpoint import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 240
-HUNG = "hung"
-# Python runs it at the start of every process. Uploads copy files so; the last of them, state.json, never comes.
-HANGING_DISK = """
+HUNG, SLOW, CLOCK = "hung", "slow", "clock"
+"""Files in a run's folder by which its machine goes wrong; the last two hold seconds."""
+# Python runs it at the start of every process. Uploads copy files so; the last of them, state.json, never comes while
+# the disk is hung. A clock is set in those processes that are started while the file of that name is there.
+MACHINE = """
 import pathlib, shutil, time
 
-copy = shutil.copyfileobj
+folder = pathlib.Path({folder!r})
+copy, sleep, now, now_ns = shutil.copyfileobj, time.sleep, time.time, time.time_ns
+
+def said(name):
+    try:
+        return float((folder / name).read_text())
+    except (OSError, ValueError):
+        return 0.0
 
 def copy_when_the_disk_is_there(source, target, *arguments, **options):
-    while str(getattr(source, "name", "")).endswith({weights!r}) and pathlib.Path({hung!r}).exists():
-        time.sleep(0.01)
+    while str(getattr(source, "name", "")).endswith({weights!r}) and (folder / {hung!r}).exists():
+        sleep(0.01)
+    sleep(said({slow!r}))
     copy(source, target, *arguments, **options)
 
 shutil.copyfileobj = copy_when_the_disk_is_there
+if (folder / {clock!r}).exists():
+    time.time = lambda: now() + said({clock!r})
+    time.time_ns = lambda: now_ns() + int(1e9 * said({clock!r}))
 """
 
 
@@ -183,6 +196,11 @@ class Launches:
         client, run = self._tracked()
         return {m.step: m.value for m in client.get_metric_history(run.info.run_id, key)}
 
+    def timestamps(self, key: str) -> dict[int, float]:
+        """Seconds since 1970, by step."""
+        client, run = self._tracked()
+        return {m.step: m.timestamp / 1000 for m in client.get_metric_history(run.info.run_id, key)}
+
     def _tracked(self) -> tuple[MlflowClient, Run]:
         client = MlflowClient(self.tracking_uri or f"sqlite:///{self.folder}/runs/mlflow.db")
         (run,) = client.search_runs([client.get_experiment_by_name("maskray").experiment_id])
@@ -234,11 +252,13 @@ def launching(digits: Path, folder: Path) -> Iterator[Callable[..., Launches]]:
 
 
 def _source_root(folder: Path) -> Path:
-    """The package, on a disk that hangs while there is a file `HUNG`: the driver and all of Ray's processes see it."""
+    """The package, on a machine that goes wrong when told: the driver and all of Ray's processes see it."""
     root = folder / "platform"
     root.mkdir()
     (root / "maskray").symlink_to(ROOT / "platform" / "maskray")
-    (root / "sitecustomize.py").write_text(HANGING_DISK.format(hung=str(folder / HUNG), weights=WEIGHTS))
+    (root / "sitecustomize.py").write_text(
+        MACHINE.format(folder=str(folder), hung=HUNG, slow=SLOW, clock=CLOCK, weights=WEIGHTS)
+    )
     return root
 
 
