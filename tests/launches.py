@@ -25,7 +25,7 @@ from maskray.data.storage import TEMPORARY
 from maskray.training.checkpoint import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 600
 HUNG, SLOW, CLOCK = "hung", "slow", "clock"
 """Files in a run's folder by which its machine goes wrong; the last two hold seconds."""
 # Python runs it at the start of every process. Uploads copy files so; the last of them, state.json, never comes while

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,7 +87,7 @@ class Policy(ElasticScalingPolicy):
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """As many as there is room for; of those that could not be started the next smaller."""
         self._maybe_send_resource_request()
-        most = self._room(ray_state.get_draining_nodes())
+        most = self._room(_nodes(ray_state.get_draining_nodes()))
         if most == 0:
             self._say(f"Waiting for room for {self._terms.counts[-1]} of {self._terms.counts[0]} workers")
             time.sleep(_LOOK_SECONDS)  # Train asks again at once
@@ -115,11 +115,12 @@ class Policy(ElasticScalingPolicy):
             if self._running or running < self._terms.counts[0]:
                 self._say(f"{running} of {self._terms.counts[0]} workers train on from {self._record() or 'the start'}")
             self._running, self._larger, self._grown = running, None, now
-        most = self._room()
-        if 0 < most < running:
-            return self._get_resize_decision(most)
-        if most > running and self._larger is None and now - self._grown >= self._terms.grow_seconds:
-            self._larger, self._record_then = self._get_resize_decision(most), self._record()
+        nodes = _nodes()
+        held = next((n for n in self._terms.counts if n <= running and self._fits(n, nodes.values())), running)
+        if held < running:
+            return self._get_resize_decision(held)
+        if self._larger is None and now - self._grown >= self._terms.grow_seconds and self._room(nodes) > running:
+            self._larger, self._record_then = self._get_resize_decision(self._room(nodes)), self._record()
         if self._larger is None or self._record() == self._record_then:
             return NoopDecision()
         larger, self._larger, self._grown = self._larger, None, now
@@ -128,14 +129,18 @@ class Policy(ElasticScalingPolicy):
         self._tried.append(larger.num_workers)
         return larger
 
-    def _room(self, leaving: Container[str] = ()) -> int:
-        """Workers for which there is room on the nodes that are alive and not about to leave; 0: for too few."""
-        nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving}
-        reserved = self._get_reserved_resources() or {}
-        most = self._count_possible_workers({k: v for k, v in reserved.items() if k in nodes})
-        return next((n for n in self._terms.counts if n <= most and self._fits(n, list(nodes.values()))), 0)
+    def _room(self, nodes: Mapping[str, Mapping[str, float]]) -> int:
+        """Workers for which there is room on nodes, of what Train has been given there; 0 for too few.
 
-    def _fits(self, count: int, nodes: Sequence[dict[str, float]]) -> bool:
+        What is free counts, whoever has it: a run that was killed keeps what it was given for three minutes.
+        """
+        given = {node: each for node, each in (self._get_reserved_resources() or {}).items() if node in nodes}
+        most = self._count_possible_workers(given)
+        free = [each for node, each in available_resources_per_node().items() if node in nodes]
+        counts = self._terms.counts
+        return next((n for n in counts if self._fits(n, free) or (n <= most and self._fits(n, nodes.values()))), 0)
+
+    def _fits(self, count: int, nodes: Iterable[Mapping[str, float]]) -> bool:
         left = [dict(node) for node in nodes]
         worker = self.scaling_config._resources_per_worker_not_none
         return all(place(bundle, left) for bundle in [*[worker] * count, *self._terms.beside])
@@ -166,3 +171,8 @@ class Policy(ElasticScalingPolicy):
 
     def _say(self, text: str) -> None:
         self._terms.board.warn.remote(text)
+
+
+def _nodes(leaving: Container[str] = ()) -> dict[str, Mapping[str, float]]:
+    """What the nodes have that are alive, and not about to leave."""
+    return {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving}

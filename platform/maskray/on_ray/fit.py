@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from maskray.config.schema import ClusterConfig
 from maskray.data.storage import Storage
 from maskray.errors import TrainingError
-from maskray.on_ray import background, failures, record
+from maskray.on_ray import background, failures, orphans, record
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +83,13 @@ def fitted(make: Callable[[], TorchTrainer], run: Storage, max_failures: int) ->
         record.settle(run)  # each time: a controller that died may have torn it
         try:
             # In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0.
-            return background.call("maskray-fit", make().fit).result().return_value
+            started = make()
+            return background.call("maskray-fit", started.fit).result().return_value
         except ray.exceptions.ActorDiedError as error:
             if left == 0:
                 raise TrainingError(f"Ray Train's controller died too often: {error}") from error
             log.warning("Ray Train's controller died; starting again from the latest checkpoint")
+            orphans.remove(started.train_run_context.run_id)
         except ray.train.TrainingFailedError as error:
             raise failures.explained(error, max_failures) from error
     raise AssertionError("the last try returns or raises")

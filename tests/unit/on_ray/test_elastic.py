@@ -18,6 +18,7 @@ class Cluster:
     def __init__(self) -> None:
         self.nodes: dict[str, dict[str, float]] = {}
         self.free: dict[str, dict[str, float]] = {}
+        self.given: dict[str, dict[str, float]] | None = None
         self.draining: dict[str, int] = {}
         self.dead: set[str] = set()
         self.record, self.now = "step_000000004-a", 0.0
@@ -34,7 +35,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(elastic, "registered_checkpoint", lambda _: at.record)
     monkeypatch.setattr(elastic, "time", SimpleNamespace(monotonic=lambda: at.now, sleep=lambda _: None))
     monkeypatch.setattr(elastic.Policy, "_maybe_send_resource_request", lambda _: None)
-    monkeypatch.setattr(elastic.Policy, "_get_reserved_resources", lambda _: at.nodes)
+    monkeypatch.setattr(elastic.Policy, "_get_reserved_resources", lambda _: at.nodes if at.given is None else at.given)
     return at
 
 
@@ -120,6 +121,19 @@ def test_fewer_workers_where_ray_data_has_lost_its_room(at: Cluster):
     assert changed(of, 2) is None
     at.dead = {"b"}
     assert changed(of, 2) == 1
+
+
+def test_what_a_killed_run_had_been_given_is_not_waited_for(at: Cluster):
+    at.nodes, at.given, at.free = {"a": {"CPU": 4}}, {"a": {"CPU": 1}}, {"a": {"CPU": 4.0}}
+    of = policy(at)
+    assert started(of) == 4
+    at.free = {"a": {"CPU": 0.0}}
+    assert changed(of, 4) is None, "they have what they need"
+
+
+def test_what_another_run_was_given_is_left_to_it(at: Cluster):
+    at.nodes, at.given, at.free = {"a": {"CPU": 4}}, {"a": {"CPU": 2}}, {"a": {"CPU": 1.0}}
+    assert started(policy(at)) == 2
 
 
 def test_each_change_is_said(at: Cluster):
