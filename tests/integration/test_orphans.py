@@ -1,5 +1,7 @@
 """What a killed controller leaves, on a real cluster: all of it is taken away, and nothing else."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -35,3 +37,36 @@ def test_what_a_killed_controller_held_is_free_again(ray_cluster):
     assert state(lost) == "CREATED", "Ray takes it away by itself: orphans.py can go"
     assert orphans.remove("0123") == 1
     assert (state(lost), state(kept)) == ("REMOVED", "CREATED")
+
+
+DRIVER = """
+import sys, time
+import ray
+from ray.util.placement_group import placement_group
+
+@ray.remote(num_cpus=0)
+class Controller:
+    def hold(self):
+        self.group = placement_group([{"CPU": 2}])
+        ray.get(self.group.ready())
+        return self.group.id.hex()
+
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+controller = Controller.remote()
+print(ray.get(controller.hold.remote()), flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_driver_held_ray_takes_away(ray_cluster):
+    """So no actor of Train's need watch for it."""
+    address = ray.get_runtime_context().gcs_address
+    with subprocess.Popen([sys.executable, "-c", DRIVER, address], stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        group = driver.stdout.readline().strip()
+        assert state(group) == "CREATED"
+        driver.kill()
+    deadline = time.monotonic() + 60
+    while state(group) != "REMOVED":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

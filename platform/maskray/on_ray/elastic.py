@@ -21,7 +21,6 @@ from typing import Any
 import ray
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as ray_state
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import (
     AUTOSCALING_REQUESTS_GET_TIMEOUT_S,
     ElasticScalingPolicy,
@@ -32,6 +31,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 
 from maskray.data.storage import Storage
 from maskray.errors import MaskrayError
+from maskray.on_ray import fit
 from maskray.on_ray.cluster import place
 from maskray.on_ray.stream import registered_checkpoint
 
@@ -56,8 +56,8 @@ class Terms:
     """Is told of changes."""
 
 
-class Trainer(TorchTrainer):
-    """A `TorchTrainer` whose workers change in number by `terms`."""
+class Trainer(fit.Trainer):
+    """A trainer whose workers change in number by `terms`."""
 
     def __init__(self, *arguments: Any, terms: Terms, scaling_config: ray.train.ScalingConfig, **options: Any) -> None:
         scaling = replace(scaling_config, num_workers=(terms.counts[-1], terms.counts[0]))

@@ -60,7 +60,7 @@ def train(
         MaskrayError: a mistake that only the workers could see, or metrics that MLflow has not taken.
         TrainingError: a step was not finite, or the workers were lost too often.
     """
-    board = ray.remote(num_cpus=0)(TrialBoard).remote()
+    board = fit.board(TrialBoard)
     settings = {
         "config": config.model_dump(mode="json"),
         "run": folder.uri,

@@ -19,7 +19,6 @@ from maskray.errors import CheckpointError, NonFiniteError
 from maskray.evaluation.judgement import Verdict
 from maskray.launch import Prepared, unstored_metrics
 from maskray.on_ray import cluster, elastic, evaluate, fit, probe, stream, worker
-from maskray.on_ray.board import Board
 from maskray.on_ray.fit import followed
 from maskray.on_ray.probe import Hook, Judge, Told
 from maskray.tracking.console import ProgressLine
@@ -58,7 +57,7 @@ class RayLauncher:
             TrainingError: a step was not finite, or the workers were lost too often.
         """
         config = prepared.config
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board = fit.board()
         line = ProgressLine(prepared.plan.total_steps)
         with probe.set_aside(config) as place, closing(line), followed(board, line.update):
             told = Told(prepared.store.uri, run_id, board)
@@ -94,7 +93,7 @@ def _trainer(prepared: Prepared, told: Told, hook: Hook) -> TorchTrainer:
     config, on_ray = prepared.config, streams_on_ray(prepared)
     spec = StreamSpec.of(config, prepared.plan, prepared.dataset)
     counts = worker_counts(config.cluster, prepared.plan.groups_per_step)
-    kind: Callable[..., TorchTrainer] = TorchTrainer
+    kind: Callable[..., TorchTrainer] = fit.Trainer
     if len(counts) > 1:
         beside = cluster.beside_workers(config.cluster, probe.bundles(config), streams_on_ray=on_ray)
         terms = elastic.Terms(counts, beside, config.cluster.grow_seconds, prepared.run, told.board)
