@@ -166,7 +166,7 @@ def replayed(run: Launches, launches: Callable[..., Launches], steps: int) -> La
         if stop == steps:
             assert other.finish(process) == 0, other.output()
             break
-        other.wait(process, lambda stop=stop: list(other.run.glob(f"step_{stop:09d}-*/state.json")))
+        other.wait(process, lambda stop=stop: list(other.folder.glob(f"runs/kills-*/step_{stop:09d}-*/state.json")))
         other.kill(process)
         forget_what_is_newer(other, stop)
     return other
