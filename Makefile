@@ -31,8 +31,8 @@ check: $(VENV)/.installed  ## format, lint, types, guards
 infra: $(VENV)/.installed  ## all files of infra/, after you changed them
 	PYTHONPATH=tests $(BIN)/python -m manifests
 
-chaos: $(VENV)/.installed  ## the long form: five kills of workers and five of the driver, for each of W = 1, 2, 4; a SIGTERM
-	$(BIN)/python -m pytest -m slow
+chaos: $(VENV)/.installed  ## the long form of all faults, about an hour; a line of JSON a case in runs/chaos/results.jsonl
+	MASKRAY_CHAOS_RESULTS=$(CURDIR)/runs/chaos/results.jsonl $(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.installed  ## see tests/benchmarks/RESULTS.md
 	$(BIN)/python tests/benchmarks/plan.py

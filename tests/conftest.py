@@ -17,6 +17,7 @@ from maskray.config.schema import IngestConfig, RunConfig
 from object_store import FaultyProxy, moto_server, new_bucket
 
 if TYPE_CHECKING:
+    from launches import Launches
     from maskray.tracking.mlflow_store import Store
 
 # Before Ray or MLflow is imported, and for every process that tests start.
@@ -193,6 +194,15 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture
+def launches(digits: Path, mlflow_tables: Path, tmp_path: Path) -> "Iterator[Callable[..., Launches]]":
+    """Makes runs that are launched as a user does, and killed: `launches("quiet", workers=2)`."""
+    from launches import launching
+
+    with launching(digits, mlflow_tables, tmp_path) as make:
+        yield make
 
 
 @pytest.fixture(autouse=True)

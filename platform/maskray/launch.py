@@ -335,7 +335,7 @@ def is_abandoned(tags: Mapping[str, str], own_fingerprint: str) -> bool:
         holder = lease.holder_of(run)
     except MaskrayError:
         return False
-    return holder is None or not holder.is_alive()
+    return holder is None or not holder.is_alive_at(run)
 
 
 def _release(

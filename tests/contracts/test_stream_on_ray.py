@@ -157,3 +157,20 @@ def test_segments_hold_each_position_once_and_start_with_the_first_worker(worker
     assert list(segment_positions(segments, start, workers)) == list(range(start - start % workers, 100))
     firsts = [segments.bounds(i, start, workers) for i in range(len(segments.names))]
     assert all(first % workers == 0 for first, last in firsts if first < last)
+
+
+@pytest.mark.parametrize("groups_per_task", [1, 4, 7])
+def test_segments_are_the_same_for_each_number_of_workers_that_divides_a_step(tiny, groups_per_task: int):
+    """The controller's process, which opens them, is not told how many workers there are."""
+    data = {"tasks_per_execution": 3, "groups_per_task": groups_per_task}
+    config = tiny(optim={"steps": 9, "global_batch": 64}, data=data)
+    dataset = Dataset.open(config.data.path)
+    spec = StreamSpec.of(config, resolve(config, dataset.facts()), dataset)
+    wanted = stream.Segments.of(spec, 4, config.data)
+    for workers in (1, 2, 4):
+        segments = stream.Segments.of(spec, workers, config.data)
+        assert segments == wanted
+        for start in range(0, spec.total_steps * spec.groups_per_step, spec.groups_per_step):
+            bounds = [segments.bounds(i, start, workers) for i in range(len(segments.names))]
+            assert bounds == [wanted.bounds(i, start, 4) for i in range(len(wanted.names))]
+            assert [p for first, end in bounds for p in range(first, end)] == list(range(start, segments.end))

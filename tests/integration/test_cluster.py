@@ -11,7 +11,6 @@ from maskray.config.schema import IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import cluster, fit, probe
-from maskray.on_ray.board import Board
 from nodes import add_node, head
 
 pytestmark = pytest.mark.ray
@@ -71,7 +70,7 @@ def test_an_ingest_from_or_into_a_folder_that_only_the_driver_sees_is_refused(tw
 
 
 def test_what_workers_warn_of_reaches_the_driver_once_and_without_rays_noise(two_nodes, caplog):
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = fit.board()
 
     def warn() -> None:
         from maskray.on_ray.worker import tell_driver
@@ -84,3 +83,10 @@ def test_what_workers_warn_of_reaches_the_driver_once_and_without_rays_noise(two
     with fit.followed(board, lambda step, metrics: None):
         ray.get([ray.remote(warn).remote() for _ in range(2)])
     assert caplog.messages == ["resumed with 7 threads"]
+
+
+def test_boards_outlive_the_nodes_of_the_workers(two_nodes):
+    boards = [fit.board() for _ in range(6)]
+    ray.get([board.read.remote(0) for board in boards])
+    nodes = {ray._private.state.actors(board._actor_id.hex())["Address"]["NodeID"] for board in boards}
+    assert nodes == {ray.get_runtime_context().get_node_id()}

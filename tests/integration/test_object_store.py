@@ -31,6 +31,7 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(storage_module, "PATIENCE", Patience(tries=12, first_wait_seconds=0.01))
     monkeypatch.setattr(row_groups, "FOOTERS", row_groups.Footers(2**20))
     monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.1)
 
 
 def spec_of(config: RunConfig) -> StreamSpec:

@@ -8,7 +8,7 @@ from typing import Any
 
 from maskray.config.load import fingerprint, identity
 from maskray.config.models import SparseConvConfig
-from maskray.config.schema import OptimConfig, RunConfig
+from maskray.config.schema import OptimConfig, PretrainClusterConfig, RunConfig
 from maskray.errors import ConfigError, DataError
 
 
@@ -65,8 +65,9 @@ def resolve(config: RunConfig, data: DatasetFacts, init_digest: str | None = Non
 
     Raises:
         DataError: the dataset has no full row group.
-        ConfigError: the global batch is not whole row groups, more workers than a step has row groups, a micro-batch
-            that is neither whole groups nor a divisor of one, or steps to be skipped that there are not.
+        ConfigError: the global batch is not whole row groups, more workers than a step has row groups, a number of
+            workers that may change and does not divide them, a micro-batch that is neither whole groups nor a divisor
+            of one, or steps to be skipped that there are not.
     """
     if data.num_row_groups == 0:
         raise DataError(
@@ -88,6 +89,14 @@ def resolve(config: RunConfig, data: DatasetFacts, init_digest: str | None = Non
         )
     k = batch // group
     check_shares(config, group, k)
+    if config.cluster.min_workers is not None and k % config.cluster.workers:
+        raise ConfigError(
+            f"workers that may become fewer must divide the row groups of a step ({k})",
+            key="cluster.workers",
+            found=f"{config.cluster.workers}, with cluster.min_workers {config.cluster.min_workers}",
+            allowed=", ".join(str(d) for d in range(config.cluster.min_workers, k + 1) if k % d == 0),
+            fix="take one of these, or set cluster.min_workers: null",
+        )
     total, warmup = _steps(config.optim, data.num_row_groups / k)
     _check_skipped(config.training.skip_steps, total)
     plain: dict[str, Any] = identity(config)
@@ -156,6 +165,17 @@ def _check_skipped(steps: Sequence[int], total: int) -> None:
         )
     if len(steps) == total:
         raise ConfigError("no step would be left to train", key="training.skip_steps", found=f"all {total}")
+
+
+def worker_counts(cluster: PretrainClusterConfig, groups_per_step: int) -> list[int]:
+    """Numbers of workers that a run may have, the largest first.
+
+    Where there are several, each divides the row groups of a step: so streams start at the first worker's turn wherever
+    they start, and no worker waits for another.
+    """
+    if cluster.min_workers is None:
+        return [cluster.workers]
+    return [n for n in range(cluster.workers, cluster.min_workers - 1, -1) if groups_per_step % n == 0]
 
 
 def _steps(optim: OptimConfig, steps_per_pass: float) -> tuple[int, int]:

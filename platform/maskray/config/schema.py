@@ -317,6 +317,22 @@ class ClusterConfig(Section):
     """Times that the workers may be lost and started again."""
 
 
+class PretrainClusterConfig(ClusterConfig):
+    """As all that runs on workers, and what their number may become while nodes go and come."""
+
+    min_workers: PositiveInt | None = operational(None)
+    """Go on with so many at least where nodes are lost, up to `workers` again when there is room: always a number that
+    divides the row groups of a step. None: with `workers` alone, waiting for nodes. Ray's launcher only."""
+    grow_seconds: PositiveInt = operational(60)
+    """Between two looks for room for more workers, up to `workers`. They start at the next checkpoint."""
+
+    @model_validator(mode="after")
+    def _least_is_not_more_than_most(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} must be at most workers (found {self.workers})")
+        return self
+
+
 class StorageConfig(Section):
     """Where runs are kept."""
 
@@ -356,7 +372,7 @@ class RunConfig(Section):
     optim: OptimConfig
     training: TrainingConfig = TrainingConfig()
     probe: ProbeConfig = ProbeConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: PretrainClusterConfig = PretrainClusterConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -1,8 +1,9 @@
 """One launch at a time: a file in the folder of a run, or of a dataset, that says who has it, renewed while it runs.
 
 A launch that was killed leaves its lease behind. It counts for nothing once its heartbeat is two minutes old, or at
-once where its process was on this machine and is gone. A launch that was taken for dead, because its machine slept, and
-finds its lease in other hands stops itself.
+once where its process was on this machine and is gone. Clocks of two machines may differ, and may be set: a heartbeat
+that looks old is watched for a while before it is believed. A launch that was taken for dead, because its machine
+slept, and finds its lease in other hands stops itself.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 LEASE = "lease.json"
 STALE_SECONDS = 120.0
 BEAT_SECONDS = 20.0
+WATCH_SECONDS = 25.0
 SETTLE_SECONDS = 0.5
 
 
@@ -56,33 +58,58 @@ class Holder:
     host: str
     pid: int
     process_started: float
-    """Start of the process, in seconds since 1970: a number of a process is used again, with another start."""
+    """Start of the process, in seconds after the machine's: a number of a process is used again, with another start."""
     heartbeat: float
+    """In seconds since 1970, by the holder's clock."""
     pid_namespace: str = ""
-    """Where the number means this process: containers may share a host name and not their processes."""
+    """Where the number means this process: containers may share a host name and not their processes, and so may two
+    machines; and a machine that was started anew has others."""
 
     @classmethod
     def this_process(cls) -> Holder:
         """A new holder: this process."""
-        started = psutil.Process().create_time()
+        started = _started_after_boot(psutil.Process())
         return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), started, time.time(), _pid_namespace())
 
     def is_alive(self) -> bool:
-        """Whether the holder may still be running."""
-        if (self.host, self.pid_namespace) == (socket.gethostname(), _pid_namespace()):
+        """Whether the holder may still be running, as far as can be said at once."""
+        if self._is_here():
             try:
                 process = psutil.Process(self.pid)
                 # In a container without an init nobody collects the dead: they stay listed for ever.
                 running = process.status() != psutil.STATUS_ZOMBIE
-                return bool(running and abs(process.create_time() - self.process_started) < 1)
+                return bool(running and abs(_started_after_boot(process) - self.process_started) < 1)
             except psutil.NoSuchProcess:
                 return False
-        return time.time() - self.heartbeat < STALE_SECONDS
+        return abs(time.time() - self.heartbeat) < STALE_SECONDS
+
+    def is_alive_at(self, place: Storage) -> bool:
+        """As `is_alive`, but sure of it: a heartbeat of another machine that looks old is seen not to move."""
+        if self.is_alive() or self._is_here():
+            return self.is_alive()
+        until = time.monotonic() + WATCH_SECONDS
+        while time.monotonic() < until:
+            time.sleep(WATCH_SECONDS / 10)
+            now = holder_of(place)
+            if now is None or now.token != self.token:
+                return False
+            if now.heartbeat != self.heartbeat:
+                return True
+        return False
+
+    def _is_here(self) -> bool:
+        return (self.host, self.pid_namespace) == (socket.gethostname(), _pid_namespace())
+
+
+def _started_after_boot(process: psutil.Process) -> float:
+    """Not in seconds since 1970: psutil makes those from the clock as it is now, and it may have been set."""
+    return float(process.create_time() - psutil.boot_time())
 
 
 def _pid_namespace() -> str:
     try:
-        return str(Path("/proc/self/ns/pid").readlink())
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:  # no Linux
         return ""
 
@@ -111,13 +138,17 @@ def refuse_if_held(place: Storage, name: str, kind: Kind = RUN) -> None:
     """
     other = holder_of(place)
     if other is not None and other.is_alive():
-        age = max(0.0, time.time() - other.heartbeat)
-        raise RunConflictError(
-            f"{kind.noun} {name} is running already",
-            key=kind.key,
-            found=f"process {other.pid} on {other.host}, last heard of {age:.0f} s ago",
-            fix=kind.fix,
-        )
+        raise _held(other, name, kind)
+
+
+def _held(other: Holder, name: str, kind: Kind) -> RunConflictError:
+    age = max(0.0, time.time() - other.heartbeat)
+    return RunConflictError(
+        f"{kind.noun} {name} is running already",
+        key=kind.key,
+        found=f"process {other.pid} on {other.host}, last heard of {age:.0f} s ago",
+        fix=kind.fix,
+    )
 
 
 @contextmanager
@@ -160,7 +191,9 @@ def _take(place: Storage, name: str, kind: Kind, me: Holder) -> None:
         if place.is_local:
             return
     else:
-        refuse_if_held(place, name, kind)
+        other = holder_of(place)
+        if other is not None and other.is_alive_at(place):
+            raise _held(other, name, kind)
         log.warning("Taking over %s %s: its last launch ended without a word", kind.noun, name)
         place.write_bytes(LEASE, content)  # over the old one: were it deleted first, a third launch could slip in
     # Several may take over in the same moment, or create in an object store without conditional writes: the last to

@@ -33,7 +33,7 @@ _MANY_NODES = 1000  # of a kind of which an autoscaler may bring any number
 # Set before Ray starts, and only where the user has not: a lost worker is told apart from a slow one sooner.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
 
 
@@ -110,7 +110,13 @@ def _refuse_ray_client(address: str | None) -> None:
 
 
 def preflight(
-    config: RunConfig, storage: Storage, tracking_uri: str, beside: list[dict[str, float]], *, streams_on_ray: bool
+    config: RunConfig,
+    storage: Storage,
+    tracking_uri: str,
+    beside: list[dict[str, float]],
+    *,
+    streams_on_ray: bool,
+    least: int | None = None,
 ) -> None:
     """Refuse in seconds what the cluster could never hold; wait, visibly, for what it can still get.
 
@@ -120,6 +126,7 @@ def preflight(
         tracking_uri: of MLflow.
         beside: bundles that are held beside the workers.
         streams_on_ray: whether Ray Data decodes.
+        least: workers that the run starts with where there is room for no more after `cluster.wait_seconds`; None: all.
 
     Raises:
         ClusterError: too few CPUs or GPUs even at the autoscaler's largest; still too few after
@@ -128,26 +135,39 @@ def preflight(
     _refuse_job_folder(storage, "storage.path")
     _check_shared(storage, tracking_uri)
     cluster = config.cluster
-    bundles = _bundles(cluster, beside, streams_on_ray=streams_on_ray)
-    _refuse_if_short(_total(bundles), _largest(), cluster, beside)
+    fewest = cluster if least is None else cluster.model_copy(update={"workers": least})
+    bundles, enough = (_bundles(c, beside, streams_on_ray=streams_on_ray) for c in (cluster, fewest))
+    _refuse_if_short(_total(enough), _largest(), fewest, beside)
     if not _can_grow():
-        _refuse_if_scattered(bundles, beside, cluster)
-    if _wait_for(bundles, cluster):
+        _refuse_if_scattered(enough, beside, fewest)
+    if _wait_for(bundles, cluster, enough):
         _check_shared(storage, tracking_uri)  # again: nodes may have come
 
 
 def _bundles(cluster: ClusterConfig, beside: list[dict[str, float]], *, streams_on_ray: bool) -> list[dict[str, float]]:
-    """What must lie on one node each: workers, what is beside them, and tasks of Ray Data, which take a whole CPU."""
+    """What must lie on one node each: workers, and what is beside them."""
     worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    return [worker] * cluster.workers + beside + [{"CPU": 1.0}] * (cluster.data_cpus if streams_on_ray else 0)
+    return [worker] * cluster.workers + beside_workers(cluster, beside, streams_on_ray=streams_on_ray)
+
+
+def beside_workers(
+    cluster: ClusterConfig, probes: list[dict[str, float]], *, streams_on_ray: bool
+) -> list[dict[str, float]]:
+    """What must lie on one node each beside the workers: probes, and tasks of Ray Data, which take a whole CPU."""
+    return probes + [{"CPU": 1.0}] * (cluster.data_cpus if streams_on_ray else 0)
 
 
 def _total(bundles: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in ("CPU", "GPU")}
 
 
-def _wait_for(bundles: list[dict[str, float]], cluster: ClusterConfig) -> bool:
-    """Wait until there is a free place for each bundle, and ask an autoscaler for them; whether that took any time."""
+def _wait_for(
+    bundles: list[dict[str, float]], cluster: ClusterConfig, enough: list[dict[str, float]] | None = None
+) -> bool:
+    """Wait until there is a free place for each bundle, and ask an autoscaler for them; whether that took any time.
+
+    Where time is up, those that are `enough` are; None: all.
+    """
     needed, waited = _total(bundles), False
     deadline, said = time.monotonic() + cluster.wait_seconds, 0.0
     request_resources(bundles=bundles)
@@ -155,6 +175,9 @@ def _wait_for(bundles: list[dict[str, float]], cluster: ClusterConfig) -> bool:
         while _unplaced(bundles, list(available_resources_per_node().values())):
             waited = True
             if time.monotonic() > deadline:
+                if enough is not None and not _unplaced(enough, list(available_resources_per_node().values())):
+                    log.warning("Starting with what there is: %s free", _shown(ray.available_resources()))
+                    return True
                 raise ClusterError(
                     f"the cluster's resources were not free within {cluster.wait_seconds:g} s",
                     key="cluster.wait_seconds",

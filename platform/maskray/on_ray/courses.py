@@ -17,7 +17,6 @@ from maskray.data import lease
 from maskray.data.storage import Storage
 from maskray.errors import TrainingError
 from maskray.on_ray import fit, record
-from maskray.on_ray.board import Board
 from maskray.on_ray.context import RayWorkerContext
 from maskray.on_ray.stream import registered_checkpoint
 from maskray.on_ray.worker import tell_driver
@@ -65,7 +64,7 @@ def run_all(
         done = _done(run, fingerprint)
         if len(done) == len(asked):
             return done
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board = fit.board()
         settings = {
             "build": ray.put(build),
             "asked": list(asked),

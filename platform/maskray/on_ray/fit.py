@@ -11,15 +11,29 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from maskray.config.schema import ClusterConfig
 from maskray.data.storage import Storage
 from maskray.errors import TrainingError
-from maskray.on_ray import background, failures, record
+from maskray.on_ray import background, failures, orphans, record
+from maskray.on_ray.board import Board
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS, _READ_SECONDS = 0.5, 5.0
+
+
+class Trainer(TorchTrainer):
+    """A `TorchTrainer` without the detached actor that is to remove the placement group of a dead controller.
+
+    A process more at each start; where there is no dashboard it does nothing but complain, each second. `fitted`
+    removes such a group itself, and Ray those of a driver that is gone.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
 
 def trainer(
@@ -29,7 +43,7 @@ def trainer(
     root: Storage,
     name: str,
     checkpoints: ray.train.CheckpointConfig,
-    kind: type[TorchTrainer] = TorchTrainer,
+    kind: Callable[..., TorchTrainer] = Trainer,
     **data: Any,
 ) -> TorchTrainer:
     """A trainer, of a kind.
@@ -41,7 +55,7 @@ def trainer(
         root: where runs are kept.
         name: of the run, and of its folder there.
         checkpoints: which are kept.
-        kind: its class.
+        kind: its class, or what makes it.
         data: what else `TorchTrainer` takes: `datasets`, `dataset_config` and `validation_config`.
     """
     on_gpu = cluster.gpus_per_worker > 0
@@ -83,14 +97,22 @@ def fitted(make: Callable[[], TorchTrainer], run: Storage, max_failures: int) ->
         record.settle(run)  # each time: a controller that died may have torn it
         try:
             # In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0.
-            return background.call("maskray-fit", make().fit).result().return_value
+            started = make()
+            return background.call("maskray-fit", started.fit).result().return_value
         except ray.exceptions.ActorDiedError as error:
             if left == 0:
                 raise TrainingError(f"Ray Train's controller died too often: {error}") from error
             log.warning("Ray Train's controller died; starting again from the latest checkpoint")
+            orphans.remove(started.train_run_context.run_id)
         except ray.train.TrainingFailedError as error:
             raise failures.explained(error, max_failures) from error
     raise AssertionError("the last try returns or raises")
+
+
+def board(kind: type = Board) -> Any:
+    """A board, on the node of this process: it must outlive the nodes of the workers."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote()
 
 
 @contextmanager

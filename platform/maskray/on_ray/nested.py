@@ -73,7 +73,7 @@ def train(
         BadStepError: a step was not finite: trials do not go back.
         TrainingError: the workers were lost too often.
     """
-    board = ray.remote(num_cpus=0)(TrialBoard).remote()
+    board = fit.board(TrialBoard)
     settings = {
         "config": config.model_dump(mode="json"),
         "run": folder.uri,

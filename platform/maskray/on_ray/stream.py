@@ -7,7 +7,7 @@ How the order is kept (each setting was needed; Ray 2.60):
   splitter, which gives each block to the worker with the fewest rows, deals them in turn.
 * `preserve_order` (in Train's DataConfig) keeps blocks in the order of the tasks, and of reading.
 * The splitter deals from where a stream starts, and the plan says that position p belongs to worker p mod W: so a
-  stream starts at a multiple of W, and a worker drops what it is given before its first.
+  stream starts at a multiple of W, and a worker drops what it is given before its first. W is what Train chose.
 * The splitter holds back and cuts the last blocks of an execution: each ends with spare units that nobody reads.
 
 The plan is cut into segments, each one execution, many passes long where the data is small: Ray keeps a record for
@@ -21,6 +21,7 @@ other, that only pass this module's functions on, and importing torch takes long
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
@@ -52,18 +53,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Segments:
-    """The run's positions cut into executions of Ray Data. Fixed for a number of workers: not moved by a resume."""
+    """The run's positions cut into executions of Ray Data: not moved by a resume.
+
+    Nor by another number of workers, where that divides the row groups of a step.
+    """
 
     end: int
     """One past the run's last position."""
     size: int
-    """Positions in a segment: a multiple of the workers."""
+    """Positions in a segment: a multiple of the workers, and of a step's."""
 
     @classmethod
     def of(cls, spec: StreamSpec, workers: int, data: DataConfig) -> Segments:
         """The segments of a run."""
-        size = max(workers, data.tasks_per_execution * data.groups_per_task)
-        return cls(spec.total_steps * spec.groups_per_step, size - size % workers)
+        turn = math.lcm(workers, spec.groups_per_step)
+        size = max(turn, data.tasks_per_execution * data.groups_per_task)
+        return cls(spec.total_steps * spec.groups_per_step, size - size % turn)
 
     @property
     def names(self) -> list[str]:
@@ -79,7 +84,11 @@ class Segments:
 def datasets(
     spec: StreamSpec, run: Storage, workers: int, data: DataConfig
 ) -> dict[str, Callable[[], ray.data.Dataset]]:
-    """What Train is given: it calls each at every start of the workers, in the controller's process."""
+    """What Train is given: it calls each at every start of the workers, in the controller's process.
+
+    The number of workers is not told there: where it may change (`cluster.min_workers`) `workers` is the largest, and
+    each that may come divides the row groups of a step, so that segments and their starts are the same for all.
+    """
     names = Segments.of(spec, workers, data).names
     return {name: partial(_open_segment, spec, run, workers, data, i) for i, name in enumerate(names)}
 

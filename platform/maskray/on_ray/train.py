@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,13 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from maskray.config.resolve import worker_counts
 from maskray.data.local import is_walked_locally
 from maskray.data.spec import StreamSpec
 from maskray.errors import BadStepError, CheckpointError
 from maskray.evaluation.judgement import Verdict
 from maskray.launch import Prepared, unstored_metrics
-from maskray.on_ray import cluster, evaluate, fit, probe, stream, worker
-from maskray.on_ray.board import Board
+from maskray.on_ray import cluster, elastic, evaluate, fit, probe, stream, worker
 from maskray.on_ray.fit import followed
 from maskray.on_ray.probe import Hook, Judge, Told
 from maskray.tracking.console import ProgressLine
@@ -43,8 +43,11 @@ class RayLauncher:
     def preflight(self, prepared: Prepared) -> None:
         """Refuse what the cluster cannot hold, and wait for what it can."""
         beside = probe.bundles(prepared.config)
+        least = worker_counts(prepared.config.cluster, prepared.plan.groups_per_step)[-1]
         on_ray = streams_on_ray(prepared)
-        cluster.preflight(prepared.config, prepared.root, prepared.store.uri, beside, streams_on_ray=on_ray)
+        cluster.preflight(
+            prepared.config, prepared.root, prepared.store.uri, beside, streams_on_ray=on_ray, least=least
+        )
 
     def train(self, prepared: Prepared, run_id: str) -> None:
         """Train to the end. Lost workers are Train's to restart; a lost controller is ours.
@@ -55,7 +58,7 @@ class RayLauncher:
             TrainingError: the workers were lost too often.
         """
         config = prepared.config
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board = fit.board()
         line = ProgressLine(prepared.plan.total_steps)
         with probe.set_aside(config) as place, closing(line), followed(board, line.update):
             told = Told(prepared.store.uri, run_id, board)
@@ -94,6 +97,12 @@ def streams_on_ray(prepared: Prepared) -> bool:
 def _trainer(prepared: Prepared, told: Told, hook: Hook) -> TorchTrainer:
     config, on_ray = prepared.config, streams_on_ray(prepared)
     spec = StreamSpec.of(config, prepared.plan, prepared.dataset)
+    counts = worker_counts(config.cluster, prepared.plan.groups_per_step)
+    kind: Callable[..., TorchTrainer] = fit.Trainer
+    if len(counts) > 1:
+        beside = cluster.beside_workers(config.cluster, probe.bundles(config), streams_on_ray=on_ray)
+        terms = elastic.Terms(counts, beside, config.cluster.grow_seconds, prepared.run, told.board)
+        kind = partial(elastic.Trainer, terms=terms)
     return fit.trainer(
         worker.run,
         {
@@ -112,6 +121,7 @@ def _trainer(prepared: Prepared, told: Told, hook: Hook) -> TorchTrainer:
             checkpoint_score_attribute=SCORE,
             checkpoint_score_order="max",
         ),
+        kind,
         dataset_config=ray.train.DataConfig(execution_options=stream.execution_options(config.data)),
         # A killed hook is started again; what it waits for may be killed as it likes.
         validation_config=ray.train.ValidationConfig(hook, ray_remote_kwargs={"num_cpus": 0, "max_retries": -1}),

@@ -37,6 +37,8 @@ _OF_TRIALS = {
     # One that diverges is to end at once.
     "training.rewinds": 0,
     "storage.keep_checkpoints": 1,
+    # What Tune holds for a trial does not change.
+    "cluster.min_workers": None,
 }
 _SAID_ELSEWHERE = {
     "name": "trials have the sweep's",

@@ -3,8 +3,8 @@
 import pytest
 
 from maskray.config.load import merge, parse
-from maskray.config.resolve import DatasetFacts, padding_waste, resolve
-from maskray.config.schema import RunConfig
+from maskray.config.resolve import DatasetFacts, padding_waste, resolve, worker_counts
+from maskray.config.schema import PretrainClusterConfig, RunConfig
 from maskray.errors import ConfigError, DataError
 
 BASE = {
@@ -104,6 +104,24 @@ def test_more_workers_than_a_step_has_row_groups():
     )
     assert resolved(cluster={"workers": 4}).groups_per_step == 4
     assert resolved(cluster={"workers": 3}).groups_per_step == 4
+
+
+def test_workers_that_may_become_fewer_divide_a_step():
+    assert refusal(ConfigError, cluster={"workers": 3, "min_workers": 2}) == (
+        "cluster.workers: workers that may become fewer must divide the row groups of a step (4). "
+        "Found: 3, with cluster.min_workers 2. Allowed: 2, 4. "
+        "What to do: take one of these, or set cluster.min_workers: null."
+    )
+    with pytest.raises(ConfigError, match="min_workers 3 must be at most workers"):
+        resolved(cluster={"workers": 2, "min_workers": 3})
+
+
+@pytest.mark.parametrize(
+    ("workers", "least", "counts"),
+    [(12, 1, [12, 6, 4, 3, 2, 1]), (12, 5, [12, 6]), (4, 4, [4]), (5, None, [5])],
+)
+def test_numbers_of_workers_that_a_run_may_have(workers, least, counts):
+    assert worker_counts(PretrainClusterConfig(workers=workers, min_workers=least), 12) == counts
 
 
 @pytest.mark.parametrize("micro_batch", [3, 12, 24, 33])

@@ -24,6 +24,7 @@ PACKAGE = str(Path(__file__).parents[3] / "platform")
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch):
     monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -187,6 +188,56 @@ def test_of_many_that_take_over_at_once_one_has_it(run, elsewhere):
     for thread in threads:
         thread.join()
     assert sorted(results) == ["has it"] + ["refused"] * 7
+
+
+# --------------------------------------------------------------------------------------------------------------- clocks
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets this machine's clock forward, or back: what Python and the kernel say."""
+
+    def put(seconds: float) -> None:
+        now, boot = time.time, lease.psutil.boot_time
+        monkeypatch.setattr(lease.time, "time", lambda: now() + seconds)
+        monkeypatch.setattr(lease.psutil, "boot_time", lambda: boot() + seconds)
+        created = lease.psutil.Process.create_time
+        monkeypatch.setattr(lease.psutil.Process, "create_time", lambda self: created(self) + seconds)
+
+    return put
+
+
+@pytest.mark.parametrize("seconds", [-7200, 7200])
+def test_a_launch_of_this_machine_is_known_after_its_clock_was_set(run, clock, seconds: float):
+    with hold(run, "digits"):
+        clock(seconds)
+        with pytest.raises(RunConflictError, match="is running already"):
+            hold(run, "digits").__enter__()
+
+
+@pytest.mark.parametrize("seconds", [-7200, 7200])
+def test_a_launch_of_another_machine_whose_heart_beats_by_another_clock_is_left_alone(run, elsewhere, seconds: float):
+    theirs = leave(run, replace(elsewhere, heartbeat=time.time() + seconds))
+    beat = threading.Timer(0.05, lambda: leave(run, replace(theirs, heartbeat=theirs.heartbeat + 20)))
+    beat.start()
+    with pytest.raises(RunConflictError, match="is running already"):
+        hold(run, "digits").__enter__()
+    beat.join()
+
+
+def test_a_launch_that_died_on_a_machine_whose_clock_was_ahead_is_not_in_the_way_for_hours(run, elsewhere):
+    leave(run, replace(elsewhere, heartbeat=time.time() + 7200))
+    with hold(run, "digits"):
+        assert holder_of(run).pid == os.getpid()
+
+
+def test_a_number_from_before_the_machine_was_started_anew_means_nothing(run, monkeypatch):
+    """What starts first has the same number each time, and the same seconds after boot."""
+    before = replace(Holder.this_process(), heartbeat=time.time() - lease.STALE_SECONDS - 1)
+    monkeypatch.setattr(lease, "_pid_namespace", lambda: "another boot pid:[1]")
+    leave(run, before)
+    with hold(run, "digits"):
+        assert holder_of(run).token != before.token
 
 
 # ----------------------------------------------------------------------------------------------------------- heartbeat

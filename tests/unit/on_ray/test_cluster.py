@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from ray._private.state import GlobalState
 
-from maskray.config.schema import ClusterConfig, IngestConfig
+from maskray.config.load import parse
+from maskray.config.schema import ClusterConfig, IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import cluster
@@ -41,6 +42,22 @@ def test_a_probe_has_a_place_of_its_own(monkeypatch):
     with pytest.raises(ClusterError, match=r"room for 2 of 2 workers and for 0 of 1 probe\..*probe.cpus=0"):
         refuse(monkeypatch, [{"CPU": 2}], workers=2, beside=aside, streams=False)
     refuse(monkeypatch, [{"CPU": 2}, {"CPU": 1}], workers=2, beside=aside, streams=False)
+
+
+def test_a_run_that_may_have_fewer_workers_starts_with_what_there_is(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(cluster, "_nodes", lambda: [{"NodeID": "a", "Resources": {"CPU": 3}}])
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 3.0})
+    monkeypatch.setattr(cluster.ray, "available_resources", lambda: {"CPU": 3.0})
+    monkeypatch.setattr(cluster, "available_resources_per_node", lambda: {"a": {"CPU": 3.0}})
+    monkeypatch.setattr(cluster, "request_resources", lambda **_: None)
+    monkeypatch.setattr(GlobalState, "get_max_resources_from_cluster_config", lambda _: None)
+    settings = {"workers": 4, "wait_seconds": 0, "data_cpus": 1}
+    config = parse(RunConfig, {"name": "a", "data": {"path": "x"}, "optim": {"steps": 1}, "cluster": settings})
+    for least in (None, 3):
+        with pytest.raises(ClusterError, match="can never hold this run"):
+            cluster.preflight(config, Storage(tmp_path), "", [], streams_on_ray=True, least=least)
+    cluster.preflight(config, Storage(tmp_path), "", [], streams_on_ray=True, least=2)
+    assert "Starting with what there is: 3 CPUs free" in caplog.text
 
 
 def test_gpus_and_cpus_lie_on_the_same_node(monkeypatch):

@@ -17,30 +17,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from maskray.config.load import merge
 from maskray.data.storage import TEMPORARY
 from maskray.tracking.mlflow_store import DATABASE
 from maskray.training.checkpoint import WEIGHTS
 
-ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 240
-HUNG = "hung"
-# Python runs it at the start of every process. Uploads copy files so; the last of them, state.json, never comes.
-HANGING_DISK = """
+ROOT = Path(__file__).parents[1]
+PATIENCE_SECONDS = 600
+HUNG, SLOW, CLOCK = "hung", "slow", "clock"
+"""Files in a run's folder by which its machine goes wrong; the last two hold seconds."""
+# Python runs it at the start of every process. Uploads copy files so; the last of them, state.json, never comes while
+# the disk is hung. A clock is set in those processes that are started while the file of that name is there.
+MACHINE = """
 import pathlib, shutil, time
 
-copy = shutil.copyfileobj
+folder = pathlib.Path({folder!r})
+copy, sleep, now, now_ns = shutil.copyfileobj, time.sleep, time.time, time.time_ns
+
+def said(name):
+    try:
+        return float((folder / name).read_text())
+    except (OSError, ValueError):
+        return 0.0
 
 def copy_when_the_disk_is_there(source, target, *arguments, **options):
-    while str(getattr(source, "name", "")).endswith({weights!r}) and pathlib.Path({hung!r}).exists():
-        time.sleep(0.01)
+    while str(getattr(source, "name", "")).endswith({weights!r}) and (folder / {hung!r}).exists():
+        sleep(0.01)
+    sleep(said({slow!r}))
     copy(source, target, *arguments, **options)
 
 shutil.copyfileobj = copy_when_the_disk_is_there
+if (folder / {clock!r}).exists():
+    time.time = lambda: now() + said({clock!r})
+    time.time_ns = lambda: now_ns() + int(1e9 * said({clock!r}))
 """
 
 
@@ -59,6 +72,7 @@ class Launches:
     config: Path
     environment: dict[str, str]
     command: str = "pretrain"
+    tracking_uri: str | None = None
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     killed: set[int] = field(default_factory=set)
 
@@ -159,6 +173,18 @@ class Launches:
             assert out.setdefault((line["step"], line["rank"]), entry) == entry, "a step was trained on other images"
         return out
 
+    def steps_trained(self) -> dict[int, tuple[int, tuple[int, ...]]]:
+        """Step → (workers, positions of the plan), as it was trained last."""
+        latest: dict[int, dict[int, list[int]]] = {}
+        for line in self.lines():
+            latest.setdefault(line["step"], {})[line["rank"]] = line["positions"]
+        out = {}
+        for step, by_rank in sorted(latest.items()):
+            first = by_rank[0]
+            workers = first[1] - first[0] if len(first) > 1 else len(by_rank)  # others trained it before, and were lost
+            out[step] = workers, tuple(sorted(p for rank in range(workers) for p in by_rank[rank]))
+        return out
+
     def status(self) -> str:
         """Of the one run that MLflow holds."""
         return str(self._tracked()[1].info.status)
@@ -167,8 +193,18 @@ class Launches:
         client, run = self._tracked()
         return [m.step for m in client.get_metric_history(run.info.run_id, key)]
 
+    def metrics(self, key: str) -> dict[int, float]:
+        """By step."""
+        client, run = self._tracked()
+        return {m.step: m.value for m in client.get_metric_history(run.info.run_id, key)}
+
+    def timestamps(self, key: str) -> dict[int, float]:
+        """Seconds since 1970, by step."""
+        client, run = self._tracked()
+        return {m.step: m.timestamp / 1000 for m in client.get_metric_history(run.info.run_id, key)}
+
     def _tracked(self) -> tuple[MlflowClient, Run]:
-        client = MlflowClient(f"sqlite:///{self.folder}/runs/mlflow.db")
+        client = MlflowClient(self.tracking_uri or f"sqlite:///{self.folder}/runs/mlflow.db")
         (run,) = client.search_runs([client.get_experiment_by_name("maskray").experiment_id])
         return client, run
 
@@ -191,27 +227,32 @@ class Launches:
             time.sleep(0.002)
 
 
-@pytest.fixture
-def launches(digits: Path, mlflow_tables: Path, tmp_path: Path) -> Iterator[Callable[..., Launches]]:
-    """Makes a run of W workers: `launches("quiet", workers=2)`."""
+@contextmanager
+def launching(digits: Path, tables: Path, folder: Path) -> Iterator[Callable[..., Launches]]:
+    """Makes runs of W workers, with sections laid over their config: `make("quiet", workers=2, optim={"steps": 8})`.
+
+    Args:
+        digits: dataset.
+        tables: an empty MLflow store, of which each run has a copy.
+        folder: for the runs.
+    """
     made: list[Launches] = []
 
     with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
 
-        def make(name: str, workers: int) -> Launches:
-            folder = tmp_path / name
-            folder.mkdir()
-            (folder / "runs").mkdir()
-            shutil.copy(mlflow_tables, folder / "runs" / DATABASE)
-            config = folder / "config.yaml"
-            config.write_text(yaml.safe_dump(_config(digits, folder, workers)))
+        def make(name: str, workers: int, **sections: object) -> Launches:
+            place = folder / name
+            (place / "runs").mkdir(parents=True)
+            shutil.copy(tables, place / "runs" / DATABASE)
+            config = place / "config.yaml"
+            config.write_text(yaml.safe_dump(merge(_config(digits, place, workers), sections)))
             environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))} | {
-                "PYTHONPATH": str(_source_root(folder)),
+                "PYTHONPATH": str(_source_root(place)),
                 "RAY_AUTH_MODE": "disabled",
                 "RAY_TMPDIR": ray_folder,
                 "OMP_NUM_THREADS": "1",
             }
-            made.append(Launches(folder, config, environment))
+            made.append(Launches(place, config, environment))
             return made[-1]
 
         yield make
@@ -220,11 +261,13 @@ def launches(digits: Path, mlflow_tables: Path, tmp_path: Path) -> Iterator[Call
 
 
 def _source_root(folder: Path) -> Path:
-    """The package, on a disk that hangs while there is a file `HUNG`: the driver and all of Ray's processes see it."""
+    """The package, on a machine that goes wrong when told: the driver and all of Ray's processes see it."""
     root = folder / "platform"
     root.mkdir()
     (root / "maskray").symlink_to(ROOT / "platform" / "maskray")
-    (root / "sitecustomize.py").write_text(HANGING_DISK.format(hung=str(folder / HUNG), weights=WEIGHTS))
+    (root / "sitecustomize.py").write_text(
+        MACHINE.format(folder=str(folder), hung=HUNG, slow=SLOW, clock=CLOCK, weights=WEIGHTS)
+    )
     return root
 
 

@@ -6,33 +6,15 @@ import signal
 import pytest
 
 from maskray.cli import TERMINATED
+from outages import kill_at_work, processes, seconds_to_train, train_workers, wait_for
+
+from .conftest import MOST_SECONDS, check_against, note
 
 pytestmark = pytest.mark.ray
 
-STEPS, LOG_STEPS = 40, 2
+STEPS = 40
 UPLOAD = "during an upload"
-
-
-@pytest.fixture(scope="module")
-def quiet() -> dict:
-    """Weights and ledgers of uninterrupted runs, by number of workers."""
-    return {}
-
-
-def uninterrupted(launches, quiet: dict, workers: int) -> tuple:
-    if workers not in quiet:
-        run = launches(f"quiet-{workers}", workers)
-        assert run.finish(run.start()) == 0, run.output()
-        quiet[workers] = (run.final_weights(), run.ledger())
-    return quiet[workers]
-
-
-def check_against(run, wanted: tuple) -> None:
-    assert run.final_weights() == wanted[0]
-    assert run.ledger() == wanted[1]
-    assert run.status() == "FINISHED"
-    for key in ("pretrain/loss", "pretrain/lr"):
-        assert run.metric_steps(key) == list(range(LOG_STEPS, STEPS + 1, LOG_STEPS))
+DATA_TASK, SPLITTER, CONTROLLER = "MapBatches", "SplitCoordinator", "TrainController"
 
 
 def kill_a_worker(run, process, moment: int | str) -> None:
@@ -60,12 +42,18 @@ def kill_the_driver(run, process, step: int) -> None:
     run.kill(process)
 
 
+def kill_the_last(title: str, run) -> None:
+    """The newest process of a name: of splitters there is one for each execution."""
+    wait_for(lambda: processes(title), run)
+    max(processes(title), key=lambda p: p.create_time()).kill()
+
+
 def starts_from_nothing(run) -> int:
     return sum(line["step"] == 0 and line["rank"] == 0 for line in run.lines())
 
 
 def test_a_worker_killed_during_an_upload_and_then_the_driver_while_it_writes_its_record(launches, quiet):
-    wanted = uninterrupted(launches, quiet, 2)
+    wanted = quiet(2)
     run = launches("killed", 2)
     process = run.start()
     kill_a_worker(run, process, UPLOAD)
@@ -77,11 +65,54 @@ def test_a_worker_killed_during_an_upload_and_then_the_driver_while_it_writes_it
     assert starts_from_nothing(run) == starts, "it began anew"
 
 
+def test_a_data_task_the_splitter_and_the_controller_killed_in_one_run(launches, quiet):
+    wanted = quiet(2)
+    run = launches("inside", 2)
+    process = run.start()
+    run.wait_for_step(process, 5)
+    kill_at_work(DATA_TASK, run)
+    for title, step in ((SPLITTER, 13), (CONTROLLER, 25)):
+        run.wait_for_step(process, step)
+        known = train_workers()
+        kill_the_last(title, run)
+        seconds_to_train(run, known)
+    assert run.finish(process) == 0, run.output()
+    check_against(run, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("lost", ["a worker", "a data task", "the splitter", "the controller", "the driver"])
+def test_what_each_loss_costs(launches, quiet, lost: str, workers: int):
+    wanted = quiet(workers)
+    run = launches("lost", workers)
+    process = run.start()
+    run.wait_for_step(process, 18)
+    known = train_workers()
+    if lost == "a worker":
+        known[-1].kill()
+    elif lost == "a data task":
+        kill_at_work(DATA_TASK, run)
+        known = []  # the workers live on
+    elif lost == "the driver":
+        run.kill(process)
+        process = run.start()
+    else:
+        kill_the_last({"the splitter": SPLITTER, "the controller": CONTROLLER}[lost], run)
+    seconds = seconds_to_train(run, known)
+    assert run.finish(process) == 0, run.output()
+    check_against(run, wanted)
+    outage = note(f"SIGKILL of {lost}", str(workers), run, wanted, seconds)
+    assert outage.seconds <= MOST_SECONDS
+    if lost == "a data task":
+        assert outage.steps_again == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_a_worker_killed_at_five_moments(launches, quiet, workers: int):
     """One during an upload, and four at random, in one run: each time the run goes on by itself."""
-    wanted = uninterrupted(launches, quiet, workers)
+    wanted = quiet(workers)
     run = launches("workers", workers)
     process = run.start()
     for moment in (UPLOAD, *sorted(random.Random(workers).sample(range(2, 36), 4))):
@@ -95,7 +126,7 @@ def test_a_worker_killed_at_five_moments(launches, quiet, workers: int):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_the_driver_killed_at_five_moments(launches, quiet, workers: int):
-    wanted = uninterrupted(launches, quiet, workers)
+    wanted = quiet(workers)
     run = launches("driver", workers)
     for moment in sorted(random.Random(10 + workers).sample(range(3, 36), 5)):
         kill_the_driver(run, run.start(), moment)
@@ -105,12 +136,15 @@ def test_the_driver_killed_at_five_moments(launches, quiet, workers: int):
 
 @pytest.mark.slow
 def test_the_driver_terminated(launches, quiet):
-    wanted = uninterrupted(launches, quiet, 2)
+    wanted = quiet(2)
     run = launches("terminated", 2)
     process = run.start()
     run.wait_for_step(process, 14)
     process.send_signal(signal.SIGTERM)
     assert run.finish(process) == TERMINATED, run.output()
     assert run.status() == "KILLED"
-    assert run.finish(run.start()) == 0, run.output()
+    process = run.start()
+    seconds = seconds_to_train(run, [])
+    assert run.finish(process) == 0, run.output()
     check_against(run, wanted)
+    note("SIGTERM of the driver", "2", run, wanted, seconds)
