@@ -38,6 +38,7 @@ class Head:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_memory_monitor_refresh_ms": "0",  # what else runs on this machine must not end a job of ours
             "OMP_NUM_THREADS": "1",
         }
 

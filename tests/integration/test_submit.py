@@ -165,7 +165,7 @@ def test_what_only_the_cluster_can_see_fails_with_the_code_and_the_words_of_the_
 
 
 def test_a_stopped_job_is_no_success_and_leaves_nothing_open(client: Client):
-    settings = ("optim.steps=100000", "training.log_steps=2", "training.checkpoint_steps=20")
+    settings = ("optim.steps=100000", "training.log_steps=2", "training.checkpoint_steps=10")
     first = client.submit("--submission-id", "long", "--", *client.demo(*settings))
     client.until(lambda: client.trained() or first.poll() is not None)
     first.send_signal(signal.SIGTERM)  # whoever follows a job may go home
