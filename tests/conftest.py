@@ -30,6 +30,8 @@ for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFL
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["doctor_checks"]
+
 TINY = {
     "name": "tiny",
     "data": {

@@ -61,6 +61,7 @@ OWNERS: dict[str, set[str]] = {
     "optuna": {"sweeps/search"},
     "jinja2": {"sweeps"},
     "ray": {"on_ray", "doctor"},
+    "grpc": {"doctor/cluster"},
 }
 WITHOUT_TORCH = {"config", "cli", "errors", "data/plan", "data/spec", "training/folders"}
 

@@ -68,7 +68,7 @@ def _show(console: Console, name: str, finding: Finding, level: str | None = Non
     line.add_column(width=len(Level.WARNING))
     line.add_column(width=_NAME_WIDTH)
     line.add_column(overflow="fold")
-    line.add_row(finding.level if level is None else level, name, finding.found)
+    line.add_row(finding.level if level is None else level, name, " ".join(finding.found.split()))
     line.columns[0].style = _STYLES[finding.level]
     if finding.fix:
         line.add_row("", "", f"→ {finding.fix}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 
+import grpc
 import ray
 import torch
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import find_gcs_addresses
 from ray._private.utils import get_num_cpus
 from ray._private.worker import get_dashboard_url
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from maskray.data.local import is_walked_locally
 from maskray.data.storage import Storage
@@ -22,6 +25,7 @@ from maskray.on_ray import cluster, probe
 from maskray.tracking.mlflow_store import embedded_uri
 
 _JOIN_SECONDS = 30.0
+_TOKEN_FIX = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE, a file with the cluster's token"
 
 
 def clusters(subject: Subject) -> Finding:
@@ -79,17 +83,27 @@ def joined(subject: Subject) -> Finding | None:
     address = subject.address
     if address is None or address.startswith("http"):
         return None
-    if address != "auto" and "://" not in address:
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=SECONDS).close()
-        except (OSError, ValueError) as error:
-            return fail(f"nothing answers at {address}: {error}", "check cluster.address: host:port of the head, 6379")
+    if address != "auto" and "://" not in address and (problem := _refusal(address)) is not None:
+        return problem
     subject.closing.enter_context(cluster.connected(subject.cluster))
     subject.nodes = [node for node in ray.nodes() if node["Alive"]]
     total = ray.cluster_resources()
     amounts = ", ".join(f"{total[name]:g} {name}s" for name in ("CPU", "GPU") if total.get(name))
     return ok(f"{address}: {counted(len(subject.nodes), 'node')} with {amounts or 'no CPUs'}")
+
+
+def _refusal(address: str) -> Finding | None:
+    """One call to the head, which is answered at once: Ray asks again for half a minute, and says little."""
+    headers = [(name.lower(), value) for name, value in _authorization().items()]
+    with init_grpc_channel(address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=SECONDS, metadata=headers)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                return fail(f"{address} {'has another token' if headers else 'wants a token'}", _TOKEN_FIX)
+            words = f"no head of Ray's answers at {address}: {error.code().name}"
+            return fail(words, "set cluster.address to host:port of the head's GCS (6379), and start Ray there")
+    return None
 
 
 def dashboard(subject: Subject) -> Finding | None:
@@ -111,9 +125,7 @@ def dashboard(subject: Subject) -> Finding | None:
         status, text = answer.status, answer.read(300).decode(errors="replace")
     if status in (401, 403):
         which = "wants a token" if status == 401 else "has another token"
-        return fail(
-            f"{url} {which}: {text}", "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=<file with the cluster's token>"
-        )
+        return fail(f"{url} {which}: {text}", _TOKEN_FIX)
     try:
         theirs = json.loads(text)["ray_version"]
     except (ValueError, LookupError, TypeError):

@@ -65,7 +65,7 @@ def object_store(subject: Subject) -> Finding | None:
 
 def memory(subject: Subject) -> Finding | None:
     """Whether the workers fit into memory, by arithmetic."""
-    if subject.config is None:
+    if subject.config is None or subject.is_away(subject.config.data.path):
         return None
     cluster, needs = subject.config.cluster, estimate(subject.config).memory.total
     if cluster.gpus_per_worker:

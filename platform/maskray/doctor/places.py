@@ -45,7 +45,7 @@ def storage(subject: Subject) -> Finding | None:
 
 def checkpoints(subject: Subject) -> Finding | None:
     """Whether the disk has room for the checkpoints that the config keeps."""
-    if subject.config is None:
+    if subject.config is None or subject.is_away(subject.config.storage.path):
         return None
     config, root = subject.config, Storage(subject.config.storage.path)
     one = _FP32 * _COPIES * sum(p.numel() for p in weightless_model(config).parameters())

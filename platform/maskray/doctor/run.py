@@ -23,7 +23,8 @@ def config(subject: Subject) -> Finding | None:
         return refused(subject.config_error)
     if subject.config is None:
         return None
-    subject.config = with_absolute_paths(subject.config)
+    if not subject.object_store_is_away:  # pyarrow asks a bucket for its region
+        subject.config = with_absolute_paths(subject.config)
     parameters = sum(p.numel() for p in weightless_model(subject.config).parameters())
     return ok(f"{subject.config.name}: {subject.config.model.kind}, {short(parameters)} parameters")
 
@@ -95,8 +96,8 @@ def free_to_run(subject: Subject) -> Finding | None:
 
 
 CHECKS = [
-    Check("config", config),
     Check("S3", object_store),
+    Check("config", config),
     Check("dataset", dataset),
     Check("checksums", checksums),
     Check("shares of a step", shares),

@@ -4,7 +4,6 @@ import functools
 import json
 import shutil
 import sqlite3
-import subprocess
 import threading
 import time
 from contextlib import closing
@@ -18,30 +17,13 @@ from mlflow import __version__ as mlflow_version
 from maskray import launch
 from maskray.data import lease
 from maskray.doctor import places
-from maskray.doctor.examination import made
-from maskray.doctor.finding import Check, Level, Subject
+from maskray.doctor.finding import Level, Subject
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_store import DATABASE
 from mlflow_server import Server
 
 
-def looked(look, subject):
-    return made(Check(look.__name__, look), subject)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_place_that_can_be_written(tiny, tmp_path, place):
+def test_a_place_that_can_be_written(looked, tiny, tmp_path, place):
     config = tiny(storage={"path": f"{place}/not/yet/there"})
     found = looked(places.storage, Subject(config=config))
     assert found.level is Level.OK
@@ -49,23 +31,23 @@ def test_a_place_that_can_be_written(tiny, tmp_path, place):
     assert not (tmp_path / "not").exists()
 
 
-def test_a_file_where_a_folder_is_needed(tiny, tmp_path):
+def test_a_file_where_a_folder_is_needed(looked, tiny, tmp_path):
     (tmp_path / "file").touch()
     found = looked(places.storage, Subject(config=tiny(storage={"path": str(tmp_path / "file/runs")})))
     assert found.level is Level.FAIL
 
 
-def test_a_bucket_that_is_not_there(tiny, bucket):
+def test_a_bucket_that_is_not_there(looked, tiny, bucket):
     found = looked(places.storage, Subject(config=tiny(storage={"path": f"{bucket}-of-others/runs"})))
     assert found.level is Level.FAIL
 
 
-def test_a_slow_place(tiny, monkeypatch):
+def test_a_slow_place(looked, tiny, monkeypatch):
     monkeypatch.setattr(places, "_SLOW_LOCAL_SECONDS", 0.0)
     assert looked(places.storage, Subject(config=tiny())).level is Level.WARNING
 
 
-def test_a_full_disk(tiny, small_disk):
+def test_a_full_disk(looked, tiny, small_disk):
     config = tiny(storage={"path": str(small_disk)})
     assert looked(places.storage, Subject(config=config)).level is Level.OK
     wide = {"width": 256, "decoder": {"width": 64, "depth": 1, "heads": 2}}
@@ -78,7 +60,7 @@ def test_a_full_disk(tiny, small_disk):
     assert "free some space" in found.fix
 
 
-def test_room_for_checkpoints_is_weights_and_two_moments_of_each(tiny, place):
+def test_room_for_checkpoints_is_weights_and_two_moments_of_each(looked, tiny, place):
     found = looked(places.checkpoints, Subject(config=tiny(storage={"path": place})))
     assert found.level is Level.OK
     assert found.found.startswith("4 checkpoints of ")
@@ -93,12 +75,12 @@ def embedded(tiny, mlflow_tables):
     return config
 
 
-def test_an_embedded_store_is_not_made(tiny, tmp_path):
+def test_an_embedded_store_is_not_made(looked, tiny, tmp_path):
     found = looked(places.mlflow, Subject(config=tiny()))
     assert (found.level, list(tmp_path.glob("runs*"))) == (Level.OK, [])
 
 
-def test_an_embedded_store_that_is_there_gets_no_experiment(embedded, monkeypatch, tmp_path):
+def test_an_embedded_store_that_is_there_gets_no_experiment(looked, embedded, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     database = Path(embedded.storage.path, DATABASE)
     before = database.read_bytes()
@@ -112,7 +94,7 @@ def test_an_embedded_store_that_is_there_gets_no_experiment(embedded, monkeypatc
 @pytest.mark.parametrize(
     ("revision", "fix"), [("older", "mlflow db upgrade 'sqlite:///"), ("ffffffffffff", "--upgrade")]
 )
-def test_tables_of_another_version_are_not_migrated(embedded, revision, fix):
+def test_tables_of_another_version_are_not_migrated(looked, embedded, revision, fix):
     from maskray.tracking.mlflow_store import _revisions
 
     older = list(_revisions())[3].revision if revision == "older" else revision
@@ -126,12 +108,12 @@ def test_tables_of_another_version_are_not_migrated(embedded, revision, fix):
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(older,)]
 
 
-def test_no_server_answers(tiny):
+def test_no_server_answers(looked, tiny):
     found = looked(places.mlflow, Subject(config=tiny(tracking={"uri": "http://127.0.0.1:9"})))
     assert (found.level, "start it" in found.fix) == (Level.FAIL, True)
 
 
-def test_runs_kept_in_a_bucket_need_a_server(tiny):
+def test_runs_kept_in_a_bucket_need_a_server(looked, tiny):
     found = looked(places.mlflow, Subject(config=tiny(storage={"path": "s3://bucket/runs"})))
     assert (found.level, "tracking.uri" in found.found) == (Level.FAIL, True)
 
@@ -149,14 +131,14 @@ def server(tmp_path_factory, mlflow_tables):
     server.kill()
 
 
-def test_a_server_that_does_not_know_the_name_it_is_asked_by(tiny, server):
+def test_a_server_that_does_not_know_the_name_it_is_asked_by(looked, tiny, server):
     found = looked(places.mlflow, Subject(config=tiny(tracking={"uri": server.uri})))
     assert found.level is Level.FAIL
     assert "403: Invalid Host header" in found.found
     assert "--allowed-hosts '127.0.0.1,127.0.0.1:*" in found.fix
 
 
-def test_a_server_that_answers(tiny, server, monkeypatch):
+def test_a_server_that_answers(looked, tiny, server, monkeypatch):
     subject = Subject(config=tiny(tracking={"uri": server.uri.replace("127.0.0.1", "localhost")}))
     until = time.monotonic() + 60
     while (found := looked(places.mlflow, subject)).level is Level.FAIL and time.monotonic() < until:
@@ -169,7 +151,7 @@ def test_a_server_that_answers(tiny, server, monkeypatch):
     assert (found.level, found.fix) == (Level.WARNING, f"pip install mlflow=={mlflow_version}")
 
 
-def test_runs_that_nobody_runs_are_named_and_left_as_they_are(tiny):
+def test_runs_that_nobody_runs_are_named_and_left_as_they_are(looked, tiny):
     prepared = launch.prepare(tiny())
     run_id = mlflow_runs.ensure_run(prepared.store, launch.card(prepared))
     holder = replace(lease.Holder.this_process(), host="elsewhere", heartbeat=time.time())
@@ -204,7 +186,7 @@ class Clock(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(("seconds", "level"), [(0, Level.OK), (90, Level.FAIL), (-90, Level.FAIL)])
-def test_a_clock_that_is_off(tiny, monkeypatch, seconds, level):
+def test_a_clock_that_is_off(looked, tiny, monkeypatch, seconds, level):
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Clock, seconds)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
