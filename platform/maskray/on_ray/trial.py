@@ -345,19 +345,24 @@ class Teller:
 
     def __init__(self, sweep: Sweep) -> None:
         self._metric, self._seconds = sweep.metric, sweep.limit_seconds / BEATS
-        self._last, self._step = -math.inf, 0
+        self._step, self._last, self._beat = 0, -math.inf, time.monotonic()
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Tell`. Where there is nothing but the step it is a sign of life, and the last one may be enough."""
         self._step = step
         if metrics:
             self._report({STEP: step, RUNG: step, VALUE: objective_of(metrics, self._metric, step)})
-        elif time.monotonic() - self._last >= self._seconds:
+        elif self._is_due(self._last):
             self._report({STEP: step})
 
     def beat(self) -> None:
-        """A sign of life of a trial that waits."""
-        self(self._step, {})
+        """A sign of life of a trial that waits: no news, which are told as if there had been none."""
+        if self._is_due(max(self._last, self._beat)):
+            self._beat = time.monotonic()
+            tune.report({STEP: self._step})
+
+    def _is_due(self, last: float) -> bool:
+        return time.monotonic() - last >= self._seconds
 
     def _report(self, metrics: dict[str, Any]) -> None:
         self._last = time.monotonic()
