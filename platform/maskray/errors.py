@@ -6,6 +6,7 @@ MaskrayError (ValueError)     a mistake of the user's, or of what the run was gi
 ├── CheckpointError           a checkpoint of another run or schema version, incomplete or damaged
 ├── ClusterError              more than the cluster has, or a cluster that cannot be used this way
 ├── TrackingError             MLflow that cannot be reached or written
+│   └── AwayError             MLflow that does not answer, however long it is waited for
 ├── StorageError              a folder or bucket that cannot be read or written
 │   └── UnreachableError      an object store that does not answer, however often it is asked
 └── RunConflictError          the same run or ingest is already running somewhere else
@@ -72,6 +73,10 @@ class ClusterError(MaskrayError):
 
 class TrackingError(MaskrayError):
     """MLflow cannot be reached or written."""
+
+
+class AwayError(TrackingError):
+    """MLflow does not answer, however long it is waited for: nothing is wrong with what it was to be told."""
 
 
 class StorageError(MaskrayError):

@@ -323,8 +323,14 @@ def card(prepared: Prepared) -> RunCard:
     )
 
 
-def is_abandoned(tags: Mapping[str, str], own_fingerprint: str) -> bool:
-    """Whether a RUNNING run has nobody who runs it: its lease is gone or has no living holder."""
+def is_abandoned(tags: Mapping[str, str], own_fingerprint: str, *, at_once: bool = False) -> bool:
+    """Whether a RUNNING run has nobody who runs it: its lease is gone or has no living holder.
+
+    Args:
+        tags: of the run.
+        own_fingerprint: of a run that is not.
+        at_once: as far as can be said without watching another machine's heartbeat for a while.
+    """
     if tags.get("maskray.fingerprint") == own_fingerprint or "maskray.storage" not in tags:
         return False
     try:
@@ -335,7 +341,7 @@ def is_abandoned(tags: Mapping[str, str], own_fingerprint: str) -> bool:
         holder = lease.holder_of(run)
     except MaskrayError:
         return False
-    return holder is None or not holder.is_alive_at(run)
+    return holder is None or not (holder.is_alive() if at_once else holder.is_alive_at(run))
 
 
 def _release(

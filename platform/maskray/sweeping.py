@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from maskray import launch
 from maskray.calibration import seconds_per_step
 from maskray.config.load import dotted_keys, dump, fingerprint, identity, load_text
 from maskray.config.schema import RunConfig
@@ -25,17 +26,16 @@ from maskray.data import lease
 from maskray.data.lease import Kind
 from maskray.data.storage import Storage
 from maskray.errors import ConfigError, MaskrayError
-from maskray.launch import HOST_TAG, unstored_metrics
 from maskray.offering import promotion_of
 from maskray.publish.release import training_seconds
 from maskray.sweeps import record, report
 from maskray.sweeps.ranking import ranked
 from maskray.sweeps.record import Result, Trial
 from maskray.sweeps.search import Queue, open_queue
-from maskray.sweeps.space import Space, name_of, point_key, refuse_equal_points
+from maskray.sweeps.space import Space, name_of, plan_of, point_key, refuse_equal_points
 from maskray.sweeps.stopping import refuse_idle_rungs
 from maskray.tracking import mlflow_runs
-from maskray.tracking.mlflow_runs import DatasetCard, RunCard
+from maskray.tracking.mlflow_runs import Child, DatasetCard, RunCard
 from maskray.tracking.mlflow_store import Store, open_store
 from maskray.tracking.mlflow_tracker import UNTOLD, MlflowTracker
 from maskray.tracking.patience import AWAY_SECONDS, Patience
@@ -51,6 +51,7 @@ _JUDGED = {
 }
 """Operational keys of a run that say what its trials begin with, and what they are worth."""
 SWEEP = Kind("the sweep", "name", "wait for it, or stop it")
+_CLOSED = ("FINISHED", "FAILED", "KILLED")
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def begun(prepared: Prepared) -> Iterator[str]:
         prepared.folder.delete(record.FINISHED)
         prepared.folder.write_bytes(record.DATASET, prepared.space.dataset.manifest.fingerprint.encode())
         prepared.folder.write_bytes(record.SWEEP_YAML, dump(prepared.config).encode())
-        run_id = mlflow_runs.ensure_run(prepared.store, _card(prepared))
+        run_id = Patience(prepared.store.uri).call(partial(mlflow_runs.ensure_run, prepared.store, _card(prepared)))
         try:
             yield run_id
         except BaseException as error:
@@ -201,23 +202,28 @@ def _try(close: Callable[[], None]) -> None:
 def close_children(prepared: Prepared, run_id: str, mlflow: Patience) -> None:
     """Tell MLflow of a sweep's trials what it does not know yet, while nobody runs them.
 
-    Those that say RUNNING are closed: as their results say, or as killed.
+    Those that say something else than their results are closed as these say; those that have none and say RUNNING, as
+    killed. Another launch may have closed a trial that had finished while MLflow was away.
 
     Raises:
         TrackingError: MLflow is away.
     """
-    results = record.results(prepared.folder)
-    for child in mlflow.call(partial(mlflow_runs.children, prepared.store, run_id)):
+    results, store = record.results(prepared.folder), prepared.store
+    found = mlflow.call(partial(mlflow_runs.children, store, run_id))
+    for key in results.keys() - {child.trial for child in found}:  # it ended before MLflow knew of it
+        made = mlflow.call(partial(mlflow_runs.ensure_run, store, _card_of_trial(prepared, run_id, results[key].trial)))
+        found.append(Child(made, key, "RUNNING"))
+    for child in found:
         result = results.get(child.trial)
         if result is not None and result.status != "finished":
             _catch_up(prepared, child.run_id, result, mlflow)
-        if child.is_running:
-            status, reason = _end(result)
-            mlflow.call(partial(mlflow_runs.close_run, prepared.store, child.run_id, status, reason))
+        status, reason = _end(result)
+        if child.status not in (status, *(_CLOSED if result is None else ())):
+            mlflow.call(partial(mlflow_runs.close_run, store, child.run_id, status, reason))
 
 
 def _end(result: Result | None) -> tuple[mlflow_runs.Ended, str]:
-    """As MLflow has it, and why, of a trial that says RUNNING."""
+    """How a trial ended, as MLflow has it, and why."""
     if result is None:
         return "KILLED", "the sweep ended before it"
     if result.status == "finished":
@@ -232,10 +238,10 @@ def _catch_up(prepared: Prepared, run_id: str, result: Result, mlflow: Patience)
         tracker = MlflowTracker(store.uri, run_id)
         tracker.restore(json.loads(folder.read_bytes(UNTOLD)))
         if not mlflow.close(tracker):
-            raise unstored_metrics()
+            log.warning("%s: MLflow refuses what could not be told in time", result.trial.name)
         folder.delete(UNTOLD)
     if was_away or result.run_id is None:
-        if folder.exists(record.ERROR):
+        if result.status == "failed" and folder.exists(record.ERROR):
             text = folder.read_bytes(record.ERROR).decode()
             mlflow.call(partial(mlflow_runs.keep_text, store, run_id, record.ERROR, text))
         rate = mlflow.call(partial(mlflow_runs.points, store, run_id, IMAGES_PER_SECOND))
@@ -255,6 +261,7 @@ def finish(prepared: Prepared, run_id: str, away_seconds: float = AWAY_SECONDS) 
         TrackingError: MLflow is away for longer.
     """
     mlflow = Patience(prepared.store.uri, away_seconds)
+    write_report(prepared, None, record.results(prepared.folder), mlflow)  # there is one, whatever comes of MLflow
     close_children(prepared, run_id, mlflow)
     results = record.results(prepared.folder)
     write_report(prepared, run_id, results, mlflow)
@@ -401,6 +408,14 @@ def _fingerprint(folder: Storage) -> str:
     return fingerprint({"sweep": folder.uri})
 
 
+def _card_of_trial(prepared: Prepared, parent: str, trial: Trial) -> RunCard:
+    config, dataset = prepared.space.run_config(trial), prepared.space.dataset
+    folder = prepared.folder.child(record.TRIALS, trial.key)
+    place = (Storage(config.storage.path), folder, prepared.store, prepared.code)
+    alone = launch.card(launch.Prepared(config, plan_of(config, dataset), dataset, *place))
+    return mlflow_runs.child_card(alone, parent, trial.key, trial.name, prepared.folder.uri)
+
+
 def _card(prepared: Prepared) -> RunCard:
     config, dataset = prepared.config, prepared.space.dataset
     place = dataset.storage.uri
@@ -409,7 +424,7 @@ def _card(prepared: Prepared) -> RunCard:
         name=prepared.name,
         fingerprint=_fingerprint(prepared.folder),
         params={**_meaning(config), mlflow_runs.DATASET_PARAM: dataset.manifest.fingerprint},
-        tags={**prepared.code, "maskray.storage": prepared.folder.uri, HOST_TAG: socket.gethostname()},
+        tags={**prepared.code, "maskray.storage": prepared.folder.uri, launch.HOST_TAG: socket.gethostname()},
         config_yaml=dump(config),
         dataset=DatasetCard(Path(place).name, place, dataset.manifest.fingerprint, dataset.num_rows()),
         source="maskray sweep",

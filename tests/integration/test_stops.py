@@ -116,12 +116,12 @@ def test_only_runs_that_nobody_can_be_running_are_closed(tiny: Callable[..., Run
     here, gone = {launch.HOST_TAG: socket.gethostname()}, {"maskray.storage": str(tmp_path / "gone")}
     (tmp_path / "idle").mkdir()
     idle = {"maskray.storage": str(tmp_path / "idle")}
-    assert launch._is_abandoned(here | idle, "mine")
-    assert not launch._is_abandoned(here | gone, "mine")
-    assert not launch._is_abandoned({launch.HOST_TAG: "elsewhere"} | idle, "mine")
-    assert not launch._is_abandoned(here | idle | {"maskray.fingerprint": "mine"}, "mine")
+    assert launch.is_abandoned(here | idle, "mine")
+    assert not launch.is_abandoned(here | gone, "mine")
+    assert not launch.is_abandoned({launch.HOST_TAG: "elsewhere"} | idle, "mine")
+    assert not launch.is_abandoned(here | idle | {"maskray.fingerprint": "mine"}, "mine")
     with lease.hold(Storage(tmp_path / "idle"), "idle"):
-        assert not launch._is_abandoned(here | idle, "mine")
+        assert not launch.is_abandoned(here | idle, "mine")
 
 
 def test_a_password_in_the_tracking_uri_is_written_nowhere(

@@ -356,6 +356,29 @@ def test_what_trials_could_not_tell_is_told_at_the_end(prepare: Callable[..., Pr
     assert Path(kept).read_bytes() == b"its traceback"
 
 
+def test_a_trial_of_which_mlflow_has_nothing_or_something_else_than_its_result(prepare: Callable[..., Prepared]):
+    prepared = prepare()
+    run_id = begin(prepared)
+    finished, failed = prepared.trials
+    mlflow_runs.close_run(prepared.store, child_of(prepared, run_id, 0), "KILLED", "its launch ended without a word")
+    for trial, result in (
+        (finished, Result(finished, "finished", 4, 1.0, 0.9, run_id="r")),
+        (failed, Result(failed, "failed", 0, 0.0, None, reason="out of memory")),
+    ):
+        prepared.folder.child(record.TRIALS, trial.key).write_bytes(record.RESULT, result.dump())
+    prepared.folder.child(record.TRIALS, failed.key).write_bytes(record.ERROR, b"its traceback")
+
+    results = sweeping.finish(prepared, run_id)
+    children = {each.trial: each for each in mlflow_runs.children(prepared.store, run_id)}
+    assert {key: child.status for key, child in children.items()} == {finished.key: "FINISHED", failed.key: "FAILED"}
+    made = children[failed.key].run_id
+    assert results[failed.key].run_id == made
+    run = prepared.store.client().get_run(made)
+    assert (run.info.run_name, run.data.params["seed"]) == (failed.name, str(failed.seed))
+    assert "out of memory" in run.data.tags[NOTE_TAG]
+    assert Path(prepared.store.client().download_artifacts(made, record.ERROR)).read_bytes() == b"its traceback"
+
+
 @pytest.mark.parametrize(
     ("statuses", "fail_if", "failed"),
     [

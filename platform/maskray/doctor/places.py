@@ -77,7 +77,7 @@ def stale_runs(subject: Subject) -> Finding | None:
     if subject.store is None:
         return None
     running = mlflow_runs.running(subject.store)
-    stale = [run.info.run_name for run in running if is_abandoned(run.data.tags, own_fingerprint="")]
+    stale = [run.info.run_name for run in running if is_abandoned(run.data.tags, own_fingerprint="", at_once=True)]
     if stale:
         return warning(
             f"{', '.join(stale[:3])}{' …' * (len(stale) > 3)} say RUNNING, and nobody runs them",

@@ -26,7 +26,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from maskray.errors import MaskrayError
+from maskray.errors import AwayError, MaskrayError
 from maskray.on_ray.trial import ASKED, BEATS, ENDED, RUNG, STEP, VALUE, Asked, Sweep, newest_step
 from maskray.publish.release import training_seconds
 from maskray.sweeping import Prepared
@@ -51,6 +51,7 @@ _OWN_SECONDS = 1.0  # Tune looks at its callbacks several times a second, where 
 _GONE_SECONDS = 5.0
 _FRAME = '\n  File "'
 _ERROR = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(?:: |$)", re.MULTILINE)  # after the last frame of a traceback
+_AWAY = f"{AwayError.__module__}.{AwayError.__qualname__}"
 _MEMORY = re.compile(r"Memory on the node .* was (?P<used>\S+) used / (?P<limit>\S+) limit")
 _LOSSES = {
     "its node has died": "its node died",
@@ -184,8 +185,9 @@ class Book(NotKept, tune.Callback):
 
     @_kept
     def on_trial_result(self, *, trial: TuneTrial, **_: Any) -> None:
-        """A sign of life."""
-        self._out[trial.trial_id].heard = time.monotonic()
+        """A sign of life. It takes nothing of what a start may last."""
+        out = self._out[trial.trial_id]
+        out.heard = max(out.heard or 0.0, time.monotonic())
 
     @_kept
     def on_step_begin(self, *, trials: Sequence[TuneTrial], **_: Any) -> None:
@@ -232,6 +234,8 @@ class Book(NotKept, tune.Callback):
         if result is not None and result.status != "failed":
             finished = result.status == "finished"
             self._tell_mlflow(out.asked, "FINISHED" if finished else "KILLED", result.reason)
+        elif (found := _found_in(_error_of(trial))) is not None and found[0] == _AWAY:
+            raise AwayError(found[1])  # the next trial would wait as long, and hold what a trial takes
         elif out.has_begun or self._lost[out.asked.trial.key] >= _STARTS - 1:
             result = self._failed(trial, out)
         else:
@@ -362,13 +366,19 @@ def reason_of(text: str) -> str:
     """
     if memory := _MEMORY.search(text):
         return f"out of memory: {memory['used']} of its node's {memory['limit']}, and Ray's memory monitor ended it"
-    _, _, end = text.rpartition(_FRAME)
-    if found := _ERROR.search(end):
-        kind, message = found["kind"], " ".join(end[found.end() :].split())
+    if (found := _found_in(text)) is not None:
+        kind, message = found
         # Ours say all that there is to say.
         return message if kind.startswith("maskray.errors.") else f"{kind.rpartition('.')[2]}: {message}".rstrip(": ")
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return next((why for line in lines for sign, why in _LOSSES.items() if sign in line), " ".join(lines) or "unknown")
+
+
+def _found_in(text: str) -> tuple[str, str] | None:
+    """Kind and message of the error below a traceback's last frame."""
+    _, _, end = text.rpartition(_FRAME)
+    found = _ERROR.search(end)
+    return None if found is None else (found["kind"], " ".join(end[found.end() :].split()))
 
 
 def survive_lost_processes() -> None:

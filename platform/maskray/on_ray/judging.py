@@ -110,7 +110,11 @@ class JudgingContext(RayContext):
             from maskray.evaluation.judgement import FIGURE
 
             self.tracker.figure(FIGURE, self.newest_checkpoint().read_bytes(PICTURE), step)
-        self.tracker.flush(_FLUSH_SECONDS)  # a trial that is stopped here has no time to
+        if not self.tracker.flush(_FLUSH_SECONDS):
+            from maskray.tracking.mlflow_tracker import UNTOLD
+
+            # A trial that is stopped here has no time to: the sweep's end tells it.
+            self._run.write_bytes(UNTOLD, json.dumps(self.tracker.pending()).encode())
         # Waited for: what is ended now must not have judged in vain.
         ray.get(self._settings["board"].found.remote(step, dict(metrics)))
 

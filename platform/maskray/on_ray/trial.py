@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.data.stream import Unit
-from maskray.errors import MaskrayError, TrackingError, TrainingError
+from maskray.errors import AwayError, MaskrayError, TrackingError, TrainingError
 from maskray.evaluation.judgement import Bench, Finding, read_rows
 from maskray.launch import Prepared, card, unstored_metrics
 from maskray.on_ray import nested
@@ -106,7 +106,7 @@ class Sweep:
     """As `mlflow_runs.provenance` says it."""
     away_seconds: float = AWAY_SECONDS
     """A trial waits for an MLflow that is away for so long at a stretch, before it begins and when it has been trained;
-    then it fails. Training goes on meanwhile."""
+    then the sweep ends. Training goes on meanwhile."""
 
     def folder_of(self, trial: Trial) -> Storage:
         """Of a trial."""
@@ -121,19 +121,13 @@ class Sweep:
 
     def fingerprint_of(self, trial: Trial) -> str:
         """Of a trial's run in MLflow."""
-        return f"{trial.key}@{self.parent}"
+        return mlflow_runs.child_fingerprint(trial.key, self.parent)
 
     def run_of(self, asked: Asked) -> str:
         """The id of a trial's run in MLflow, a child of the sweep's: found, or created; running."""
-        of_run, trial = card(self.prepared(asked)), asked.trial
-        tags = {
-            mlflow_runs.PARENT_TAG: self.parent,
-            mlflow_runs.TRIAL_TAG: trial.key,
-            "maskray.storage": self.folder.uri,  # whose lease says whether anybody is at it
-        }
-        mine = self.fingerprint_of(trial)
-        named = replace(of_run, name=trial.name, fingerprint=mine, source="maskray sweep", tags={**of_run.tags, **tags})
-        return mlflow_runs.ensure_run(self.store, named)
+        alone, trial = card(self.prepared(asked)), asked.trial
+        mine = mlflow_runs.child_card(alone, self.parent, trial.key, trial.name, self.folder.uri)
+        return mlflow_runs.ensure_run(self.store, mine)
 
 
 def run(config: Mapping[str, Any], sweep: Sweep) -> None:
@@ -150,7 +144,7 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     patience = Patience(sweep.store.uri, sweep.away_seconds, tell.beat)
     run_id = patience.call(partial(sweep.run_of, asked))
     judged = _on_workers if run_config.cluster.workers > 1 else _here
-    name, scores = judged(run_config, trial, folder, sweep.store.uri, run_id, tell, patience)
+    name, scores = judged(run_config, trial, folder, sweep.store, run_id, tell, patience)
     curve = partial(mlflow_runs.curve, sweep.store, run_id)
     loss, rate = (patience.call(partial(curve, key)) for key in (LOSS, IMAGES_PER_SECOND))
     metrics = {**scores, LOSS: loss[-1][1]}
@@ -182,34 +176,35 @@ Last = tuple[str, dict[str, float]]
 
 
 def _on_workers(
-    config: RunConfig, trial: Trial, folder: Storage, uri: str, run_id: str, tell: Tell, patience: Patience
+    config: RunConfig, trial: Trial, folder: Storage, store: Store, run_id: str, tell: Tell, patience: Patience
 ) -> Last:
     """Train and judge where the accelerators are: this process has none, nor a CPU of its own."""
     root, judge = Storage(config.storage.path), partial(finding_of, title=trial.name)
-    train = partial(nested.train, config, root, folder, uri, run_id, judge, tell, trial.steps)
+    train = partial(nested.train, config, root, folder, store.uri, run_id, judge, tell, trial.steps)
     try:
         found = train()
     except TrackingError:  # trained; what MLflow has not taken is in the last checkpoint, from which it goes on
-        patience.call(lambda: None)
+        patience.call(partial(mlflow_runs.points, store, run_id, LOSS))
         found = train()
+    folder.delete(UNTOLD)
     name = registered_checkpoint(folder)
     assert name is not None, "the last step is a checkpoint"
     return name, {key: found[key] for key in SCORES if key in found}
 
 
 def _here(
-    config: RunConfig, trial: Trial, folder: Storage, uri: str, run_id: str, tell: Tell, patience: Patience
+    config: RunConfig, trial: Trial, folder: Storage, store: Store, run_id: str, tell: Tell, patience: Patience
 ) -> Last:
     """Train and judge in this process."""
     settle(config)
     _forget(config)
     bench = Bench(config, _device(config), _rows)
-    _train(config, folder, uri, run_id, bench, tell, patience)
+    _train(config, folder, store.uri, run_id, bench, tell, patience)
     with newest(folder) as last:
         assert last is not None, "the last step is a checkpoint"
         assert folders.step_of(last.name) == trial.steps, "the newest is that of the last step"
         found = bench.find(trial.steps, last.weights)
-    _keep(found, trial, folder, uri, run_id, patience)
+    _keep(found, trial, folder, store.uri, run_id, patience)
     return last.name, scores_of(found)
 
 
@@ -228,12 +223,8 @@ def _train(
         scores = scores_of(bench.find(step, weights))
         stored.log(scores, step)
         if not stored.flush(_FLUSH_SECONDS):
-            keep()  # a trial that is stopped here may have no time to
+            _keep_untold(folder, stored)  # a trial that is stopped here may have no time to
         return {**known, **scores}
-
-    def keep() -> None:
-        if untold := stored.pending():  # the sweep's end tells it, where the trial does not go on
-            folder.write_bytes(UNTOLD, json.dumps(untold).encode())
 
     try:
         if (last := _last_rung(folder, config)) is not None:
@@ -242,14 +233,23 @@ def _train(
             stored.log({key: metrics[key] for key in SCORES if key in metrics}, step)
             tell(step, metrics)
         pretrain(config, TrialContext(folder, config, judge, tell), Fanout(stored, Observer(hear)))
+        has_stored_all = patience.close(stored)
+    except AwayError:
+        _keep_untold(folder, stored)
+        raise
     except BaseException:
         if not stored.close():
-            keep()
+            _keep_untold(folder, stored)
         raise
-    if not patience.close(stored):
-        keep()
+    if not has_stored_all:
         raise unstored_metrics()
     folder.delete(UNTOLD)
+
+
+def _keep_untold(folder: Storage, tracker: MlflowTracker) -> None:
+    """What MLflow has not taken: the sweep's end tells it, where the trial does not go on."""
+    if untold := tracker.pending():
+        folder.write_bytes(UNTOLD, json.dumps(untold).encode())
 
 
 def _forget(config: RunConfig) -> None:
@@ -345,19 +345,24 @@ class Teller:
 
     def __init__(self, sweep: Sweep) -> None:
         self._metric, self._seconds = sweep.metric, sweep.limit_seconds / BEATS
-        self._last, self._step = -math.inf, 0
+        self._step, self._last, self._beat = 0, -math.inf, time.monotonic()
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Tell`. Where there is nothing but the step it is a sign of life, and the last one may be enough."""
         self._step = step
         if metrics:
             self._report({STEP: step, RUNG: step, VALUE: objective_of(metrics, self._metric, step)})
-        elif time.monotonic() - self._last >= self._seconds:
+        elif self._is_due(self._last):
             self._report({STEP: step})
 
     def beat(self) -> None:
-        """A sign of life of a trial that waits."""
-        self(self._step, {})
+        """A sign of life of a trial that waits: no news, which are told as if there had been none."""
+        if self._is_due(max(self._last, self._beat)):
+            self._beat = time.monotonic()
+            tune.report({STEP: self._step})
+
+    def _is_due(self, last: float) -> bool:
+        return time.monotonic() - last >= self._seconds
 
     def _report(self, metrics: dict[str, Any]) -> None:
         self._last = time.monotonic()

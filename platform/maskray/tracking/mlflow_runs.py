@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -76,6 +76,26 @@ class RunCard:
     """The command that it comes from."""
     description: str = ""
     """Markdown, shown on the run's page. Written once: people may edit it, and what happened is added to it."""
+
+
+def child_card(card: RunCard, parent: str, trial: str, name: str, place: str) -> RunCard:
+    """The card of a sweep's trial.
+
+    Args:
+        card: of the trial's run, as if it were launched alone.
+        parent: id of the sweep's run.
+        trial: its key.
+        name: for people.
+        place: folder of the sweep, whose lease says whether anybody is at it.
+    """
+    tags = {PARENT_TAG: parent, TRIAL_TAG: trial, "maskray.storage": place}
+    mine = child_fingerprint(trial, parent)
+    return replace(card, name=name, fingerprint=mine, source="maskray sweep", tags={**card.tags, **tags})
+
+
+def child_fingerprint(trial: str, parent: str) -> str:
+    """Of a trial's run: another sweep may have the same point."""
+    return f"{trial}@{parent}"
 
 
 def ensure_run(store: Store, card: RunCard) -> str:
@@ -215,8 +235,8 @@ class Child(NamedTuple):
     run_id: str
     trial: str
     """Key of the trial that it is of."""
-    is_running: bool
-    """As it says."""
+    status: str
+    """As it says: RUNNING, FINISHED, FAILED or KILLED."""
 
 
 def children(store: Store, run_id: str) -> list[Child]:
@@ -226,7 +246,7 @@ def children(store: Store, run_id: str) -> list[Child]:
         TrackingError: MLflow is away.
     """
     found = _search(store, f"tags.`{PARENT_TAG}` = '{run_id}'")
-    return [Child(run.info.run_id, run.data.tags.get(TRIAL_TAG, ""), run.info.status == "RUNNING") for run in found]
+    return [Child(run.info.run_id, run.data.tags.get(TRIAL_TAG, ""), run.info.status) for run in found]
 
 
 def curve(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -31,8 +32,10 @@ from maskray.errors import TrackingError
 PROBE_SECONDS = 5.0
 DATABASE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-HOPELESS = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"})
+HOPELESS = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED"})
 """Answers that will be the same next time."""
+_LASTING = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""So will these be, of a disk; and a full one."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,9 @@ def is_away(error: Exception) -> bool:
         error: of a call to MLflow, as it was raised, or as the `TrackingError` that was made of it.
     """
     cause = error.__cause__ if isinstance(error, TrackingError) else error
-    return isinstance(cause, MlflowException | OSError) and getattr(cause, "error_code", None) not in HOPELESS
+    if isinstance(cause, OSError):
+        return not isinstance(cause, _LASTING) and cause.errno != errno.ENOSPC
+    return isinstance(cause, MlflowException) and cause.error_code not in HOPELESS
 
 
 def has_embedded_store(storage_path: str) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
-from maskray.errors import TrackingError
+from maskray.errors import AwayError
 from maskray.tracking.mlflow_store import check_answers, is_away, reason, shown
 from maskray.tracking.mlflow_tracker import MlflowTracker, pause_after
 
@@ -56,7 +56,8 @@ class Patience:
             act: the call. It must not mind to be made twice: its answer may be lost, or come too late.
 
         Raises:
-            TrackingError: MLflow is away for too long, or refuses.
+            AwayError: MLflow is away for too long.
+            TrackingError: it refuses.
         """
         for attempt in itertools.count():
             start = self._asks()
@@ -67,7 +68,7 @@ class Patience:
                     self._has_answered()
                     raise
                 if not self._may_wait():
-                    raise (error if isinstance(error, TrackingError) else self._no_answer(reason(error))) from error
+                    raise self._no_answer(reason(error)) from error
                 self._say(reason(error))
                 self._pause(min(pause_after(attempt), LONGEST_PAUSE))
             else:
@@ -76,12 +77,18 @@ class Patience:
         raise AssertionError("unreachable")
 
     def close(self, tracker: MlflowTracker) -> bool:
-        """Close a tracker, once it has stored all that it was told; whether it has."""
+        """Close a tracker, once it has stored all that it was told; whether it has: MLflow may refuse.
+
+        Raises:
+            AwayError: MLflow is away for too long. What it was not told is the tracker's `pending`.
+        """
         start = self._asks()
         try:
             while not tracker.flush(_POLL_SECONDS):
-                if tracker.has_given_up or not self._may_wait(start):
+                if tracker.has_given_up:
                     break
+                if not self._may_wait(start):
+                    raise self._no_answer("metrics or figures are not taken")
                 if time.monotonic() - start > TRY_SECONDS:
                     self._say("metrics or figures are not taken")
                 self._alive()
@@ -140,11 +147,11 @@ class Patience:
             log.warning("Waiting for MLflow at %s, %g s at most: %s", shown(self._uri), self._seconds, why)
         self._has_said_so = True
 
-    def _no_answer(self, why: str) -> TrackingError:
+    def _no_answer(self, why: str) -> AwayError:
         waited = time.monotonic() - (self._since or 0.0)
-        return TrackingError(
+        return AwayError(
             "MLflow does not answer",
             key="tracking.uri",
             found=f"{shown(self._uri)} ({why}), after {waited:.0f} s",
-            fix="see to it that it runs, and run the same command again: it goes on where it stopped",
+            fix="see to it that it runs; with --resume the same command goes on where it stopped",
         )
