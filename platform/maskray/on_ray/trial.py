@@ -176,7 +176,7 @@ Last = tuple[str, dict[str, float]]
 
 
 def _on_workers(
-    config: RunConfig, trial: Trial, folder: Storage, store: Store, run_id: str, tell: Tell, patience: Patience
+    config: RunConfig, trial: Trial, folder: Storage, store: Store, run_id: str, tell: Teller, patience: Patience
 ) -> Last:
     """Train and judge where the accelerators are: this process has none, nor a CPU of its own."""
     root, judge = Storage(config.storage.path), partial(finding_of, title=trial.name)
@@ -193,7 +193,7 @@ def _on_workers(
 
 
 def _here(
-    config: RunConfig, trial: Trial, folder: Storage, store: Store, run_id: str, tell: Tell, patience: Patience
+    config: RunConfig, trial: Trial, folder: Storage, store: Store, run_id: str, tell: Teller, patience: Patience
 ) -> Last:
     """Train and judge in this process."""
     settle(config)
@@ -209,7 +209,7 @@ def _here(
 
 
 def _train(
-    config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Bench, tell: Tell, patience: Patience
+    config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Bench, tell: Teller, patience: Patience
 ) -> None:
     """In this process."""
     stored = MlflowTracker(uri, run_id, system_metrics_seconds=config.tracking.system_metrics_seconds)
@@ -232,7 +232,7 @@ def _train(
             # Known since before it was ended, and to MLflow or not: then it drops them.
             stored.log({key: metrics[key] for key in SCORES if key in metrics}, step)
             tell(step, metrics)
-        pretrain(config, TrialContext(folder, config, judge, tell), Fanout(stored, Observer(hear)))
+        pretrain(config, TrialContext(folder, config, judge, tell, tell.beat), Fanout(stored, Observer(hear)))
         has_stored_all = patience.close(stored)
     except AwayError:
         _keep_untold(folder, stored)
@@ -377,15 +377,21 @@ class TrialContext:
         config: of its run.
         judge: what is known of the checkpoint in a folder, after so many steps. Training waits.
         tell: of it.
+        beat: is called often while images are decoded.
     """
 
     rank, world_size = 0, 1
 
     def __init__(
-        self, folder: Storage, config: RunConfig, judge: Callable[[Path, int], Mapping[str, float]], tell: Tell
+        self,
+        folder: Storage,
+        config: RunConfig,
+        judge: Callable[[Path, int], Mapping[str, float]],
+        tell: Tell,
+        beat: Callable[[], None],
     ) -> None:
         self.device = _device(config)
-        self._folder, self._data, self._judge, self._tell = folder, config.data, judge, tell
+        self._folder, self._data, self._judge, self._tell, self._beat = folder, config.data, judge, tell, beat
         self._attempt = uuid.uuid4().hex[:8]  # every start writes folders of its own
 
     @contextmanager
@@ -416,10 +422,6 @@ class TrialContext:
         return 0.0
 
     def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
-        """The in-process walk. While images are decoded for it, which may take many minutes, it is told of."""
-
-        def beat() -> None:
-            self._tell(start_step, {})
-
+        """The in-process walk. While images are decoded for it, for many minutes maybe, there are signs of life."""
         place = {"rank": 0, "world_size": 1, "start_step": start_step}
-        return local.open_units(spec, self._data, self.device, **place, beat=beat)
+        return local.open_units(spec, self._data, self.device, **place, beat=self._beat)

@@ -6,7 +6,7 @@
     ├── asked.json                        points that Optuna asked for, in order (`search.py`)
     ├── rungs/<key>.json                  at which rungs a trial was, with what, and whether it went on
     ├── trials/<key>/                     checkpoint folders; `painted.npz`; `error.txt` of one that failed;
-    │                                     `result.json` once it has ended
+    │                                     `untold.json`, for MLflow; `result.json` once it has ended
     ├── finished.json                     written last
     └── report/                           figures and `report.html`
 
