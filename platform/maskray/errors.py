@@ -16,9 +16,16 @@ TrainingError (RuntimeError)  the run itself went wrong: not a mistake in what w
 └── StreamError               the stream delivered another row group than the plan's: a fault of ours
 """
 
+from __future__ import annotations
+
+from maskray.credentials import shown
+
 
 class MaskrayError(ValueError):
-    """A mistake that the user can mend: what is wrong, the key, the value found, the values allowed, what to do."""
+    """A mistake that the user can mend: what is wrong, the key, the value found, the values allowed, what to do.
+
+    None of it has a password in it: errors are shown, logged and told to MLflow.
+    """
 
     def __init__(
         self,
@@ -29,6 +36,7 @@ class MaskrayError(ValueError):
         allowed: str | None = None,
         fix: str | None = None,
     ) -> None:
+        problem, fix, found = shown(problem), fix and shown(fix), _shown(found)
         parts = [f"{key}: {problem}" if key else problem]
         if found is not None:
             parts.append(f"Found: {found}.")
@@ -42,6 +50,11 @@ class MaskrayError(ValueError):
     def __reduce__(self) -> tuple[object, ...]:
         """Errors cross process borders on Ray: keyword arguments must survive pickling."""
         return _rebuild, (type(self), self.problem, self.key, self.found, self.allowed, self.fix)
+
+
+def _shown(found: object) -> object:
+    """What was found, without credentials. A text of a number has none."""
+    return found if found is None or isinstance(found, int | float) else shown(str(found))
 
 
 def _rebuild(
@@ -92,7 +105,10 @@ class RunConflictError(MaskrayError):
 
 
 class TrainingError(RuntimeError):
-    """The run itself went wrong, with a config that was right."""
+    """The run itself went wrong, with a config that was right. Has no password in it either."""
+
+    def __init__(self, message: str, *arguments: object) -> None:
+        super().__init__(shown(message), *arguments)
 
 
 class BadStepError(TrainingError):

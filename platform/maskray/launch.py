@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from maskray.config.load import dump
+from maskray.config.load import dump, written
 from maskray.config.resolve import RunPlan, padding_waste, resolve
 from maskray.config.schema import RunConfig
 from maskray.data import lease
@@ -178,7 +178,7 @@ def prepare(config: RunConfig, commit: str | None = None) -> Prepared:
     _say_what_was_begun_on_other_data(root, plan, config)
     store = open_store(config.tracking, root.uri)
     code = mlflow_runs.provenance(Path(__file__).parent, commit)
-    if config.tracking.uri is not None:  # the store keeps the password; what is written down does not
+    if config.tracking.uri is not None:  # the store keeps the password; what workers get, and Ray shows, does not
         tracking = config.tracking.model_copy(update={"uri": shown(config.tracking.uri)})
         config = config.model_copy(update={"tracking": tracking})
     return Prepared(config, plan, dataset, root, root.child(plan.run_name), store, code)
@@ -306,7 +306,7 @@ def card(prepared: Prepared) -> RunCard:
     """What MLflow is told of a run when it starts."""
     config, plan, manifest = prepared.config, prepared.plan, prepared.dataset.manifest
     place = prepared.dataset.storage.uri
-    settings, params = mlflow_runs.flatten(config.model_dump(mode="json")), mlflow_runs.flatten(plan.identity)
+    settings, params = mlflow_runs.flatten(written(config)), mlflow_runs.flatten(plan.identity)
     return RunCard(
         name=plan.run_name,
         fingerprint=plan.fingerprint,

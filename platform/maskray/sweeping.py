@@ -20,7 +20,7 @@ from typing import Any
 from maskray import launch
 from maskray.calibration import seconds_per_step
 from maskray.config.load import dotted_keys, dump, fingerprint, identity, load_text
-from maskray.config.schema import RunConfig
+from maskray.config.schema import RunConfig, TrackingConfig
 from maskray.config.sweep import SweepConfig
 from maskray.data import lease
 from maskray.data.lease import Kind
@@ -110,11 +110,17 @@ def prepare(config: SweepConfig, *, resume: bool = False, new: bool = False, com
     if space.unmeasured() and (measured := _measured(folder)):
         space = Space(config, measured)
         trials = _trials(space)
-    return _prepared(config, space, trials, number, mlflow_runs.provenance(Path(__file__).parent, commit))
+    code = mlflow_runs.provenance(Path(__file__).parent, commit)
+    return _prepared(config, space, trials, number, code, space.base.tracking)
 
 
 def _prepared(
-    config: SweepConfig, space: Space, trials: tuple[Trial, ...], number: int, code: Mapping[str, str]
+    config: SweepConfig,
+    space: Space,
+    trials: tuple[Trial, ...],
+    number: int,
+    code: Mapping[str, str],
+    tracking: TrackingConfig,
 ) -> Prepared:
     root = Storage(space.base.storage.path)
     folder = _folder(root, config.name, number)
@@ -125,7 +131,7 @@ def _prepared(
         name=f"{config.name}-{number}",
         folder=folder,
         results=record.results(folder),
-        store=open_store(space.base.tracking, root.uri),
+        store=open_store(tracking, root.uri),
         code=code,
     )
 
@@ -312,7 +318,8 @@ def report_of(config: SweepConfig) -> str:
     begun_as = load_text(
         SweepConfig, folder.read_bytes(record.SWEEP_YAML).decode(), folder.join(record.SWEEP_YAML)
     ).model_copy(update={"confidence": config.confidence})
-    prepared = _prepared(begun_as, Space(begun_as), (), number, {})
+    # MLflow as it is given now: what is on record has no password.
+    prepared = _prepared(begun_as, Space(begun_as), (), number, {}, space.base.tracking)
     run_id = mlflow_runs.find_run(prepared.store, _fingerprint(prepared.folder))
     return write_report(prepared, run_id, record.results(prepared.folder), Patience(prepared.store.uri))
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from maskray.config.schema import RunConfig
 from maskray.config.section import Section
+from maskray.credentials import all_shown
 from maskray.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
@@ -303,8 +304,13 @@ def fingerprint(plain: Any) -> str:
 
 
 def dump(config: Section) -> str:
-    """The resolved config as YAML: every field, defaults included; `load` gives it back."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    """The resolved config as YAML: every field, defaults included; `load` gives it back, but for passwords."""
+    return yaml.dump(written(config), Dumper=_Dumper, sort_keys=False)
+
+
+def written(config: Section) -> dict[str, Any]:
+    """The config as plain data for whoever may see it: every field, and no passwords."""
+    return dict(all_shown(config.model_dump(mode="json")))
 
 
 def json_schema(model: type[Section] = RunConfig) -> str:

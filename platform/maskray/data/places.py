@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from maskray import credentials
 from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ConfigError
-
-CREDENTIALS = re.compile(r"secret_key=|//[^/@\s]*:[^/@\s]*@")
-"""Of a URI that has them in it."""
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -22,11 +19,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     def moved(section: Any, key: str) -> Any:
         value = getattr(section, key)
-        if value is not None and CREDENTIALS.search(value):
+        if value is not None and credentials.are_in(value):
             raise ConfigError(
                 "credentials do not belong into a config, which is kept with the run",
                 key=key,
-                found=re.sub("//[^/@]*@", "//***@", value.partition("?")[0]),
+                found=value,
                 allowed="s3://bucket/prefix",
                 fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead",
             )

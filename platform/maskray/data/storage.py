@@ -16,6 +16,7 @@ from typing import IO, Any, TypeVar
 
 from pyarrow import fs
 
+from maskray import credentials
 from maskray.data import s3
 from maskray.data.retry import Patience, persistently
 from maskray.errors import StorageError, UnreachableError
@@ -40,11 +41,18 @@ class Storage:
         uri: a local path, or a URI such as `s3://bucket/prefix` (options after `?`, as pyarrow takes them).
 
     Raises:
-        StorageError: no such kind of place.
+        StorageError: no such kind of place, or credentials in the URI: where things lie is written down in many places.
     """
 
     def __init__(self, uri: str | Path) -> None:
         text = os.fspath(uri)
+        if credentials.are_in(text):
+            raise StorageError(
+                "credentials do not belong into the URI of a place, which is kept with what lies there",
+                found=text,
+                allowed="s3://bucket/prefix",
+                fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead",
+            )
         self.is_local = "://" not in text or text.startswith("file://")
         if self.is_local:
             # Ray's workers run in another folder: a relative path would name another place there.

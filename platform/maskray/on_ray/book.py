@@ -26,6 +26,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from maskray.config.load import written
 from maskray.errors import AwayError, MaskrayError
 from maskray.on_ray.trial import ASKED, BEATS, ENDED, RUNG, STEP, VALUE, Asked, Sweep, newest_step
 from maskray.publish.release import training_seconds
@@ -170,7 +171,7 @@ class Book(NotKept, tune.Callback):
         if found.key in self._prepared.results:  # it failed: from now on it has not ended
             self._sweep.folder_of(found).delete(record.RESULT)
         probe_at = [rung.step for rung in rungs(self._prepared.config.stopping, found)]
-        return Asked(found, self._prepared.space.run_config(found, probe_at).model_dump(mode="json"))
+        return Asked(found, written(self._prepared.space.run_config(found, probe_at)))
 
     def _rung(self, asked: Asked, step: int) -> Rung:
         return next(each for each in rungs(self._prepared.config.stopping, asked.trial) if each.step == step)

@@ -24,7 +24,7 @@ from maskray.config.embedding import EmbedConfig
 from maskray.config.schema import ClusterConfig, IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
-from maskray.on_ray.parcel import SECRET, of_this_job
+from maskray.on_ray.parcel import of_this_job, settings_of_mlflow
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    variables = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_") and not SECRET.search(k)}
+    variables = settings_of_mlflow(os.environ)
     package = Path(maskray.__file__).parent
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = config.address or os.environ.get("RAY_ADDRESS")
@@ -70,6 +70,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
                 address="local",
                 num_cpus=config.embedded_cpus,
                 include_dashboard=config.dashboard,
+                dashboard_host="127.0.0.1",
                 logging_level="ERROR",
                 log_to_driver=False,
                 runtime_env={"env_vars": {**variables, "PYTHONPATH": str(package.parent)}},

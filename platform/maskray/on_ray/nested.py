@@ -17,7 +17,9 @@ import ray
 import ray.train
 from ray import tune
 
+from maskray.config.load import written
 from maskray.config.schema import ClusterConfig, RunConfig
+from maskray.credentials import Hidden
 from maskray.data.storage import Storage
 from maskray.errors import BadStepError
 from maskray.launch import unstored_metrics
@@ -75,10 +77,10 @@ def train(
     """
     board = fit.board(TrialBoard)
     settings = {
-        "config": config.model_dump(mode="json"),
+        "config": written(config),
         "run": folder.uri,
         "run_id": run_id,
-        "tracking_uri": tracking_uri,
+        "tracking_uri": Hidden(tracking_uri),
         "board": board,
         "judge": ray.put(judge),
         "last_step": last_step,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import maskray
-from maskray.data.places import CREDENTIALS
+from maskray import credentials
 from maskray.errors import ClusterError
 from maskray.tracking.commit import commit_of
 
@@ -24,8 +23,6 @@ STOP_SECONDS = 60
 """Between SIGTERM and SIGKILL of a job that is stopped, and no longer than it needs. Ray's own are 3: MLflow's run
 would stay open."""
 COMMIT, STOP_WAIT, JOB_CONFIG = "MASKRAY_COMMIT", "RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_CONFIG_JSON_ENV_VAR"
-# A runtime environment is shown in Ray's dashboard and logs: nodes must have secrets of their own.
-SECRET = re.compile("PASSWORD|TOKEN(?!IZ)|SECRET|KEY", re.IGNORECASE)
 _NAMED_LARGEST, _CHUNK_BYTES = 5, 2**20
 _LEFT_OUT = {".git", ".venv", "venv", "__pycache__", ".ruff_cache", ".mypy_cache", ".pytest_cache"}
 _ELSEWHERE = "config"
@@ -156,9 +153,9 @@ def variables_sent(given: Iterable[str], here: Mapping[str, str]) -> tuple[dict[
     commit = here.get(COMMIT) or (found.sha if (found := commit_of(Path(maskray.__file__).parent)) else None)
     if commit:
         sent[COMMIT] = commit
-    of_mlflow = {name: value for name, value in here.items() if name.startswith("MLFLOW_")}
-    kept = sorted(name for name, value in of_mlflow.items() if _is_secret(name, value))
-    sent |= {name: value for name, value in of_mlflow.items() if name not in kept}
+    of_mlflow = settings_of_mlflow(here)
+    kept = sorted(name for name in here if name.startswith("MLFLOW_") and name not in of_mlflow)
+    sent |= of_mlflow
     for item in given:
         name, equals, value = item.partition("=")
         if not equals or not name:
@@ -174,8 +171,16 @@ def variables_sent(given: Iterable[str], here: Mapping[str, str]) -> tuple[dict[
     return sent, kept
 
 
+def settings_of_mlflow(here: Mapping[str, str]) -> dict[str, str]:
+    """Those of this process's variables that workers must have, and may be seen.
+
+    A runtime environment is shown in Ray's dashboard and logs: nodes must have secrets of their own.
+    """
+    return {k: v for k, v in here.items() if k.startswith("MLFLOW_") and not _is_secret(k, v)}
+
+
 def _is_secret(name: str, value: str) -> bool:
-    return bool(SECRET.search(name) or CREDENTIALS.search(value))
+    return bool(credentials.NAMED.search(name)) or credentials.are_in(value)
 
 
 def refuse_credentials(texts: Mapping[str, str]) -> None:
@@ -188,7 +193,7 @@ def refuse_credentials(texts: Mapping[str, str]) -> None:
         ClusterError: one of them has.
     """
     for name, text in texts.items():
-        if CREDENTIALS.search(text):
+        if credentials.are_in(text):
             raise ClusterError(
                 "what is sent with a job is shown in Ray's dashboard and kept on nodes, so no password goes along",
                 key=name,

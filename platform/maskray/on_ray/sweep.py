@@ -18,12 +18,12 @@ from ray.tune.execution import class_cache
 
 from maskray.calibration import seconds_per_step
 from maskray.config.schema import ClusterConfig, RunConfig
+from maskray.credentials import NAMED
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import background, nested, trial
 from maskray.on_ray.book import Asking, Book, Deciding, Show, survive_lost_processes
 from maskray.on_ray.cluster import check_sweep, largest_nodes, wait_for_trial
-from maskray.on_ray.parcel import SECRET
 from maskray.on_ray.trial import Sweep
 from maskray.sweeping import Prepared
 
@@ -174,4 +174,4 @@ def measure(configs: Sequence[RunConfig]) -> list[float]:
 
 def keep_secrets() -> None:
     """Have Tune leave the keys of an object store out of a trial's runtime environment, which Ray's dashboard shows."""
-    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not SECRET.search(name)}
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not NAMED.search(name)}

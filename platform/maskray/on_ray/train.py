@@ -12,7 +12,9 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from maskray.config.load import written
 from maskray.config.resolve import worker_counts
+from maskray.credentials import Hidden
 from maskray.data.local import is_walked_locally
 from maskray.data.spec import StreamSpec
 from maskray.errors import BadStepError, CheckpointError
@@ -62,7 +64,7 @@ class RayLauncher:
         line = ProgressLine(prepared.plan.total_steps)
         with probe.set_aside(config) as place, closing(line), followed(board, line.update):
             told = Told(prepared.store.uri, run_id, board)
-            hook = Hook(config.model_dump(mode="json"), prepared.run, told, place, self._probe)
+            hook = Hook(written(config), prepared.run, told, place, self._probe)
             trainer = partial(_trainer, prepared, told, hook)
             outcome = fit.fitted(trainer, prepared.run, config.cluster.max_failures)
         if "bad_step" in outcome:
@@ -106,10 +108,10 @@ def _trainer(prepared: Prepared, told: Told, hook: Hook) -> TorchTrainer:
     return fit.trainer(
         worker.run,
         {
-            "config": config.model_dump(mode="json"),
+            "config": written(config),
             "run": prepared.run.uri,
             "run_id": told.run_id,
-            "tracking_uri": told.tracking_uri,
+            "tracking_uri": Hidden(told.tracking_uri),  # Train shows its workers' settings in Ray's dashboard
             "on_ray": on_ray,
             "board": told.board,
         },

@@ -45,7 +45,7 @@ def tracker_of(settings: dict[str, Any], config: RunConfig, rank: int) -> Tracke
     from maskray.tracking.mlflow_tracker import MlflowTracker
 
     seconds = config.tracking.system_metrics_seconds
-    stored = MlflowTracker(settings["tracking_uri"], settings["run_id"], system_metrics_seconds=seconds)
+    stored = MlflowTracker(settings["tracking_uri"].text, settings["run_id"], system_metrics_seconds=seconds)
     board = settings["board"]
     return Fanout(stored, Observer(lambda step, metrics: board.post.remote(step, dict(metrics))))
 

@@ -132,6 +132,7 @@ def close_run(store: Store, run_id: str, status: Ended, message: str = "") -> No
     """
     client = store.client()
     try:
+        message = shown(message)  # of whatever error
         ended = f"{status.lower()}: {message}" if message else status.lower()
         client.set_tag(run_id, STATUS_TAG, ended[:MAX_TAG_LENGTH])
         if message:
@@ -323,13 +324,16 @@ def _sources_digest(package: Path) -> str:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested plain data as dotted keys and texts: `{"optim": {"base_lr": 1e-3}}` is `{"optim.base_lr": "0.001"}`."""
+    """Nested plain data as dotted keys and texts: `{"optim": {"base_lr": 1e-3}}` is `{"optim.base_lr": "0.001"}`.
+
+    There are no passwords in the texts.
+    """
     out: dict[str, str] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping) and value:
             out |= flatten(value, f"{prefix}{key}.")
         else:
-            out[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+            out[prefix + key] = shown(value if isinstance(value, str) else json.dumps(value))
     return out
 
 
@@ -379,7 +383,7 @@ def _set_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) ->
 
 
 def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    for some in _batches([RunTag(key, str(text)[:MAX_TAG_LENGTH]) for key, text in tags.items()]):
+    for some in _batches([RunTag(key, shown(str(text))[:MAX_TAG_LENGTH]) for key, text in tags.items()]):
         client.log_batch(run_id, tags=some)
 
 

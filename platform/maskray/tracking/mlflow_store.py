@@ -27,6 +27,8 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from maskray.config.schema import TrackingConfig
+from maskray.credentials import are_in
+from maskray.credentials import shown as shown
 from maskray.errors import TrackingError
 
 PROBE_SECONDS = 5.0
@@ -45,6 +47,9 @@ class Store:
     uri: str
     experiment_id: str
     experiment: str
+
+    def __repr__(self) -> str:
+        return f"Store({shown(self.uri)!r}, {self.experiment!r})"
 
     def client(self) -> MlflowClient:
         """A client of its tracking and its registry; cheap."""
@@ -65,7 +70,7 @@ def open_store(config: TrackingConfig, storage_path: str) -> Store:
     """
     # Alembic's and MLflow's word on tables made is noise on a first `maskray demo`.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    uri = config.uri or embedded_uri(storage_path)
+    uri = _uri_of(config, storage_path)
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https"):
         _probe(uri)
@@ -99,7 +104,7 @@ def look(config: TrackingConfig, storage_path: str) -> Look:
     Raises:
         TrackingError: as `open_store`, and for tables of another version of MLflow.
     """
-    uri = config.uri or embedded_uri(storage_path)
+    uri = _uri_of(config, storage_path)
     scheme, server = urlsplit(uri).scheme, None
     if scheme in ("http", "https"):
         _probe(uri)
@@ -130,6 +135,19 @@ def look(config: TrackingConfig, storage_path: str) -> Look:
         f"{words}, experiment {config.experiment}",
         Store(uri, found.experiment_id, config.experiment),
         server,
+    )
+
+
+def _uri_of(config: TrackingConfig, storage_path: str) -> str:
+    uri = config.uri or embedded_uri(storage_path)
+    if are_in(uri) or "***" not in uri:
+        return uri
+    raise TrackingError(
+        "this is a URI as it is written down: without its user and password",
+        key="tracking.uri",
+        found=uri,
+        fix="give the whole of it, or leave *** and @ out and set MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, or PGUSER and PGPASSWORD",
     )
 
 
@@ -168,11 +186,6 @@ def refuse_missing(uri: str) -> None:
     """
     if urlsplit(uri).scheme == "sqlite" and not _database(uri).exists():
         raise TrackingError("there is no such SQLite file", key="tracking.uri", found=uri, fix="check the path")
-
-
-def shown(uri: str) -> str:
-    """A URI, or a text with one in it, without its password."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
 
 
 def embedded_uri(storage_path: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
+from maskray.credentials import are_in
 from maskray.data.sources.base import MAX_IMAGE_BYTES, as_utf8, is_hidden, refuse_too_large
 from maskray.errors import DataError, StorageError
 
@@ -75,7 +76,18 @@ def place_of(text: str) -> tuple[Files, str]:
 
 
 def folder_of(text: str) -> Files | None:
-    """The folder or prefix that `text` names; None where it is none."""
+    """The folder or prefix that `text` names; None where it is none.
+
+    Raises:
+        DataError: there are credentials in it.
+    """
+    if are_in(text):
+        raise DataError(
+            "credentials do not belong into a source, which the manifest names",
+            key="source",
+            found=text,
+            fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead",
+        )
     if text.startswith(S3):
         base, _, options = text.partition("?")
         bucket = BucketFiles(base.removeprefix(S3).strip("/"), options)
