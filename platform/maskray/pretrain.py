@@ -31,7 +31,8 @@ from maskray.training.step import TrainStep
 from maskray.training.throughput import Meter, hardware, rate_of_process
 
 _MOST_GRAPHS = 32
-PACKAGES = ("maskray", "torch", "torchvision", "torchcodec", "timm", "numpy")  # what the bits of a run depend on
+# What the bits of a run depend on. Ray is not one: what it hands over is checked, and its version is on Train's record.
+PACKAGES = ("maskray", "torch", "torchvision", "torchcodec", "timm", "numpy", "pillow", "tifffile", "pyarrow")
 
 
 def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:

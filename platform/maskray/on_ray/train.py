@@ -20,7 +20,7 @@ from maskray.data.spec import StreamSpec
 from maskray.errors import BadStepError, CheckpointError
 from maskray.evaluation.judgement import Verdict
 from maskray.launch import Prepared, unstored_metrics
-from maskray.on_ray import cluster, elastic, evaluate, fit, probe, stream, worker
+from maskray.on_ray import cluster, elastic, evaluate, fit, probe, stream, upgrade, worker
 from maskray.on_ray.fit import followed
 from maskray.on_ray.probe import Hook, Judge, Told
 from maskray.tracking.console import ProgressLine
@@ -43,7 +43,8 @@ class RayLauncher:
         self._probe = probe
 
     def preflight(self, prepared: Prepared) -> None:
-        """Refuse what the cluster cannot hold, and wait for what it can."""
+        """Refuse what the cluster cannot hold, or this Ray cannot go on with; wait for what it can."""
+        upgrade.look_at_record(prepared.run)
         beside = probe.bundles(prepared.config)
         least = worker_counts(prepared.config.cluster, prepared.plan.groups_per_step)[-1]
         on_ray = streams_on_ray(prepared)

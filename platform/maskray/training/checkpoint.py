@@ -212,7 +212,8 @@ def warn_of_differences(then: Facts, now: Facts) -> None:
         for name, old, new in (
             ("workers", then.world_size, now.world_size),
             ("threads", then.threads, now.threads),
-            *((k, then.packages.get(k), v) for k, v in now.packages.items()),
+            # What was not noted then may be the same.
+            *((k, then.packages[k], v) for k, v in now.packages.items() if k in then.packages),
         )
         if old != new
     ]

@@ -258,6 +258,12 @@ def test_other_conditions_are_told(caplog):
     assert "not the same bits: workers 2 → 3, threads 1 → 2, torch 2.0 → 2.1" in caplog.text
 
 
+def test_a_package_that_was_not_noted_then_is_no_difference(caplog):
+    with caplog.at_level(logging.WARNING):
+        checkpoint.warn_of_differences(FACTS, replace(FACTS, packages=FACTS.packages | {"pillow": "12.0"}))
+    assert caplog.text == ""
+
+
 def test_a_checkpoint_elsewhere_is_copied_here(folder):
     with checkpoint.on_disk(Storage(folder)) as here:
         assert here == folder
