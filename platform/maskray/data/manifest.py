@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from maskray.config.load import fingerprint
-from maskray.data.storage import TEMPORARY, Storage
+from maskray.data.storage import TEMPORARY, Storage, leads_out
 from maskray.errors import DataError
 
 SCHEMA_VERSION = 3
@@ -246,6 +246,14 @@ class Manifest:
             manifest = _manifest_from(_upgraded_from_2(raw) if version == 2 else raw)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"the manifest of {place} is incomplete", key=key, found=repr(error), fix=again) from error
+        if outside := [shard.name for shard in manifest.shards if leads_out(shard.name)]:
+            raise DataError(
+                f"the manifest of {place} names a shard that is not in it",
+                key=key,
+                found=outside[0],
+                allowed="relative names without `..`",
+                fix=f"take the dataset from where it came; who wrote this may mean harm. Or {again}",
+            )
         expected = manifest.expected_fingerprint()
         if manifest.fingerprint != expected:
             raise DataError(

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -29,11 +30,23 @@ PATIENCE = Patience()
 _SPOOLED_BYTES = 16 * 2**20
 _COPIED_BYTES = 8 * 2**20
 
+_DRIVE = re.compile(r"[A-Za-z]:")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name that should be relative to a folder may mean something outside of it, here or on Windows."""
+    return _leads_out_here(name.replace("\\", "/")) or _DRIVE.match(name) is not None
+
+
+def _leads_out_here(name: str) -> bool:
+    return name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/"))
 
 
 class Storage:
     """A folder or bucket prefix. Names are relative to it, with `/` between their parts. Picklable.
+
+    Names may come from files that others wrote: none of them leads out.
 
     Whatever is written under a name appears there whole or not at all.
 
@@ -260,6 +273,8 @@ class Storage:
         self.delete(probe)
 
     def _path(self, name: str) -> str:
+        if _leads_out_here(name):
+            raise StorageError("a name leads out of its place", found=name, allowed="relative names without `..`")
         return f"{self._root}/{name}" if name else self._root
 
     def _persistently(self, verb: str, name: str, attempt: Callable[[], T]) -> T:

@@ -82,6 +82,15 @@ def files_sent(configs: Sequence[Path], include: Sequence[Path], root: Path) -> 
                 allowed=f"a file or folder below {root}",
             )
         found |= {file.relative_to(root).as_posix(): file for file in _walked(whole)}
+    for name, path in found.items():
+        if path not in configs and not path.resolve().is_relative_to(root):
+            raise ClusterError(
+                "a link leads out of this folder, and what it leads to would be taken along",
+                key="--include",
+                found=f"{name} → {path.resolve()}",
+                allowed=f"files below {root}",
+                fix="leave the link out, or put a copy of the file in its place",
+            )
     return found
 
 

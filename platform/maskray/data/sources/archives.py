@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import re
 import struct
 import tarfile
 import zipfile
@@ -38,6 +37,7 @@ from maskray.data.sources.base import (
     suffix_of,
 )
 from maskray.data.sources.files import Files, Listed
+from maskray.data.storage import leads_out
 from maskray.errors import DataError, MaskrayError
 
 logger = logging.getLogger(__name__)
@@ -128,8 +128,8 @@ def _plain(name: str) -> str:
 
 
 def _checked(name: str, place: str) -> str:
-    parts, name = re.split(r"[/\\]", name), as_utf8(name)  # in this order: escapes have backslashes
-    if parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:", name):
+    is_outside, name = leads_out(name), as_utf8(name)  # in this order: escapes have backslashes
+    if is_outside:
         raise DataError(
             f"a member of {place} has a name that leads out of it",
             key="source",

@@ -115,6 +115,14 @@ class _PathReader:
             )
         if not mark and not path.startswith("/"):
             return self.files, path
+        if scheme != "s3" and str(self.files).startswith(S3):
+            raise DataError(
+                "a table in a bucket names a file of this machine",
+                key="source",
+                found=path,
+                allowed="paths relative to the table, s3://bucket/key",
+                fix="copy the table here, if it is yours: who wrote it may mean harm",
+            )
         options = getattr(self.files, "options", "") if scheme == "s3" else ""
         return place_of(f"{path}?{options}" if options else path)
 
