@@ -5,7 +5,7 @@ TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 DATA_BENCHMARKS := decode delivery memory latency
 
-.PHONY: demo test check infra chaos bench bench-data bench-step bench-ingest bench-embed bench-worth bench-probe bench-detection bench-sweep schema ui clean
+.PHONY: demo test check audit infra chaos bench bench-data bench-step bench-ingest bench-embed bench-worth bench-probe bench-detection bench-sweep schema ui clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ check: $(VENV)/.installed  ## format, lint, types, guards
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/guards
+
+audit: $(VENV)/.installed  ## packages with known weaknesses; needs a network: without one it says so, and fails
+	$(BIN)/python tests/audit.py
 
 infra: $(VENV)/.installed  ## all files of infra/, after you changed them
 	PYTHONPATH=tests $(BIN)/python -m manifests
