@@ -1,10 +1,15 @@
 """A model as it is trained."""
 
+import json
+import logging
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from maskray import masking
+from maskray.errors import CheckpointError
 from maskray.evaluation.reconstruction import reconstruct
 from maskray.models.build import initial_model
 from maskray.models.normalize import Normalize
@@ -59,3 +64,43 @@ def test_steps_at_which_it_is_probed_are_logged_and_kept_and_change_nothing_that
             weights[at] = (folder / checkpoint.WEIGHTS).read_bytes()
     assert steps == {(): [2, 4, 6, 8, 10, 12], (3, 7, 12): [2, 3, 4, 6, 7, 8, 10, 12]}
     assert weights[()] == weights[(3, 7, 12)]
+
+
+@pytest.fixture
+def begun(tiny, tmp_path):
+    """The config of a run that has ended, its context, and its first checkpoint, as if it had come no further."""
+    config = tiny()
+    context = LocalContext(tmp_path / "run", config.data, keep_checkpoints=9)
+    pretrain(config, context, MemoryTracker())
+    first, *others = sorted((tmp_path / "run").glob(f"{folders.FOLDER_PREFIX}*"))
+    ended = (others[-1] / checkpoint.WEIGHTS).read_bytes()
+    for folder in others:
+        shutil.rmtree(folder)
+    return config, context, first, ended
+
+
+def altered(folder, **changes):
+    """What a checkpoint says of itself, as another set of packages, or another maskray, would have left it."""
+    state = json.loads((folder / checkpoint.STATE).read_text())
+    (folder / checkpoint.STATE).write_text(json.dumps(state | changes))
+
+
+def test_a_run_goes_on_under_other_packages_and_names_them(begun, caplog):
+    config, context, first, ended = begun
+    noted = json.loads((first / checkpoint.STATE).read_text())["packages"]
+    altered(first, packages=noted | {"torch": "2.0.1", "left-pad": "1.0"})
+    with caplog.at_level(logging.WARNING):
+        assert pretrain(config, context, MemoryTracker()) == 12
+    assert f"not the same bits: torch 2.0.1 → {noted['torch']}" in caplog.text
+    with context.latest_checkpoint() as folder:
+        assert (folder / checkpoint.WEIGHTS).read_bytes() == ended
+
+
+@pytest.mark.parametrize("version", [0, 99, "2", None])
+def test_a_checkpoint_of_another_schema_version_is_refused_with_the_reason(begun, version):
+    config, context, first, _ = begun
+    altered(first, schema_version=version)
+    with pytest.raises(CheckpointError, match=rf"schema_version: .*Found: {version} in .*Allowed: 1 or 2") as refused:
+        pretrain(config, context, MemoryTracker())
+    assert "continue it with the maskray that wrote it" in str(refused.value)
+    assert first.exists()

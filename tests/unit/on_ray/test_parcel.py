@@ -68,6 +68,17 @@ def test_only_what_is_here_is_taken_along(tmp_path: Path, path: str, why: str):
         parcel.files_sent([], [Path(path)], tmp_path / "here")
 
 
+def test_a_link_that_leads_out_is_not_followed(tmp_path: Path):
+    (tmp_path / "secret").write_text("s3cret")
+    (tmp_path / "here" / "folder").mkdir(parents=True)
+    (tmp_path / "here" / "folder" / "file").touch()
+    (tmp_path / "here" / "folder" / "inside").symlink_to(tmp_path / "here" / "folder" / "file")
+    assert list(parcel.files_sent([], [Path("folder")], tmp_path / "here")) == ["folder/file", "folder/inside"]
+    (tmp_path / "here" / "folder" / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(ClusterError, match=r"folder/link → .*/secret"):
+        parcel.files_sent([], [Path("folder")], tmp_path / "here")
+
+
 def test_mlflows_settings_go_along_and_no_secret_does():
     here = {
         "MLFLOW_TRACKING_USERNAME": "me",

@@ -137,3 +137,10 @@ def test_signature_and_example_say_what_goes_in_and_comes_out(model_path, model)
     assert model.predict(example).shape == (4, 16)
     serving = json.loads((model_path / "serving_input_example.json").read_text())
     assert model.predict(serving["inputs"]).shape == (4, 16)
+
+
+def test_it_is_loaded_where_mlflow_may_unpickle_nothing(model_path, paths, expected, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    model = mlflow.pyfunc.load_model(str(model_path))
+    np.testing.assert_allclose(model.predict([str(path) for path in paths]), expected, rtol=1e-5, atol=1e-6)
+    assert [path for path in model_path.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".joblib")] == []
