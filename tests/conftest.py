@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,8 +213,10 @@ def as_it_was() -> Iterator[None]:
     """What a command line sets for its whole process does not reach the next test."""
     root, ours = logging.getLogger(), logging.getLogger("maskray")
     handlers, level, on_sigterm = list(root.handlers), ours.level, signal.getsignal(signal.SIGTERM)
+    on_crash = sys.excepthook
     yield
     root.handlers[:] = handlers
+    sys.excepthook = on_crash
     ours.setLevel(level)
     signal.signal(signal.SIGTERM, on_sigterm)
     torch.use_deterministic_algorithms(False)

@@ -65,25 +65,27 @@ def commands(tmp_path: Path, mlflow_tables: Path) -> Iterator[Commands]:
     folder.mkdir()
     shutil.copy(mlflow_tables, folder / "server.db")
     server = Server(folder, folder / "server.db")
-    server.start()
-    with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "AWS_"))}
-        environment = (
-            clean
-            | planted.variables
-            | {
-                "AWS_ACCESS_KEY_ID": "planted",
-                "MLFLOW_TRACKING_USERNAME": "planted",
-                "PYTHONPATH": str(ROOT / "platform"),
-                "OMP_NUM_THREADS": "1",
-                "RAY_AUTH_MODE": "token",
-                "RAY_TMPDIR": ray_folder,
-                "HOME": str(folder),  # Ray writes a token there, where it makes one
-            }
-        )
-        uri = planted.within(server.uri, "tracking.uri")
-        yield Commands(folder, planted, server, uri, environment, Path(ray_folder))
+    try:
+        server.start()
+        with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+            uri = planted.within(server.uri, "tracking.uri")
+            yield Commands(folder, planted, server, uri, _environment(planted, folder, ray_folder), Path(ray_folder))
+    finally:
         server.kill()
+
+
+def _environment(planted: Planted, folder: Path, ray_folder: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "AWS_"))}
+    settings = {
+        "AWS_ACCESS_KEY_ID": "planted",
+        "MLFLOW_TRACKING_USERNAME": "planted",
+        "PYTHONPATH": str(ROOT / "platform"),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_TMPDIR": ray_folder,
+        "HOME": str(folder),  # Ray writes a token there, where it makes one
+    }
+    return clean | planted.variables | settings
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the command line prints for people to type."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from maskray import cli
 from maskray.cli import pretrain
+from planted_secrets import Planted
 
 
 @pytest.fixture
@@ -34,3 +37,37 @@ def test_a_job_file_prints_a_command_too(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(pretrain.__file__).parents[2]))
     shown = subprocess.run([*shlex.split(pretrain.program()), "--help"], capture_output=True, text=True, check=True)
     assert "ui" in shown.stdout
+
+
+CRASH = """
+import logging, sys
+from mlflow import MlflowClient
+from maskray import cli
+
+def command(_):
+    logging.getLogger("another").warning("it is %s", sys.argv[1])
+    try:
+        MlflowClient(sys.argv[1]).get_run("x")
+    except Exception:
+        logging.getLogger("maskray").exception("asked in vain")
+    MlflowClient(sys.argv[1]).get_run("x")
+
+cli._schema = command
+cli.main(["schema"])
+"""
+
+
+def test_neither_a_log_nor_a_crash_says_a_password():
+    """MLflow's own errors say its whole URI."""
+    planted = Planted()
+    uri = planted.within("http://127.0.0.1:9", "uri")
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(cli.__file__).parents[2]),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
+    command = [sys.executable, "-c", CRASH, uri]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("API request to http://***@127.0.0.1:9/") >= 2, done.stderr
+    assert "asked in vain" in done.stderr
+    assert planted.found_in((done.stdout + done.stderr).replace("\n", "").encode()) == []

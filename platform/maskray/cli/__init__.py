@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -27,6 +28,7 @@ from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import RunConfig, TrackingConfig
 from maskray.config.section import Section
 from maskray.config.sweep import SweepConfig
+from maskray.credentials import shown
 from maskray.errors import MaskrayError, TrainingError
 
 USER_MISTAKE, RUN_FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
@@ -37,11 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
-    )
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    handler.setFormatter(_WithoutPasswords("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    sys.excepthook = _crash
     logging.getLogger("maskray").setLevel(logging.INFO if parsed.verbose else logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -115,6 +116,18 @@ _KINDS = {
     "UnreachableError": "Storage",
     "RunConflictError": "Already running",
 }
+
+
+class _WithoutPasswords(logging.Formatter):
+    """Of all that is logged, whoever logs it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+def _crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python does of itself, without passwords: MLflow's errors say its whole URI."""
+    sys.stderr.write(shown("".join(traceback.format_exception(kind, error, trace))))
 
 
 class _Terminated(BaseException):

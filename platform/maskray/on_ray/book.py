@@ -27,6 +27,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from maskray.config.load import written
+from maskray.credentials import shown
 from maskray.errors import AwayError, MaskrayError
 from maskray.on_ray.trial import ASKED, BEATS, ENDED, RUNG, STEP, VALUE, Asked, Sweep, newest_step
 from maskray.publish.release import training_seconds
@@ -352,9 +353,9 @@ class Deciding(NotKept, FIFOScheduler):
 
 
 def _error_of(failed: TuneTrial) -> str:
-    """What Tune wrote of an error, on the driver's disk."""
+    """What Tune wrote of an error, on the driver's disk. MLflow's own errors say its whole URI."""
     try:
-        return Path(failed.error_file).read_text()
+        return shown(Path(failed.error_file).read_text())
     except (OSError, TypeError):
         return ""
 

@@ -1,13 +1,16 @@
 """Why a trial failed, in a sentence, out of what Ray makes of it."""
 
 import traceback
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mlflow.exceptions import MlflowException
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError
 
 from maskray.errors import ConfigError, NonFiniteError
-from maskray.on_ray.book import reason_of, survive_lost_processes
+from maskray.on_ray.book import _error_of, reason_of, survive_lost_processes
 
 HEAD = "Failure # 1 (occurred at 2026-11-26_07-58-30)\n"
 DIED = """The actor died unexpectedly before finishing this task.
@@ -101,3 +104,21 @@ def test_what_tune_does_not_know_is_an_error_of_the_process(monkeypatch: pytest.
     assert str(lost) == "OutOfMemoryError: 1 worker(s) were killed"
     assert isinstance(died, ActorDiedError)
     assert isinstance(raised, RayTaskError)
+
+
+def test_what_is_kept_of_an_error_has_no_password(tmp_path: Path):
+    """MLflow's own say its whole URI, also where they are the cause of one of ours."""
+
+    def both() -> None:
+        try:
+            raise MlflowException("API request to http://me:s3cret@host:5000/api failed")
+        except MlflowException as error:
+            raise NonFiniteError("the second") from error
+
+    with pytest.raises(NonFiniteError) as caught:
+        both()
+    (tmp_path / "error.txt").write_text(as_ray_has_it(caught.value))
+    kept = _error_of(SimpleNamespace(error_file=str(tmp_path / "error.txt")))
+    assert "API request to http://***@host:5000/api failed" in kept
+    assert "s3cret" not in kept
+    assert reason_of(kept) == "the second"
