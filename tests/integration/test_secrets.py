@@ -46,7 +46,8 @@ class Commands:
                 call, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False, timeout=900
             )
             self.said.append(done.stdout + done.stderr)
-            (self.folder / f"said-{len(self.said)}.log").write_text(self.said[-1])
+            for name, text in (("", self.said[-1]), ("-unwrapped", "".join(self.said[-1].split()))):
+                (self.folder / f"said-{len(self.said)}{name}.log").write_text(text)
             if BUSY not in done.stderr:
                 break
         return done
