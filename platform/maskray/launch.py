@@ -267,7 +267,8 @@ def _keep_to(launcher: Launcher, prepared: Prepared) -> None:
             key="--launcher",
             found=launcher.name,
             allowed=before,
-            fix=f"go on with --launcher {before}, or start a run of another name with init_from",
+            fix=f"go on with --launcher {before}, hand it over by `maskray repair {prepared.run.uri} "
+            f"--launcher {launcher.name}`, or start a run of another name with init_from",
         )
 
 

@@ -121,9 +121,11 @@ def unsealed(folder: Path, names: Iterable[str] = ()) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(folder) from error
     for name in dict.fromkeys((*names, *expected)):
-        if not (folder / name).is_file() or _digest(folder / name) != expected.get(name):
+        if flaw := _flaw(folder / name, expected.get(name)):
             raise CheckpointError(
-                "a file of the checkpoint is missing or damaged", found=folder / name, fix="use an earlier checkpoint"
+                "a file of the checkpoint is missing or damaged",
+                found=f"{folder / name} ({flaw})",
+                fix="use an earlier checkpoint; `maskray repair RUN_FOLDER` takes a run back to one",
             )
     return state
 
@@ -159,6 +161,34 @@ def is_whole(folder: Path) -> bool:
     except CheckpointError as error:
         return error.key == "schema_version"
     return True
+
+
+def flaws(folder: Path) -> list[str]:
+    """What keeps a folder from being whole, in words, a file each; nothing where it `is_whole`."""
+    if is_whole(folder):
+        return []
+    try:
+        state = _state(folder)
+        expected, needed = state["files"], () if KIND in state else FILES
+        found = [(name, _flaw(folder / name, expected.get(name))) for name in dict.fromkeys((*needed, *expected))]
+    except (CheckpointError, KeyError, AttributeError):
+        cut = (folder / STATE).exists()
+        return [
+            f"{STATE} cannot be read" if cut else f"there is no {STATE}, which is written last: it was not finished"
+        ]
+    return [f"{name} {flaw}" for name, flaw in found if flaw] or [f"{STATE} does not say what a checkpoint must"]
+
+
+def _flaw(path: Path, expected: Any) -> str:
+    """What is wrong with a file; nothing where it is as its folder's `state.json` says."""
+    if not path.is_file():
+        return "is missing"
+    if not isinstance(expected, dict):
+        return f"is not in {STATE}"
+    found, size = _digest(path), expected.get("bytes")
+    if found["bytes"] != size:
+        return f"has {found['bytes']} bytes, {size} were written"
+    return "" if found == expected else "has as many bytes as were written, and others"
 
 
 def restore(
@@ -228,7 +258,8 @@ def on_disk(storage: Storage) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
         for name in storage.list_names():
-            (Path(folder) / name).write_bytes(storage.read_bytes(name))
+            with (Path(folder) / name).open("wb") as file:
+                file.writelines(storage.read_pieces(name))
         yield Path(folder)
 
 
