@@ -105,7 +105,10 @@ def fitted(make: Callable[[], TorchTrainer], run: Storage, max_failures: int) ->
             log.warning("Ray Train's controller died; starting again from the latest checkpoint")
             orphans.remove(started.train_run_context.run_id)
         except ray.train.TrainingFailedError as error:
-            raise failures.explained(error, max_failures) from error
+            lost = failures.lost_storage(error)
+            if left == 0 or lost is None:
+                raise failures.explained(error, max_failures) from error
+            log.warning("Ray Train could not keep its record; starting again from the latest checkpoint: %s", lost)
     raise AssertionError("the last try returns or raises")
 
 

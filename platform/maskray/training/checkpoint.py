@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from maskray.data.storage import Storage
-from maskray.errors import CheckpointError
+from maskray.errors import CheckpointError, StorageError
 from maskray.training.sharding import load_model, load_optimizer, whole
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,34 @@ class HostCopy:
         save_file(self._weights, folder / WEIGHTS)
         torch.save(self._optimizer, folder / OPTIMIZER)
         seal(folder, FILES, self._facts.__dict__)
+
+
+def fill(folder: Path, write: Callable[[Path], None], key: str) -> None:
+    """Let a checkpoint be written into a new folder, which is not there if that fails.
+
+    Args:
+        folder: to be made; what is there is deleted.
+        write: fills it.
+        key: what names the place of it to a user.
+
+    Raises:
+        StorageError: the disk is full, or fails.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        write(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what torch and safetensors make of it
+        shutil.rmtree(folder, ignore_errors=True)
+        nearest = next(each for each in folder.parents if each.exists())
+        free = shutil.disk_usage(nearest).free
+        raise StorageError(
+            "a checkpoint could not be written",
+            key=key,
+            found=f"{folder} ({' '.join(str(error).split())[:160]}; {free:,} bytes are free there)",
+            fix="free some space, or take a folder on another disk, and give the same command again: the run goes on "
+            "from its last checkpoint",
+        ) from error
 
 
 def taken(

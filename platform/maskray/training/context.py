@@ -91,9 +91,7 @@ class LocalWorkerContext:
         if snapshot is not None:
             folder = self.run_folder / folders.folder_name(step, "local")
             partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            snapshot(partial)
+            checkpoint.fill(partial, snapshot, "storage.path")
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
             if probed and self._probe is not None:
