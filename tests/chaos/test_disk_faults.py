@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from maskray import launch
 from maskray.bare import BareLauncher
 from maskray.cli import USER_MISTAKE
 from maskray.config.schema import RunConfig
+from maskray.data.storage import Storage
 from maskray.errors import StorageError
+from maskray.on_ray.context import RayWorkerContext
 from maskray.tracking.mlflow_store import DATABASE
 from maskray.training import checkpoint
 from maskray.training.checkpoint import WEIGHTS
@@ -111,6 +114,24 @@ def test_a_run_on_bare_torch(tiny: Callable[..., RunConfig], runs: Path, disk: C
     small.make_room()
     assert launch.launch(launch.prepare(prepared.config), BareLauncher()).steps == 12
     assert digest_of_newest(run) == digest_of_newest(Path(quiet.run.uri))
+
+
+@pytest.mark.parametrize(("full", "key"), [("kept", "storage.path"), ("temporary", "TMPDIR")])
+def test_an_upload_of_a_worker_of_rays(disk: Callable[[int], Disk], tmp_path: Path, full: str, key: str):
+    """It leaves nothing: else each try, by whichever worker, would find less room than the one before."""
+    small = disk(MEGABYTE)
+    folders = {"kept": tmp_path / "kept", "temporary": tmp_path / "temporary"} | {full: small.folder / full}
+    for folder in folders.values():
+        folder.mkdir()
+    context = object.__new__(RayWorkerContext)  # of what Train gives to a worker an upload that fails asks for nothing
+    context._run = Storage(folders["kept"])
+    facts, model = checkpoint.Facts(4, "0" * 16, 1, 1, {}, []), torch.nn.Linear(200, 200)
+    copy = checkpoint.HostCopy(model, torch.optim.AdamW(model.parameters()), facts, "name: x\n")
+    small.fill(left_bytes=100 * 1024)
+    with pytest.raises(StorageError, match=rf"^{key}: a checkpoint could not be .*[Nn]o space.*last checkpoint"):
+        context._upload(copy.write, folders["temporary"], "step_000000004-0a1b2c3d")
+    assert Storage(folders["kept"]).list_names() == []
+    assert shutil.disk_usage(small.folder).free > 90 * 1024
 
 
 @pytest.mark.ray
