@@ -191,7 +191,8 @@ def finished(prepared: Prepared) -> Summary | None:
     except FileNotFoundError:
         return None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        log.warning("The run is finished, but %s cannot be read: %r", prepared.run.join(FINISHED), error)
+        place = prepared.run.join(FINISHED)
+        log.warning("The run is finished, but %s cannot be read (see `maskray repair`): %r", place, error)
         return Summary.unknown(prepared)
 
 

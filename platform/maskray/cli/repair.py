@@ -39,7 +39,7 @@ def _repair(arguments: argparse.Namespace) -> int:
     from maskray.data.storage import Storage
     from maskray.repair import Case, State, repair, run_of
 
-    case = Case(Storage(arguments.run or "."), dry_run=arguments.dry_run, launcher=arguments.launcher)
+    case = Case(Storage((arguments.run or ".").rstrip("/")), dry_run=arguments.dry_run, launcher=arguments.launcher)
     if config is not None:
         case.config, case.run = run_of(config)
     console, counts = Console(highlight=False, markup=False), Counter[State]()
