@@ -15,7 +15,9 @@ from maskray.cli import USER_MISTAKE
 from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import StorageError
+from maskray.on_ray import record
 from maskray.on_ray.context import RayWorkerContext
+from maskray.on_ray.stream import SNAPSHOT
 from maskray.tracking.mlflow_store import DATABASE
 from maskray.training import checkpoint
 from maskray.training.checkpoint import WEIGHTS
@@ -116,6 +118,11 @@ def test_a_run_on_bare_torch(tiny: Callable[..., RunConfig], runs: Path, disk: C
     assert digest_of_newest(run) == digest_of_newest(Path(quiet.run.uri))
 
 
+def copy_of(width: int) -> checkpoint.HostCopy:
+    model, facts = torch.nn.Linear(width, width), checkpoint.Facts(4, "0" * 16, 1, 1, {}, [])
+    return checkpoint.HostCopy(model, torch.optim.AdamW(model.parameters()), facts, "name: x\n")
+
+
 @pytest.mark.parametrize(("full", "key"), [("kept", "storage.path"), ("temporary", "TMPDIR")])
 def test_an_upload_of_a_worker_of_rays(disk: Callable[[int], Disk], tmp_path: Path, full: str, key: str):
     """It leaves nothing: else each try, by whichever worker, would find less room than the one before."""
@@ -125,13 +132,27 @@ def test_an_upload_of_a_worker_of_rays(disk: Callable[[int], Disk], tmp_path: Pa
         folder.mkdir()
     context = object.__new__(RayWorkerContext)  # of what Train gives to a worker an upload that fails asks for nothing
     context._run = Storage(folders["kept"])
-    facts, model = checkpoint.Facts(4, "0" * 16, 1, 1, {}, []), torch.nn.Linear(200, 200)
-    copy = checkpoint.HostCopy(model, torch.optim.AdamW(model.parameters()), facts, "name: x\n")
+    copy = copy_of(200)
     small.fill(left_bytes=100 * 1024)
     with pytest.raises(StorageError, match=rf"^{key}: a checkpoint could not be .*[Nn]o space.*last checkpoint"):
         context._upload(copy.write, folders["temporary"], "step_000000004-0a1b2c3d")
     assert Storage(folders["kept"]).list_names() == []
     assert shutil.disk_usage(small.folder).free > 90 * 1024
+
+
+def test_a_record_that_a_full_disk_has_torn(disk: Callable[[int], Disk]):
+    """It is said where there is no room to make it again, and is made when there is some."""
+    small = disk(MEGABYTE)
+    run = Storage(small.folder / "x-0123")
+    folder = small.folder / "x-0123" / "step_000000004-0a1b2c3d"
+    checkpoint.fill(folder, copy_of(20).write, "storage.path")
+    (small.folder / "x-0123" / SNAPSHOT).write_bytes(b"")
+    small.fill(left_bytes=0)
+    with pytest.raises(StorageError, match=r"^storage.path: cannot write .*No space.*free some space"):
+        record.settle(run)
+    small.make_room()
+    record.settle(run)
+    assert record.read(run) == record.Record([folder.name], folder.name)
 
 
 @pytest.mark.ray

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
 )
 
 from maskray.data.storage import Storage
-from maskray.errors import CheckpointError
+from maskray.errors import CheckpointError, StorageError
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.training import checkpoint
 from maskray.training.folders import FOLDER_PREFIX, SCORE, score_of, step_of
@@ -108,7 +108,11 @@ def _nothing_left(run: Storage, problem: str) -> CheckpointError:
 
 
 def make_again(run: Storage, whole: list[str]) -> list[str]:
-    """Make a record of checkpoints that are whole, the oldest first; their names."""
+    """Make a record of checkpoints that are whole, the oldest first; their names.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     if not whole and not run.exists(SNAPSHOT):
         return []
     results = [Result(checkpoint_dir_name=name, metrics=_metrics(run, name)) for name in whole]
@@ -124,7 +128,10 @@ def make_again(run: Storage, whole: list[str]) -> list[str]:
         timed_out_validation_checkpoint_dir_names=[],
         failed_validation_checkpoint_dir_names=[],
     )
-    run.write_bytes(SNAPSHOT, state.model_dump_json().encode())
+    try:
+        run.write_bytes(SNAPSHOT, state.model_dump_json().encode())
+    except StorageError as error:
+        raise type(error)(error.problem, key="storage.path", found=error.found, fix=error.fix) from error
     newest = f"its newest whole checkpoint, {whole[-1]}" if whole else "the start"
     log.warning("There was no record of the checkpoints that Ray Train could read; the run goes on from %s", newest)
     return whole
