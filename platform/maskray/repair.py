@@ -40,7 +40,7 @@ _MARKS = (LAUNCHER, DATASET, FINISHED, SNAPSHOT)
 class State(StrEnum):
     """What has become of something that is wrong."""
 
-    OK = "ok"
+    NOTED = "noted"
     """Nothing: it only wants to be known."""
     MENDED = "mended"
     """Or would be, in a dry run."""
@@ -75,6 +75,7 @@ class Case:
     """Of checkpoints, the oldest first."""
     whole: list[str] = field(default_factory=list)
     """Of these, those that are whole."""
+    is_finished: bool = False
 
     @property
     def name(self) -> str:
@@ -185,7 +186,7 @@ def _checkpoints(case: Case) -> Iterator[Finding]:
         if not case.whole:
             yield Finding(State.LEFT, name, why, "kept: there is no checkpoint that is whole")
         elif was_finished:
-            yield Finding(State.MENDED, name, why, "left out; a later launch removes it, so copy it now if you want it")
+            yield Finding(State.NOTED, name, why, "left out; a later launch removes it, so copy it now if you want it")
         else:
             case.delete(name)
             yield Finding(State.MENDED, name, why, "removed: it never was a checkpoint")
@@ -297,16 +298,18 @@ def _finished(case: Case) -> Iterator[Finding]:
         content = case.run.read_bytes(FINISHED)
     except FileNotFoundError:
         return
+    case.is_finished = True
     try:
         Summary.load(content)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         why = f"it cannot be read: {error!r}"
         if _has_another_version(content):
-            yield Finding(State.OK, FINISHED, why, "kept: the run is finished")
+            yield Finding(State.NOTED, FINISHED, why, "kept: the run is finished")
         elif case.newest is None:
             yield Finding(State.LEFT, FINISHED, why, "kept: without a checkpoint the run would begin anew")
         else:
             case.delete(FINISHED)
+            case.is_finished = False
             again = f"removed: the next launch judges and registers again what is there, and {_from(case)}"
             yield Finding(State.MENDED, FINISHED, why, again)
 
@@ -336,7 +339,7 @@ def _mlflow(case: Case) -> Iterator[Finding]:
             why = f"run {run.info.run_id} says RUNNING; it was launched on {host}, whose folder this may not be"
             yield Finding(State.LEFT, "MLflow", why, "repair it there, or launch it: a launch takes it over")
             continue
-        status: mlflow_runs.Ended = "FINISHED" if case.run.exists(FINISHED) else "KILLED"
+        status: mlflow_runs.Ended = "FINISHED" if case.is_finished else "KILLED"
         if store is not None and not case.dry_run:
             message = "" if status == "FINISHED" else "its launch ended without a word"
             mlflow_runs.close_run(store, run.info.run_id, status, message)

@@ -90,11 +90,21 @@ def test_where_nothing_is_wrong_nothing_is_done(run: Path):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"ray_version": "2.1"}', None])
-def test_a_record_that_is_torn_or_missing_is_made_again(run: Path, content: bytes | None):
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is empty"),
+        (b'{"ray_version": "2', "it is cut short: "),
+        (b'{"ray_version": "2.1"}', "this version of Ray writes it otherwise: "),
+        (b"[]", "this version of Ray writes it otherwise: "),
+        (None, "there is none"),
+    ],
+)
+def test_a_record_that_is_torn_or_missing_is_made_again(run: Path, content: bytes | None, why: str):
     (run / SNAPSHOT).unlink() if content is None else (run / SNAPSHOT).write_bytes(content)
     finding = only(mended(run))
     assert (finding.state, finding.what) == (State.MENDED, SNAPSHOT)
+    assert finding.why.startswith(why)
     assert finding.done == f"made again from what is whole; the run goes on from {folders(run)[-1]}"
     found = record.read(Storage(run))
     assert found is not None
@@ -268,7 +278,7 @@ def test_a_list_of_skipped_steps_that_cannot_be_read_is_explained_and_kept(run: 
 
 def test_the_word_of_another_version_stays_and_so_does_one_without_checkpoints(run: Path):
     (run / launch.FINISHED).write_text('{"schema_version": 99}')
-    assert only(mended(run)).state == State.OK
+    assert only(mended(run)).state == State.NOTED
     (run / launch.FINISHED).write_text("{")
     for name in folders(run):
         shutil.rmtree(run / name)
@@ -322,7 +332,7 @@ def test_a_run_in_a_bucket(run: Path, bucket: str, monkeypatch: pytest.MonkeyPat
         target.write_bytes(name, content)
     *_, before, newest = folders(run)
     target.write_bytes(f"{newest}/{WEIGHTS}", b"damaged")
-    assert [(f.state, f.what) for f in repair(Case(target))] == [(State.MENDED, newest), (State.MENDED, SNAPSHOT)]
+    assert [(f.state, f.what) for f in repair(Case(target))] == [(State.NOTED, newest), (State.MENDED, SNAPSHOT)]
     assert record.read(target).newest == before
     assert not target.exists(lease.LEASE)
     with pytest.raises(ConfigError, match="bare torch writes to a local folder"):

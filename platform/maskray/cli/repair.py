@@ -16,7 +16,7 @@ from maskray.errors import ConfigError
 if TYPE_CHECKING:  # a wrong command line must not wait for torch and Ray
     from maskray.repair import Case, Finding
 
-_STYLES = {"ok": "green", "mended": "yellow", "left": "bold red"}
+_STYLES = {"noted": "green", "mended": "yellow", "left": "bold red"}
 
 
 def add(commands: Any) -> None:
@@ -51,9 +51,7 @@ def _repair(arguments: argparse.Namespace) -> int:
 
 
 def _ending(case: Case, findings: int) -> str:
-    from maskray.launch import FINISHED
-
-    if case.run.exists(FINISHED):
+    if case.is_finished:
         then = "the run is finished"
     elif case.newest is not None:
         then = f"the next launch goes on from {case.newest}"

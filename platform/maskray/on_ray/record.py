@@ -6,6 +6,7 @@ or cut short. The folders say of themselves whether they are whole, so the recor
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from typing import NamedTuple
@@ -80,7 +81,14 @@ def read(run: Storage) -> Record | None:
         content = run.read_bytes(SNAPSHOT)
     except FileNotFoundError:
         return None
-    state = State.model_validate_json(content)
+    try:
+        raw = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"it is cut short: {error}" if content else "it is empty") from error
+    try:
+        state = State.model_validate(raw)
+    except ValueError as error:
+        raise ValueError(f"this version of Ray writes it otherwise: {_in_a_line(error)}") from error
     names = [result.checkpoint_dir_name for result in state.checkpoint_results]
     newest = state.latest_checkpoint_result and state.latest_checkpoint_result.checkpoint_dir_name
     if missing := set(names) - set(folders_of(run)):
@@ -88,6 +96,10 @@ def read(run: Storage) -> Record | None:
     if newest is not None and newest not in names:
         raise ValueError(f"its newest checkpoint, {newest}, is not in its list")
     return Record(names, newest)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
 
 
 def _refuse_for_a_better_one(run: Storage, found: Record, folders: list[str]) -> None:
