@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ray.train
 from ray.train.torch import get_device
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from maskray.config.schema import DataConfig
 from maskray.data import local
@@ -151,3 +152,10 @@ class RayContext(RayWorkerContext):
         place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
         with local.open_units(spec, data, self.device, **place, beat=self._beat) as units:
             yield units
+
+    def leaving(self) -> int:
+        """As Train's watcher has told this worker, without asking: Train's own function waits for all workers."""
+        if self.rank:
+            return 0
+        told = get_internal_train_context().preemption_context.preemption_info
+        return 0 if told is None else len(told.preempted_node_ids)
