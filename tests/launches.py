@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from maskray.config.load import merge
-from maskray.data.storage import TEMPORARY
+from maskray.data.storage import TEMPORARY, Storage
 from maskray.tracking.mlflow_store import DATABASE
 from maskray.training.checkpoint import WEIGHTS
 
@@ -73,6 +73,8 @@ class Launches:
     environment: dict[str, str]
     command: str = "pretrain"
     tracking_uri: str | None = None
+    storage: str | None = None
+    """Where runs are kept, if not in the folder."""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     killed: set[int] = field(default_factory=set)
 
@@ -161,9 +163,11 @@ class Launches:
 
     def final_weights(self) -> str:
         """Digest of the weights in the checkpoint that Train has on record."""
-        snapshot = json.loads((self.run / "checkpoint_manager_snapshot.json").read_text())
-        folder = self.run / snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
-        return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        root = Storage(self.storage or self.folder / "runs")
+        (name,) = [name for name in root.list_names() if name.startswith("kills-")]
+        run = root.child(name)
+        latest = json.loads(run.read_bytes("checkpoint_manager_snapshot.json"))["latest_checkpoint_result"]
+        return hashlib.sha256(run.read_bytes(f"{latest['checkpoint_dir_name']}/{WEIGHTS}")).hexdigest()
 
     def ledger(self) -> dict[tuple[int, int], tuple]:
         """(step, rank) → (positions, keys); a step that was trained twice must have been the same."""

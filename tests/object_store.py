@@ -1,4 +1,4 @@
-"""A real S3 API over HTTP for tests: moto's server, and a proxy before it that fails a share of the requests."""
+"""A real S3 API over HTTP for tests: moto's server, and a proxy before it, or any server, that fails some requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-SLOW_SECONDS = 0.2
 # Headers of one connection, not of what passes through.
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 _ERRORS = {"throttle": (503, "SlowDown"), "refuse": (403, "AccessDenied")}
@@ -61,11 +60,12 @@ def new_bucket(url: str, set_variable: Callable[[str, str], None]) -> str:
 
 
 class FaultyProxy:
-    """Passes requests on to an object store and fails a share of them, drawn from a seed in order of arrival.
+    """Passes requests on to a server, an object store say, and fails a share, drawn from a seed in order of arrival.
 
     | kind     | what the client sees                                                                    |
     |----------|-----------------------------------------------------------------------------------------|
     | throttle | 503 SlowDown; the store does not see the request                                        |
+    | away     | the connection is reset at once; the store does not see the request                     |
     | reset    | the request is done, then the connection is reset instead of an answer                  |
     | short    | the answer's headers and half of its body, then the end of the connection               |
     | fewer    | a whole answer of half the bytes that were asked for                                    |
@@ -90,6 +90,8 @@ class FaultyProxy:
         """Of bodies."""
         self.script: list[str | None] = []
         """How the next requests fail, before any is drawn."""
+        self.slow_seconds = 0.2
+        """Of a `slow` answer."""
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.proxy = self
@@ -147,12 +149,18 @@ class _Handler(BaseHTTPRequestHandler):
             status, code = _ERRORS[fault]
             self._answer(status, {"Content-Type": "application/xml"}, _XML.format(code).encode())
             return
+        if fault == "away":
+            self._reset()
+            return
         if fault == "slow":
-            time.sleep(SLOW_SECONDS)
-        status, headers, content = self._ask(body)
+            time.sleep(self.server.proxy.slow_seconds)
+        try:
+            status, headers, content = self._ask(body)
+        except (OSError, http.client.HTTPException):  # that server itself is away
+            self._reset()
+            return
         if fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST, not FIN
-            self.close_connection = True
+            self._reset()
         elif fault == "short":
             self._answer(status, headers, content, sent=len(content) // 2)
             self.close_connection = True
@@ -171,6 +179,10 @@ class _Handler(BaseHTTPRequestHandler):
         while self.rfile.readline().strip():
             pass
         return b"".join(parts)
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST, not FIN
+        self.close_connection = True
 
     def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.server.proxy.upstream, timeout=60)

@@ -191,7 +191,8 @@ def finished(prepared: Prepared) -> Summary | None:
     except FileNotFoundError:
         return None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        log.warning("The run is finished, but %s cannot be read: %r", prepared.run.join(FINISHED), error)
+        place = prepared.run.join(FINISHED)
+        log.warning("The run is finished, but %s cannot be read (see `maskray repair`): %r", place, error)
         return Summary.unknown(prepared)
 
 
@@ -267,7 +268,8 @@ def _keep_to(launcher: Launcher, prepared: Prepared) -> None:
             key="--launcher",
             found=launcher.name,
             allowed=before,
-            fix=f"go on with --launcher {before}, or start a run of another name with init_from",
+            fix=f"go on with --launcher {before}, hand it over by `maskray repair {prepared.run.uri} "
+            f"--launcher {launcher.name}`, or start a run of another name with init_from",
         )
 
 

@@ -125,6 +125,7 @@ def test_a_node_that_is_taken_away_after_a_notice(nodes, on_nodes, quiet):
     time.sleep(deadline - time.time())
     raylet(node).send_signal(signal.SIGTERM)
     assert run.last_step() > at_notice, "the time until the deadline was not used"
+    assert "Notice that a node will be taken away: a checkpoint is made at once" in run.output()
     seconds = seconds_to_train(run, known)
     assert run.finish(process) == 0, run.output()
     check_against(run, wanted)

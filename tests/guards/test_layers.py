@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [  # from the ground up; rooms on one line do not impor
     {"launch", "appraisal", "embedding", "calibration", "offering"},
     {"sweeping"},
     {"on_ray", "bare", "in_use"},
-    {"doctor"},
+    {"doctor", "repair"},
     {"cli"},
 ]
 # Everything may raise, and nothing says a password.

@@ -1,6 +1,7 @@
 """A run's data from an object store that fails: exactly the plan's rows. And what a run keeps there."""
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -64,6 +65,34 @@ def test_a_stream_through_faults_is_the_plans_to_the_bit(
     assert set(proxy.faults) == set(KINDS), proxy.faults
     assert proxy.faults.total() > share / 2 * proxy.requests.total(), "else this test shows nothing"
     assert RETRIES.count > before
+
+
+def test_a_store_that_is_away_for_seconds_costs_only_those(
+    tiny: Callable[..., RunConfig],
+    digits_in_bucket: str,
+    bucket: str,
+    proxy: FaultyProxy,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """For readers and writers, as patient as they are in earnest."""
+    monkeypatch.setattr(storage_module, "PATIENCE", Patience())
+    sections = {"optim": {"steps": 40, "global_batch": 64}}
+    with LocalStream(spec_of(tiny(**sections))) as stream:
+        wanted = list(stream)
+    config = tiny(**sections | {"data": {"path": digits_in_bucket}})
+    with LocalStream(spec_of(config), threads=2, prefetch_groups=2) as stream:
+        got = [next(stream) for _ in range(8)]
+        proxy.forget()
+        proxy.shares = {"away": 1.0}
+        back = threading.Timer(3.0, proxy.shares.clear)
+        back.start()
+        Storage(f"{bucket}/runs").write_bytes("x/state.json", b"{}")
+        back.join()
+        got += stream
+    assert_same(got, wanted)
+    assert proxy.requests["GET"] > 0
+    assert proxy.faults["away"] > 2
+    assert Storage(f"{bucket}/runs").read_bytes("x/state.json") == b"{}"
 
 
 def test_a_store_that_is_gone_for_a_while_is_counted_out_if_told(

@@ -104,3 +104,40 @@ def test_a_checkpoint_of_another_schema_version_is_refused_with_the_reason(begun
         pretrain(config, context, MemoryTracker())
     assert "continue it with the maskray that wrote it" in str(refused.value)
     assert first.exists()
+
+
+class Noticed(LocalContext):
+    """Is told of one node in the fifth step and of another in the tenth."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.asked, self.made = 0, []
+
+    def report(self, step, *arguments, **options) -> float:
+        self.made.append(step)
+        return super().report(step, *arguments, **options)
+
+    def leaving(self) -> int:
+        self.asked += 1
+        return (self.asked > 4) + (self.asked > 9)
+
+
+def test_a_notice_is_a_checkpoint_at_the_next_log_step_and_changes_nothing_that_is_learned(tiny, tmp_path, caplog):
+    config, weights = tiny(training={"log_steps": 2, "checkpoint_steps": 8}), []
+    told = Noticed(tmp_path / "told", config.data)
+    for context in (LocalContext(tmp_path / "quiet", config.data), told):
+        made = []
+        report = context.report
+        context.report = lambda step, *rest, to=made, go=report, **options: (
+            to.append(step) or go(step, *rest, **options)
+        )
+        pretrain(config, context, MemoryTracker())
+        with context.latest_checkpoint() as folder:
+            weights.append((folder / checkpoint.WEIGHTS).read_bytes())
+    assert told.made == [6, 8, 10, 12]
+    assert weights[0] == weights[1]
+    said = [text for text in caplog.messages if text.startswith("Notice")]
+    assert [text.partition(":")[0] for text in said] == [
+        "Notice that a node will be taken away",
+        "Notice that 2 nodes will be taken away",
+    ]

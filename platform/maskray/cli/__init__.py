@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 from rich.console import Console
 from rich.logging import RichHandler
 
-from maskray.cli import data, doctor, embed, estimate, evaluate, export, masks, pretrain, promote, submit, sweep
+from maskray.cli import data, doctor, embed, estimate, evaluate, export, masks, pretrain, promote, repair, submit, sweep
 from maskray.config.embedding import EmbedConfig
 from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import json_schema
@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     masks.add(commands)
     pretrain.add(commands)
     promote.add(commands)
+    repair.add(commands)
     submit.add(commands)
     sweep.add(commands)
     schema = commands.add_parser("schema", help="JSON Schema of the YAML, for editors")

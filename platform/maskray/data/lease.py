@@ -130,14 +130,14 @@ def holder_of(place: Storage) -> Holder | None:
         return None
 
 
-def refuse_if_held(place: Storage, name: str, kind: Kind = RUN) -> None:
-    """A look that changes nothing.
+def refuse_if_held(place: Storage, name: str, kind: Kind = RUN, *, at_once: bool = True) -> None:
+    """A look that changes nothing; `at_once`: without watching another machine's heartbeat for a while.
 
     Raises:
         RunConflictError: a living holder has it.
     """
     other = holder_of(place)
-    if other is not None and other.is_alive():
+    if other is not None and (other.is_alive() if at_once else other.is_alive_at(place)):
         raise _held(other, name, kind)
 
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 class Patience:
     """How often and how long a request is tried: waits double from the first, each cut to a random share of itself."""
 
-    tries: int = 10
+    tries: int = 20
     total_seconds: float = 120.0
     """No try begins later than this after the first."""
     first_wait_seconds: float = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import ray.train
 from ray.train.torch import get_device
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from maskray.config.schema import DataConfig
 from maskray.data import local
@@ -20,9 +22,12 @@ from maskray.data.cache import unheard
 from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.data.stream import Unit
+from maskray.errors import StorageError
 from maskray.on_ray import stream
 from maskray.training import checkpoint, folders
 from maskray.training.context import Snapshot
+
+log = logging.getLogger(__name__)
 
 
 class RayWorkerContext:
@@ -51,8 +56,10 @@ class RayWorkerContext:
             yield None
             return
         self._newest = Path(found.path).name
-        with found.as_directory() as folder:
-            yield Path(folder)
+        # Not Ray's own copy: one request that is throttled ends it, and what there is of it passes for a checkpoint
+        # with the other workers of the machine.
+        with checkpoint.on_disk(self._run.child(self._newest)) as folder:
+            yield folder
 
     def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:
         """Hand the snapshot to Train's upload thread; at most one is on its way, a second waits for it."""
@@ -95,14 +102,29 @@ class RayWorkerContext:
         return self._run.child(self._newest)
 
     def _upload(self, snapshot: Snapshot, local: Path, name: str) -> ray.train.Checkpoint:
-        snapshot(local)
+        checkpoint.fill(local, snapshot, "TMPDIR")
         target = self._run.child(name)
-        # The file that says that the others are whole goes last.
-        for file in sorted(local.iterdir(), key=lambda f: f.name == checkpoint.STATE):
-            with target.open_output(file.name) as out, file.open("rb") as source:
-                shutil.copyfileobj(source, out)
+        try:
+            # The file that says that the others are whole goes last.
+            for file in sorted(local.iterdir(), key=lambda f: f.name == checkpoint.STATE):
+                with target.open_output(file.name) as out, file.open("rb") as source:
+                    shutil.copyfileobj(source, out)
+        except StorageError as error:
+            self._drop(name)  # or each try would leave less room than the one before
+            raise type(error)(
+                f"a checkpoint could not be kept: {error.problem}",
+                key="storage.path",
+                found=error.found,
+                fix=f"{error.fix}; the same command goes on from the last checkpoint",
+            ) from error
         storage = ray.train.get_context().get_storage()
         return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
+
+    def _drop(self, name: str) -> None:
+        try:
+            self._run.delete(name)
+        except StorageError:  # a launch removes it
+            log.warning("What there is of %s could not be removed", name)
 
 
 class RayContext(RayWorkerContext):
@@ -130,3 +152,10 @@ class RayContext(RayWorkerContext):
         place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
         with local.open_units(spec, data, self.device, **place, beat=self._beat) as units:
             yield units
+
+    def leaving(self) -> int:
+        """As Train's watcher has told this worker, without asking: Train's own function waits for all workers."""
+        if self.rank:
+            return 0
+        told = get_internal_train_context().preemption_context.preemption_info
+        return 0 if told is None else len(told.preempted_node_ids)

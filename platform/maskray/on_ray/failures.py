@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.train import ControllerError
 
 from maskray.errors import MaskrayError, StorageError, TrainingError
 
@@ -35,6 +36,19 @@ def known(error: BaseException) -> MaskrayError | TrainingError | None:
         if isinstance(cause, MaskrayError | TrainingError) and not isinstance(cause, ray.exceptions.RayTaskError):
             return cause
     return None
+
+
+def lost_storage(error: BaseException) -> BaseException | None:
+    """What ended Train's controller, where that is a request to the place of its record: its own are not tried again.
+
+    None where it is something else.
+    """
+    if not any(isinstance(cause, ControllerError) for cause in _causes(error, set())):
+        return None
+    mistake = known(error)
+    if mistake is not None:
+        return mistake if isinstance(mistake, StorageError) else None
+    return next((cause for cause in _causes(error, set()) if isinstance(cause, OSError)), None)
 
 
 def explained(error: BaseException, max_failures: int) -> Exception:

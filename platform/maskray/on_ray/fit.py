@@ -15,6 +15,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from maskray.config.schema import ClusterConfig
+from maskray.data import patient
 from maskray.data.storage import Storage
 from maskray.errors import TrainingError
 from maskray.on_ray import background, failures, orphans, record
@@ -73,7 +74,7 @@ def trainer(
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=root.uri,
+            **patient.for_train(root),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=checkpoints,
             callbacks=[failures.StopAtMistakes()],
@@ -110,7 +111,10 @@ def fitted(make: Callable[[], TorchTrainer], run: Storage, max_failures: int) ->
             if isinstance(started, Trainer):  # others draw on a group that is not theirs
                 started.clear()
         except ray.train.TrainingFailedError as error:
-            raise failures.explained(error, max_failures) from error
+            lost = failures.lost_storage(error)
+            if left == 0 or lost is None:
+                raise failures.explained(error, max_failures) from error
+            log.warning("Ray Train could not keep its record; starting again from the latest checkpoint: %s", lost)
     raise AssertionError("the last try returns or raises")
 
 

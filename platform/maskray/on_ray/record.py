@@ -6,7 +6,10 @@ or cut short. The folders say of themselves whether they are whole, so the recor
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+from typing import NamedTuple
 
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
     _CheckpointManagerState as State,
@@ -16,49 +19,94 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
 )
 
 from maskray.data.storage import Storage
-from maskray.errors import CheckpointError
+from maskray.errors import CheckpointError, StorageError
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.training import checkpoint
 from maskray.training.folders import FOLDER_PREFIX, SCORE, score_of, step_of
 
 log = logging.getLogger(__name__)
 
+_NAME = re.compile(rf"{FOLDER_PREFIX}\d+-\w+(\.partial)?")
+
+
+class Record(NamedTuple):
+    """What Train has on record."""
+
+    names: list[str]
+    """Of the checkpoints' folders, the worst first."""
+    newest: str | None
+    """Of them: what the run goes on from."""
+
 
 def settle(run: Storage) -> None:
     """Before Train starts: a record that it can read, and no folder that is not in it.
 
-    Folders are deleted by a record that was read, never for want of one.
+    Folders are deleted by a record that was read, never for want of one, nor by one whose newest checkpoint is damaged
+    while another may not be.
 
     Raises:
         CheckpointError: the record is torn, and none of the checkpoints is whole.
     """
-    folders = [name for name in run.list_names() if name.startswith(FOLDER_PREFIX)]
+    folders = folders_of(run)
     try:
-        listed = _listed(run.read_bytes(SNAPSHOT), folders)
-    except FileNotFoundError:  # none was ever registered: a launch was killed before, or they are those of bare torch
-        listed = _made_again(run, [name for name in folders if _is_whole(run.child(name))])
+        found = read(run)
+        if found is None:  # none was ever registered: a launch was killed before, or they are those of bare torch
+            listed = make_again(run, _whole(run, folders))
+        else:
+            listed = found.names
+            _refuse_for_a_better_one(run, found, folders)
     except ValueError as error:
-        whole = [name for name in folders if _is_whole(run.child(name))]
+        whole = _whole(run, folders)
         if folders and not whole:
             raise _nothing_left(run, str(error)) from error
-        listed = _made_again(run, whole)
+        listed = make_again(run, whole)
     for name in folders:
         if name not in listed:
             log.info("Removing %s, which was not finished", name)
             run.delete(name)
 
 
-def _listed(content: bytes, folders: list[str]) -> set[str]:
-    """Names in a record.
+def folders_of(run: Storage) -> list[str]:
+    """Names of the checkpoints' folders, whole or not, the oldest first. What else is there is not Train's."""
+    return [name for name in run.list_names() if _NAME.fullmatch(name)]
+
+
+def read(run: Storage) -> Record | None:
+    """The record; None where there is none.
 
     Raises:
         ValueError: Train would refuse it.
     """
-    state = State.model_validate_json(content)
-    listed = {result.checkpoint_dir_name for result in state.checkpoint_results}
-    if missing := listed - set(folders):
+    try:
+        content = run.read_bytes(SNAPSHOT)
+    except FileNotFoundError:
+        return None
+    try:
+        raw = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"it is cut short: {error}" if content else "it is empty") from error
+    try:
+        state = State.model_validate(raw)
+    except ValueError as error:
+        raise ValueError(f"this version of Ray writes it otherwise: {_in_a_line(error)}") from error
+    names = [result.checkpoint_dir_name for result in state.checkpoint_results]
+    newest = state.latest_checkpoint_result and state.latest_checkpoint_result.checkpoint_dir_name
+    if missing := set(names) - set(folders_of(run)):
         raise ValueError(f"it lists folders that are not there: {', '.join(sorted(missing))}")
-    return listed
+    if newest is not None and newest not in names:
+        raise ValueError(f"its newest checkpoint, {newest}, is not in its list")
+    return Record(names, newest)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+def _refuse_for_a_better_one(run: Storage, found: Record, folders: list[str]) -> None:
+    """Only where there is another that was finished are files read: those of a checkpoint may be many GB."""
+    others = [name for name in folders if name not in found.names and run.exists(f"{name}/{checkpoint.STATE}")]
+    if others and found.newest is not None and not _whole(run, [found.newest]):
+        raise ValueError(f"its newest checkpoint, {found.newest}, is damaged")
 
 
 def _nothing_left(run: Storage, problem: str) -> CheckpointError:
@@ -67,14 +115,18 @@ def _nothing_left(run: Storage, problem: str) -> CheckpointError:
         key="storage.path",
         found=f"{run.join(SNAPSHOT)} ({' '.join(problem.split())[:200]})",
         allowed="a record, or at least one folder whose files are as its state.json says",
-        fix=f"restore one of them from a copy, or delete {run.uri} to begin anew",
+        fix=f"see what is wrong: maskray repair {run.uri}; restore one from a copy, or delete the folder to begin anew",
     )
 
 
-def _made_again(run: Storage, whole: list[str]) -> set[str]:
-    """A record of checkpoints that are whole; their names."""
+def make_again(run: Storage, whole: list[str]) -> list[str]:
+    """Make a record of checkpoints that are whole, the oldest first; their names.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     if not whole and not run.exists(SNAPSHOT):
-        return set()
+        return []
     results = [Result(checkpoint_dir_name=name, metrics=_metrics(run, name)) for name in whole]
     by_score = sorted(results, key=lambda result: result.metrics[SCORE])  # stable: of equals the newest is the last
     state = State(
@@ -88,16 +140,24 @@ def _made_again(run: Storage, whole: list[str]) -> set[str]:
         timed_out_validation_checkpoint_dir_names=[],
         failed_validation_checkpoint_dir_names=[],
     )
-    run.write_bytes(SNAPSHOT, state.model_dump_json().encode())
+    try:
+        run.write_bytes(SNAPSHOT, state.model_dump_json().encode())
+    except StorageError as error:
+        raise type(error)(error.problem, key="storage.path", found=error.found, fix=error.fix) from error
     newest = f"its newest whole checkpoint, {whole[-1]}" if whole else "the start"
     log.warning("There was no record of the checkpoints that Ray Train could read; the run goes on from %s", newest)
-    return set(whole)
+    return whole
 
 
 def _metrics(run: Storage, name: str) -> dict[str, float]:
     return {"step": step_of(name), SCORE: score_of(run.child(name).read_bytes)}
 
 
-def _is_whole(folder: Storage) -> bool:
+def _whole(run: Storage, folders: list[str]) -> list[str]:
+    return [name for name in folders if not flaws(run.child(name))]
+
+
+def flaws(folder: Storage) -> list[str]:
+    """What keeps a checkpoint from being whole, in words."""
     with checkpoint.on_disk(folder) as local:
-        return checkpoint.is_whole(local)
+        return checkpoint.flaws(local)

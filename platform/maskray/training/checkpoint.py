@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from maskray.data.storage import Storage
-from maskray.errors import CheckpointError
+from maskray.errors import CheckpointError, StorageError
 from maskray.training.sharding import load_model, load_optimizer, whole
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,34 @@ class HostCopy:
         seal(folder, FILES, self._facts.__dict__)
 
 
+def fill(folder: Path, write: Callable[[Path], None], key: str) -> None:
+    """Let a checkpoint be written into a new folder, which is not there if that fails.
+
+    Args:
+        folder: to be made; what is there is deleted.
+        write: fills it.
+        key: what names the place of it to a user.
+
+    Raises:
+        StorageError: the disk is full, or fails.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        write(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what torch and safetensors make of it
+        shutil.rmtree(folder, ignore_errors=True)
+        nearest = next(each for each in folder.parents if each.exists())
+        free = shutil.disk_usage(nearest).free
+        raise StorageError(
+            "a checkpoint could not be written",
+            key=key,
+            found=f"{folder} ({' '.join(str(error).split())[:160]}; {free:,} bytes are free there)",
+            fix="free some space, or take a folder on another disk, and give the same command again: the run goes on "
+            "from its last checkpoint",
+        ) from error
+
+
 def taken(
     rank: int, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Facts, config_yaml: str
 ) -> Callable[[Path], None] | None:
@@ -121,9 +151,11 @@ def unsealed(folder: Path, names: Iterable[str] = ()) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(folder) from error
     for name in dict.fromkeys((*names, *expected)):
-        if not (folder / name).is_file() or _digest(folder / name) != expected.get(name):
+        if flaw := _flaw(folder / name, expected.get(name)):
             raise CheckpointError(
-                "a file of the checkpoint is missing or damaged", found=folder / name, fix="use an earlier checkpoint"
+                "a file of the checkpoint is missing or damaged",
+                found=f"{folder / name} ({flaw})",
+                fix="use an earlier checkpoint; `maskray repair RUN_FOLDER` takes a run back to one",
             )
     return state
 
@@ -159,6 +191,34 @@ def is_whole(folder: Path) -> bool:
     except CheckpointError as error:
         return error.key == "schema_version"
     return True
+
+
+def flaws(folder: Path) -> list[str]:
+    """What keeps a folder from being whole, in words, a file each; nothing where it `is_whole`."""
+    if is_whole(folder):
+        return []
+    try:
+        state = _state(folder)
+        expected, needed = state["files"], () if KIND in state else FILES
+        found = [(name, _flaw(folder / name, expected.get(name))) for name in dict.fromkeys((*needed, *expected))]
+    except (CheckpointError, KeyError, AttributeError):
+        cut = (folder / STATE).exists()
+        return [
+            f"{STATE} cannot be read" if cut else f"there is no {STATE}, which is written last: it was not finished"
+        ]
+    return [f"{name} {flaw}" for name, flaw in found if flaw] or [f"{STATE} does not say what a checkpoint must"]
+
+
+def _flaw(path: Path, expected: Any) -> str:
+    """What is wrong with a file; nothing where it is as its folder's `state.json` says."""
+    if not path.is_file():
+        return "is missing"
+    if not isinstance(expected, dict):
+        return f"is not in {STATE}"
+    found, size = _digest(path), expected.get("bytes")
+    if found["bytes"] != size:
+        return f"has {found['bytes']} bytes, {size} were written"
+    return "" if found == expected else "has as many bytes as were written, and others"
 
 
 def restore(
@@ -229,7 +289,8 @@ def on_disk(storage: Storage) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
         for name in storage.list_names():
-            (Path(folder) / name).write_bytes(storage.read_bytes(name))
+            with (Path(folder) / name).open("wb") as file:
+                file.writelines(storage.read_pieces(name))
         yield Path(folder)
 
 

@@ -52,6 +52,13 @@ class RunContext(WorkerContext, Protocol):
         """This worker's row groups from `start_step` on, in the plan's order."""
         ...
 
+    def leaving(self) -> int:
+        """Nodes of this run of which it has been told that they will be taken away; 0 but to rank 0.
+
+        Where they become more, a checkpoint is made at the next log step.
+        """
+        ...
+
 
 class LocalWorkerContext:
     """Bare torch: one process, or one of torchrun's. Checkpoints are folders below `run_folder`.
@@ -91,9 +98,7 @@ class LocalWorkerContext:
         if snapshot is not None:
             folder = self.run_folder / folders.folder_name(step, "local")
             partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            snapshot(partial)
+            checkpoint.fill(partial, snapshot, "storage.path")
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
             if probed and self._probe is not None:
@@ -132,3 +137,7 @@ class LocalContext(LocalWorkerContext):
         """The in-process walk."""
         rank, world_size = self.rank, self.world_size
         return local.open_units(spec, self._data, self.device, rank=rank, world_size=world_size, start_step=start_step)
+
+    def leaving(self) -> int:
+        """Nobody tells it."""
+        return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from maskray.training.context import RunContext, Snapshot
 from maskray.training.optim import Schedule
 from maskray.training.step import StepReport, TrainStep
 from maskray.training.throughput import Meter
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,11 @@ def run(parts: Parts, config: TrainingConfig, context: RunContext, tracker: Trac
     Raises:
         BadStepError: a loss or gradient norm was not finite, or a loss leapt; no update was applied from that step on.
     """
-    total, skipped = parts.spec.total_steps, frozenset(config.skip_steps)
+    total, skipped, leaving = parts.spec.total_steps, frozenset(config.skip_steps), 0
     with context.units(parts.spec, start_step) as units:
         for step in _timed(_steps(parts, config, context, units, start_step), parts.meter):
             if step.number not in skipped:
-                parts.step(step.number, step.batches)
+                parts.step(step.number, step.batches, context.leaving())
                 parts.meter.steps += 1
                 _note(parts.ledger, step)
             done = step.number + 1
@@ -58,6 +61,9 @@ def run(parts: Parts, config: TrainingConfig, context: RunContext, tracker: Trac
                 report = parts.step.report()
                 _stop_if_bad(report, parts.spec, config, done, tracker)
                 tracker.log(_metrics(report, parts, config, step.number), done)
+                if report.leaving > leaving:  # what is trained from here on may be trained again, but nothing before
+                    leaving, due = report.leaving, True
+                    _say_who_leaves(leaving, done, context)
             if due or done % config.checkpoint_steps == 0:
                 probed = done < total and parts.probed(done)
                 waited = context.report(done, parts.snapshot(done), probed=probed)
@@ -79,6 +85,12 @@ def _timed(steps: Iterator[Step], meter: Meter) -> Iterator[Step]:
         if step is None:
             return
         yield step
+
+
+def _say_who_leaves(leaving: int, done: int, context: RunContext) -> None:
+    if context.rank == 0:
+        nodes = "a node" if leaving == 1 else f"{leaving} nodes"
+        log.warning("Notice that %s will be taken away: a checkpoint is made at once, after step %d", nodes, done)
 
 
 def _metrics(report: StepReport, parts: Parts, config: TrainingConfig, number: int) -> dict[str, float]:

@@ -37,6 +37,8 @@ class StepReport:
     """Of that step, where all of it was finite: its loss, and the median of those before it."""
     views_without_image: int
     """Views of the same steps whose image could not be decoded: their slots counted for nothing."""
+    leaving: int
+    """The most nodes of which a step was told that they will be taken away."""
 
 
 class TrainStep:
@@ -78,6 +80,7 @@ class TrainStep:
         self._sums = torch.zeros(3, device=device, dtype=torch.float64)
         self._found_inf = torch.zeros((), device=device)
         self._first_bad = torch.full((), -1, device=device, dtype=torch.int64)
+        self._leaving = torch.zeros((), device=device)
         self._steps_summed = 0
         optimizer.found_inf = self._found_inf
         spike = config.training.spike
@@ -95,20 +98,26 @@ class TrainStep:
         self._optimizer.zero_grad()
         drop_statistics(self._norms)
 
-    def __call__(self, number: int, batches: list[Batch]) -> None:
-        """Train on a worker's batches of step `number`; all but the last keep their gradients to themselves."""
+    def __call__(self, number: int, batches: list[Batch], leaving: int = 0) -> None:
+        """Train on a worker's batches of step `number`; all but the last keep their gradients to themselves.
+
+        `leaving`: nodes that will be taken away, of one worker's knowledge; all of them learn it with the loss.
+        """
         self._optimizer.zero_grad()
-        sums = torch.zeros(2, device=self._device)
+        sums = torch.zeros(3, device=self._device)  # of loss and weights, and what is told
+        if leaving:
+            sums[2] = leaving
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
             if isinstance(self._model, FSDPModule):
                 self._model.set_requires_gradient_sync(is_last)
             with self._alone(not is_last):
-                sums += self._backward(batch)
+                sums[:2] += self._backward(batch)
         if self._world > 1:
             dist.all_reduce(sums)
         settle_statistics(self._norms)
-        loss, weight = sums.unbind()
+        loss, weight, told = sums.unbind()
+        self._leaving = torch.maximum(self._leaving, told)
         norm = whole(nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
         if self._clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
@@ -127,8 +136,8 @@ class TrainStep:
 
     def report(self) -> StepReport:
         """Means since the last report. This waits for the device: call it at log steps."""
-        told = [self._sums, self._first_bad[None].double(), self._of_first_bad.double()]
-        loss, norm, weight, first_bad, bad_loss, bad_norm, median = torch.cat(told).tolist()
+        told = [self._sums, self._first_bad[None].double(), self._of_first_bad.double(), self._leaving[None].double()]
+        loss, norm, weight, first_bad, bad_loss, bad_norm, median, leaving = torch.cat(told).tolist()
         count, self._steps_summed = self._steps_summed, 0
         self._sums.zero_()
         return StepReport(
@@ -137,6 +146,7 @@ class TrainStep:
             first_bad_step=None if first_bad < 0 else int(first_bad),
             leap=(bad_loss, median) if math.isfinite(bad_loss) and math.isfinite(bad_norm) else None,
             views_without_image=count * self._global_batch - round(weight),
+            leaving=round(leaving),
         )
 
     def recent_losses(self) -> list[float]:

@@ -9,8 +9,8 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import ControllerError
 
-from maskray.errors import DataError, StorageError, TrainingError
-from maskray.on_ray.failures import StopAtMistakes, explained, known
+from maskray.errors import DataError, StorageError, TrainingError, UnreachableError
+from maskray.on_ray.failures import StopAtMistakes, explained, known, lost_storage
 
 MISTAKE = DataError("a shard is damaged", key="data.path", fix="ingest again")
 
@@ -41,6 +41,21 @@ def test_a_mistake_ends_the_run():
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), StorageError("cannot read"), TrainingError("odd")])
 def test_what_may_pass_is_tried_again(error: Exception):
     StopAtMistakes().after_exception(None, {0: through_a_task(error)})
+
+
+@pytest.mark.parametrize(
+    ("failure", "is_storage"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (UnreachableError("cannot read s3://bucket/x"), True),
+        (MISTAKE, False),
+        (RuntimeError("odd"), False),
+    ],
+)
+def test_a_controller_that_could_not_keep_its_record_is_started_again(failure: Exception, is_storage: bool):
+    ended = pickle.loads(pickle.dumps(ControllerError(failure)))
+    assert (lost_storage(ended) is not None) == is_storage
+    assert lost_storage(WorkerGroupError("", {0: failure})) is None, "Train itself starts workers again"
 
 
 def test_workers_that_were_lost_are_said_to_be():

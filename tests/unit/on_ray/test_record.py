@@ -113,6 +113,8 @@ def test_nothing_is_deleted_where_no_checkpoint_is_whole(run):
     (run / SNAPSHOT).write_bytes(b"{")
     for name in folders(run):
         (run / name / WEIGHTS).write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match=r"no checkpoint is whole. Found: .*Allowed: .*What to do: restore"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint is whole. Found: .*Allowed: .*maskray repair .*; restore"
+    ):
         record.settle(Storage(run))
     assert folders(run) == [OLD, NEW, UNFINISHED]

@@ -116,18 +116,27 @@ def refusal(folder, r):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_a_damaged_file_is_named(folder, trained, name, damage):
+@pytest.mark.parametrize(
+    ("damage", "flaw"),
+    [
+        ("flipped", "has as many bytes as were written, and others"),
+        ("cut", r"has {fewer} bytes, {size} were written"),
+        ("gone", "is missing"),
+    ],
+)
+def test_a_damaged_file_is_named(folder, trained, name, damage, flaw):
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).unlink()
     if damage != "gone":
         (folder / name).write_bytes(content if damage == "flipped" else content[:-1])
+    flaw = flaw.format(fewer=len(content) - 1, size=len(content))
     assert refusal(folder, trained) == (
-        f"a file of the checkpoint is missing or damaged. Found: {folder / name}. "
-        "What to do: use an earlier checkpoint."
+        f"a file of the checkpoint is missing or damaged. Found: {folder / name} ({flaw}). "
+        "What to do: use an earlier checkpoint; `maskray repair RUN_FOLDER` takes a run back to one."
     )
     assert not checkpoint.is_whole(folder)
+    assert checkpoint.flaws(folder) == [f"{name} {flaw}"]
 
 
 @pytest.mark.parametrize(
