@@ -35,6 +35,7 @@ from maskray.errors import AwayError, MaskrayError, TrackingError, TrainingError
 from maskray.evaluation.judgement import Bench, Finding, read_rows
 from maskray.launch import Prepared, card, unstored_metrics
 from maskray.on_ray import nested
+from maskray.on_ray.gauges import Gauges
 from maskray.on_ray.nested import Tell
 from maskray.on_ray.stream import registered_checkpoint
 from maskray.pretrain import pretrain, settle
@@ -213,7 +214,7 @@ def _train(
 ) -> None:
     """In this process."""
     stored = MlflowTracker(uri, run_id, system_metrics_seconds=config.tracking.system_metrics_seconds)
-    known: dict[str, float] = {}
+    gauges, known = Gauges(nested.run_name(config, folder)), dict[str, float]()
 
     def hear(step: int, metrics: Mapping[str, float]) -> None:
         known.update(metrics)
@@ -222,6 +223,7 @@ def _train(
     def judge(weights: Path, step: int) -> dict[str, float]:
         scores = scores_of(bench.find(step, weights))
         stored.log(scores, step)
+        gauges.probed(scores)
         if not stored.flush(_FLUSH_SECONDS):
             _keep_untold(folder, stored)  # a trial that is stopped here may have no time to
         return {**known, **scores}
@@ -232,7 +234,8 @@ def _train(
             # Known since before it was ended, and to MLflow or not: then it drops them.
             stored.log({key: metrics[key] for key in SCORES if key in metrics}, step)
             tell(step, metrics)
-        pretrain(config, TrialContext(folder, config, judge, tell, tell.beat), Fanout(stored, Observer(hear)))
+        told = Fanout(stored, Observer(hear), Observer(gauges.log))
+        pretrain(config, TrialContext(folder, config, judge, tell, tell.beat), told)
         has_stored_all = patience.close(stored)
     except AwayError:
         _keep_untold(folder, stored)
@@ -241,6 +244,8 @@ def _train(
         if not stored.close():
             _keep_untold(folder, stored)
         raise
+    finally:
+        gauges.close()
     if not has_stored_all:
         raise unstored_metrics()
     folder.delete(UNTOLD)
