@@ -76,6 +76,7 @@ class Gauges:
         """The workers were started; all times but the first, started again."""
         with self._lock:
             self._set(RESTARTS, self._starts)
+            self._values.setdefault((STEP, ""), 0.0)  # one that never makes a step stands still, too
             self._starts += 1
 
     def close(self) -> None:

@@ -73,9 +73,10 @@ def test_all_that_is_logged_is_shown_again_and_again_until_the_end(kept: Kept):
         }
         shows(kept, expected)
         shows(kept, expected)  # Ray would have dropped them by now
-    (thread,) = [t for t in threading.enumerate() if t.name == "maskray-gauges"] or [threading.Thread()]
-    if thread.ident is not None:
-        thread.join(10)
+    for thread in threading.enumerate():
+        if thread.name == "maskray-gauges":
+            thread.join(10)
+            assert not thread.is_alive()
     shows(kept, {})
 
 
@@ -84,6 +85,7 @@ def test_totals_are_those_of_all_starts_of_the_workers(kept: Kept):
     logged = {"throughput/views_without_image": 3}
     with closing(Gauges("tiny-0")) as shown:
         shown.started()
+        shows(kept, {(restarts, "tiny-0"): 0.0, (step, "tiny-0"): 0.0})
         shown.log(10, logged)
         shown.log(20, logged)
         shown.started()  # from a checkpoint at step 10
