@@ -29,9 +29,9 @@ class Head:
         self.token = folder / "token"
         self.token.write_text(secrets.token_hex(32))
         self.token.chmod(0o600)
-        self.address = f"http://127.0.0.1:{(port := _free_port())}"
-        self._ports = {"port": _free_port(), "dashboard-port": port}
-        self._ports |= {name: _free_port() for name in ("ray-client-server-port", "dashboard-agent-listen-port")}
+        self.address = f"http://127.0.0.1:{(port := free_port())}"
+        self._ports = {"port": free_port(), "dashboard-port": port}
+        self._ports |= {name: free_port() for name in ("ray-client-server-port", "dashboard-agent-listen-port")}
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "PYTHONPATH"))}
         self.environment = clean | {
             "PATH": f"{BIN}:{os.environ['PATH']}",  # jobs are started by `python`
@@ -78,7 +78,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

@@ -10,7 +10,7 @@ import ray
 from maskray.config.schema import IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
-from maskray.on_ray import cluster, fit, probe
+from maskray.on_ray import cluster, fit, growth, probe, shared
 from nodes import add_node, head
 
 pytestmark = pytest.mark.ray
@@ -29,10 +29,16 @@ def two_nodes() -> Iterator[None]:
 
 @pytest.fixture
 def preflight(two_nodes: None, tiny: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., None]:
-    def run(uri: str = SERVER, storage: str | None = None, probe_cpus: float = 0, **of_cluster: object) -> None:
+    def run(
+        uri: str = SERVER,
+        storage: str | None = None,
+        probe_cpus: float = 0,
+        least: int | None = None,
+        **of_cluster: object,
+    ) -> None:
         config = tiny(cluster={"wait_seconds": 0, **of_cluster}, probe={"cpus": probe_cpus}, training=PROBED)
         beside = probe.bundles(config)
-        cluster.preflight(config, Storage(storage or tmp_path), uri, beside, streams_on_ray=True)
+        cluster.preflight(config, Storage(storage or tmp_path), uri, beside, streams_on_ray=True, least=least)
 
     return run
 
@@ -59,14 +65,25 @@ def test_more_than_there_is_on_any_node(preflight):
         preflight(workers=2, data_cpus=1, probe_cpus=1)
 
 
+def test_a_run_that_may_have_fewer_workers_starts_with_what_there_is(preflight, caplog):
+    with pytest.raises(ClusterError, match=r"can never hold this run: 1 CPU short\. Found: 4 CPUs .*\(3 workers"):
+        preflight(workers=4, data_cpus=1, least=3)
+    preflight(workers=4, data_cpus=1, least=2)
+    assert caplog.messages == ["Starting with what there is: 3 CPUs free"]
+
+
+def test_heads_have_an_autoscaler_that_only_looks_on(two_nodes):
+    assert not growth.may_grow()
+
+
 @pytest.mark.parametrize("key", ["source", "destination"])
 def test_an_ingest_from_or_into_a_folder_that_only_the_driver_sees_is_refused(two_nodes, tmp_path, monkeypatch, key):
     (tmp_path / "pictures").mkdir()
     monkeypatch.chdir(tmp_path)
-    shared = {"source": str(tmp_path / "pictures"), "destination": str(tmp_path / "out")}
-    cluster.check_ingest(IngestConfig(**shared))
+    seen = {"source": str(tmp_path / "pictures"), "destination": str(tmp_path / "out")}
+    shared.check_ingest(IngestConfig(**seen))
     with pytest.raises(ClusterError, match=rf"^{key}: .*all of the cluster's 2 nodes.*Found: /proc/self/cwd/pictures"):
-        cluster.check_ingest(IngestConfig(**shared | {key: "/proc/self/cwd/pictures"}))
+        shared.check_ingest(IngestConfig(**seen | {key: "/proc/self/cwd/pictures"}))
 
 
 def test_what_workers_warn_of_reaches_the_driver_once_and_without_rays_noise(two_nodes, caplog):

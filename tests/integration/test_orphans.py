@@ -6,7 +6,7 @@ import time
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group, placement_group_table
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from maskray.on_ray import orphans
 
@@ -22,6 +22,8 @@ class Controller:
         ray.get(group.ready())
         return group.id.hex()
 
+    def ping(self) -> None: ...
+
 
 def state(group: str) -> str:
     return placement_group_table()[group]["state"]
@@ -30,13 +32,16 @@ def state(group: str) -> str:
 def test_what_a_killed_controller_held_is_free_again(ray_cluster):
     dead, living = Controller.remote(), Controller.remote()
     lost, kept = ray.get([each.hold.remote() for each in (dead, living)])
+    ours = placement_group([{"CPU": 1}])  # as Tune's of a trial, which its driver makes
+    ray.get(ours.ready())
     ray.kill(dead)
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(dead.hold.remote())
+        ray.get(dead.ping.remote())
     time.sleep(1)
     assert state(lost) == "CREATED", "Ray takes it away by itself: orphans.py can go"
     assert orphans.remove("0123") == 1
-    assert (state(lost), state(kept)) == ("REMOVED", "CREATED")
+    assert (state(lost), state(kept), state(ours.id.hex())) == ("REMOVED", "CREATED", "CREATED")
+    remove_placement_group(ours)
 
 
 DRIVER = """

@@ -89,8 +89,9 @@ def _mapper(address: str | None, config: IngestConfig | None = None) -> Iterator
         yield thread_mapper(os.cpu_count() or 1)
         return
     from maskray.config.schema import ClusterConfig
-    from maskray.on_ray.cluster import check_ingest, connected
+    from maskray.on_ray.cluster import connected
     from maskray.on_ray.ingest import ray_mapper
+    from maskray.on_ray.shared import check_ingest
 
     with connected(ClusterConfig(address=address)):
         if config is not None:

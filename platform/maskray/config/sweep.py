@@ -161,7 +161,7 @@ class TrialsConfig(Section):
     """How trials are run."""
 
     concurrency: PositiveInt | None = operational(None)
-    """Trials at once; None: as many as the cluster holds of them."""
+    """Trials at once, for which an autoscaler is asked; None: as many as the present nodes hold, at least one."""
     limit_seconds: Annotated[float, Field(gt=0)] = operational(600.0)
     """A trial that is silent for longer (it speaks at log steps, and after probes) is ended, and recorded as failed."""
     fail_if: Literal["none_finished", "any_failed"] = operational("none_finished")

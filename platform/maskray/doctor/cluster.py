@@ -21,7 +21,8 @@ from maskray.data.storage import Storage
 from maskray.doctor import machine
 from maskray.doctor.asking import SECONDS, asked
 from maskray.doctor.finding import Check, Finding, Subject, counted, fail, ok, warning
-from maskray.on_ray import cluster, probe
+from maskray.on_ray import cluster, probe, shared
+from maskray.on_ray.growth import may_grow
 from maskray.tracking.mlflow_store import embedded_uri
 
 _JOIN_SECONDS = 30.0
@@ -149,11 +150,15 @@ def room(subject: Subject) -> Finding | None:
             "CPU": float(config.cluster.embedded_cpus or get_num_cpus()),
             "GPU": float(torch.cuda.device_count()),
         }
-    cluster.check_room(config, probe.bundles(config), streams_on_ray=on_ray, machine=machine_has)
+    least = config.cluster.min_workers
+    cluster.check_room(config, probe.bundles(config), streams_on_ray=on_ray, least=least, machine=machine_has)
     of_data = f", and {config.cluster.data_cpus} for Ray Data" if on_ray else ""
     has = ray.cluster_resources() if machine_has is None else machine_has
     taken = config.cluster.workers * config.cluster.cpus_per_worker
-    return ok(f"{taken:g} of {has.get('CPU', 0):g} CPUs for {counted(config.cluster.workers, 'worker')}{of_data}")
+    grows = ", and an autoscaler, which is not asked" if machine_has is None and may_grow() else ""
+    return ok(
+        f"{taken:g} of {has.get('CPU', 0):g} CPUs{grows} for {counted(config.cluster.workers, 'worker')}{of_data}"
+    )
 
 
 def shared_places(subject: Subject) -> Finding | None:
@@ -162,7 +167,7 @@ def shared_places(subject: Subject) -> Finding | None:
     if config is None or subject.nodes is None or subject.is_away(config.storage.path):
         return None
     storage = Storage(config.storage.path)
-    cluster.check_sweep(storage, config.tracking.uri or embedded_uri(config.storage.path))
+    shared.check_runs(storage, config.tracking.uri or embedded_uri(config.storage.path))
     return ok(f"{storage.uri}, from {counted(len(subject.nodes), 'node')}")
 
 

@@ -13,7 +13,7 @@ from ray._private.utils import get_used_memory, resolve_object_store_memory
 from maskray.data.local import is_walked_locally
 from maskray.doctor.finding import Check, Finding, Subject, counted, fail, ok, warning
 from maskray.estimate import estimate
-from maskray.on_ray.cluster import place
+from maskray.on_ray.room import place
 from maskray.wording import short
 
 SHARED_MEMORY = Path("/dev/shm")

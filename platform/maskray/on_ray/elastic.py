@@ -32,7 +32,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from maskray.data.storage import Storage
 from maskray.errors import MaskrayError
 from maskray.on_ray import fit
-from maskray.on_ray.cluster import place
+from maskray.on_ray.room import place
 from maskray.on_ray.stream import registered_checkpoint
 
 log = logging.getLogger(__name__)

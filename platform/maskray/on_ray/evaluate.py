@@ -20,8 +20,8 @@ from maskray.evaluation import judgement
 from maskray.evaluation.blocks import FeatureBlock
 from maskray.evaluation.judgement import Verdict
 from maskray.models.encoder import Encoder
-from maskray.on_ray import courses
-from maskray.on_ray.cluster import check_shared, check_workers
+from maskray.on_ray import courses, shared
+from maskray.on_ray.cluster import check_workers
 from maskray.on_ray.features import feature_blocks
 from maskray.pretrain import settle
 from maskray.publish.appraised import Appraisal
@@ -70,7 +70,7 @@ def appraise(prepared: Prepared, progress: Progress = silent) -> Appraisal:
 
     root = Storage(config.storage.path).child(appraisal.TRAINED)
     if any(isinstance(each, FinetuneEvaluation | DetectionEvaluation) for each in config.evaluations):
-        check_shared(root)
+        shared.check_folder(root)
     train = partial(courses.run_all, cluster=config.cluster, root=root, prefix=config.name)
     return appraisal.appraise(prepared, blocks, train, progress)
 

@@ -29,11 +29,15 @@ class Trainer(TorchTrainer):
     """A `TorchTrainer` without the detached actor that is to remove the placement group of a dead controller.
 
     A process more at each start; where there is no dashboard it does nothing but complain, each second. `fitted`
-    removes such a group itself, and Ray those of a driver that is gone.
+    has such a group removed by `clear`, and Ray removes those of a driver that is gone.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    def clear(self) -> None:
+        """Take away what its controller has left, which has died."""
+        orphans.remove(self.train_run_context.run_id)
 
 
 def trainer(
@@ -103,7 +107,8 @@ def fitted(make: Callable[[], TorchTrainer], run: Storage, max_failures: int) ->
             if left == 0:
                 raise TrainingError(f"Ray Train's controller died too often: {error}") from error
             log.warning("Ray Train's controller died; starting again from the latest checkpoint")
-            orphans.remove(started.train_run_context.run_id)
+            if isinstance(started, Trainer):  # others draw on a group that is not theirs
+                started.clear()
         except ray.train.TrainingFailedError as error:
             raise failures.explained(error, max_failures) from error
     raise AssertionError("the last try returns or raises")

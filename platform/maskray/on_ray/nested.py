@@ -21,7 +21,7 @@ from maskray.config.schema import ClusterConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import BadStepError
 from maskray.launch import unstored_metrics
-from maskray.on_ray import cluster, fit, judging, lent
+from maskray.on_ray import fit, judging, lent, room
 from maskray.on_ray.board import TrialBoard
 from maskray.on_ray.judging import Judge
 
@@ -125,7 +125,7 @@ def concurrency(asked: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> i
         nodes: what each of the nodes has.
     """
     left = [dict(node) for node in nodes]
-    return next(n for n in itertools.count() if not all(cluster.place(bundle, left) for bundle in _bundles(asked)))
+    return next(n for n in itertools.count() if not all(room.place(bundle, left) for bundle in _bundles(asked)))
 
 
 def _bundles(asked: ClusterConfig) -> list[dict[str, float]]:

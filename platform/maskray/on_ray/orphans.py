@@ -45,7 +45,7 @@ def remove(train_run_id: str) -> int:
 
 
 def _left() -> list[Group]:
-    """Placement groups of this job whose makers, actors, are dead."""
+    """Placement groups of this job whose makers, actors, are dead. The driver is none: Ray calls that one dead too."""
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
     groups = map(Group.FromString, ray_state._connect_and_get_accessor().get_placement_group_table())
     return [
@@ -53,6 +53,7 @@ def _left() -> list[Group]:
         for group in groups
         if group.creator_job_id == job
         and group.creator_actor_dead
+        and not ray.ActorID(group.creator_actor_id).is_nil()
         and group.state != Group.REMOVED
         and not group.is_detached
     ]

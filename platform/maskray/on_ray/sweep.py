@@ -20,12 +20,15 @@ from maskray.calibration import seconds_per_step
 from maskray.config.schema import ClusterConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
-from maskray.on_ray import background, nested, trial
+from maskray.on_ray import background, nested, room, shared, trial
 from maskray.on_ray.book import Asking, Book, Deciding, Show, survive_lost_processes
-from maskray.on_ray.cluster import check_sweep, largest_nodes, wait_for_trial
+from maskray.on_ray.cluster import wait_for_trial
+from maskray.on_ray.growth import may_grow
 from maskray.on_ray.parcel import SECRET
 from maskray.on_ray.trial import Sweep
 from maskray.sweeping import Prepared
+
+log = logging.getLogger(__name__)
 
 _ENVIRONMENT = {  # read by Tune
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -58,6 +61,8 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     concurrency = _concurrency_of(prepared)
+    if prepared.config.trials.concurrency is None and may_grow():
+        log.warning("Trials at once: %d, for which there are nodes; trials.concurrency asks for more", concurrency)
     # One that waits for a process of its own is given that of one that ends: with fewer, processes start for nothing.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrency)
     for name in ("tune", "execution.tune_controller"):  # they say again, in Tune's words, what came of trials
@@ -123,23 +128,25 @@ def concurrency_of(prepared: Prepared) -> int:
     """Trials at once, when there is a place for the first of them: it is waited for, visibly.
 
     Raises:
-        ClusterError: the cluster has no room for so many, or for any, now and at its autoscaler's largest; none was
-            free within `cluster.wait_seconds`; or there are places that not all of its nodes reach.
+        ClusterError: the cluster has no room for so many, or for any, and no autoscaler; none was free, or could be
+            brought, within `cluster.wait_seconds`; or there are places that not all of its nodes reach.
     """
     concurrency = _concurrency_of(prepared)
     if wait_for_trial(prepared.space.base.cluster):
-        check_sweep(Storage(prepared.space.base.storage.path), prepared.store.uri)  # again: nodes may have come
+        _check_places(prepared)  # again: nodes may have come
     return concurrency
 
 
 def _concurrency_of(prepared: Prepared) -> int:
-    check_sweep(Storage(prepared.space.base.storage.path), prepared.store.uri)
+    _check_places(prepared)
     asked, cluster = prepared.config.trials.concurrency, prepared.space.base.cluster
-    needs, nodes = of_worker(cluster), largest_nodes()
-    room = nested.concurrency(cluster, nodes)
+    needs, nodes = of_worker(cluster), room.amounts()
+    holds = nested.concurrency(cluster, nodes)
+    if may_grow():  # how far, nobody says: it is asked for what is asked for here
+        return asked or max(holds, 1)
     each = ", ".join(f"{need:g} {name}{'' if need == 1 else 's'}" for name, need in needs.items())
     each = each if cluster.workers == 1 else f"{cluster.workers} workers with {each}"
-    if not room:
+    if not holds:
         has = Counter(", ".join(f"{node[name]:g} {name}s" for name in needs) for node in nodes)
         all_have = "; ".join(what if number == 1 else f"{number} × {what}" for what, number in has.items())
         several = f"a worker lies on one node, and the nodes have {all_have}"
@@ -151,15 +158,19 @@ def _concurrency_of(prepared: Prepared) -> int:
             fix="ask for less, under overrides: cluster.cpus_per_worker, cluster.gpus_per_worker"
             + (", cluster.workers" if cluster.workers > 1 else ""),
         )
-    if asked is not None and asked > room:
+    if asked is not None and asked > holds:
         raise ClusterError(
-            f"the cluster has room for {room} trial{'' if room == 1 else 's'} at once",
+            f"the cluster has room for {holds} trial{'' if holds == 1 else 's'} at once",
             key="trials.concurrency",
             found=f"{asked} of {each} each",
-            allowed=f"at most {room}",
+            allowed=f"at most {holds}",
             fix="ask for fewer at once, or for smaller ones, under overrides: cluster.cpus_per_worker",
         )
-    return asked or room
+    return asked or holds
+
+
+def _check_places(prepared: Prepared) -> None:
+    shared.check_runs(Storage(prepared.space.base.storage.path), prepared.store.uri)
 
 
 def measure(configs: Sequence[RunConfig]) -> list[float]:

@@ -18,7 +18,7 @@ from maskray.data.spec import StreamSpec
 from maskray.errors import BadStepError, CheckpointError
 from maskray.evaluation.judgement import Verdict
 from maskray.launch import Prepared, unstored_metrics
-from maskray.on_ray import cluster, elastic, evaluate, fit, probe, stream, worker
+from maskray.on_ray import cluster, elastic, evaluate, fit, probe, room, stream, worker
 from maskray.on_ray.fit import followed
 from maskray.on_ray.probe import Hook, Judge, Told
 from maskray.tracking.console import ProgressLine
@@ -100,7 +100,7 @@ def _trainer(prepared: Prepared, told: Told, hook: Hook) -> TorchTrainer:
     counts = worker_counts(config.cluster, prepared.plan.groups_per_step)
     kind: Callable[..., TorchTrainer] = fit.Trainer
     if len(counts) > 1:
-        beside = cluster.beside_workers(config.cluster, probe.bundles(config), streams_on_ray=on_ray)
+        beside = room.beside_workers(config.cluster, probe.bundles(config), streams_on_ray=on_ray)
         terms = elastic.Terms(counts, beside, config.cluster.grow_seconds, prepared.run, told.board)
         kind = partial(elastic.Trainer, terms=terms)
     return fit.trainer(

@@ -1,26 +1,22 @@
 """What fits on nodes, without any."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from ray._private.state import GlobalState
 
-from maskray.config.load import parse
-from maskray.config.schema import ClusterConfig, IngestConfig, RunConfig
-from maskray.data.storage import Storage
+from maskray.config.schema import ClusterConfig, IngestConfig
 from maskray.errors import ClusterError
-from maskray.on_ray import cluster
+from maskray.on_ray import cluster, growth, room, shared
 
 
 def refuse(monkeypatch, nodes, *, streams: bool = True, beside=(), **settings: float) -> None:
-    monkeypatch.setattr(cluster, "_nodes", lambda: [{"Resources": node} for node in nodes])
+    monkeypatch.setattr(room, "nodes", lambda: [{"Resources": node} for node in nodes])
     config = ClusterConfig(**settings)
-    bundles = cluster._bundles(config, list(beside), streams_on_ray=streams)
-    cluster._refuse_if_scattered(bundles, list(beside), config)
+    room._refuse_if_scattered(room.bundles(config, list(beside), streams_on_ray=streams), list(beside), config)
 
 
 def test_a_worker_lies_on_one_node(monkeypatch):
@@ -44,66 +40,36 @@ def test_a_probe_has_a_place_of_its_own(monkeypatch):
     refuse(monkeypatch, [{"CPU": 2}, {"CPU": 1}], workers=2, beside=aside, streams=False)
 
 
-def test_a_run_that_may_have_fewer_workers_starts_with_what_there_is(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(cluster, "_nodes", lambda: [{"NodeID": "a", "Resources": {"CPU": 3}}])
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 3.0})
-    monkeypatch.setattr(cluster.ray, "available_resources", lambda: {"CPU": 3.0})
-    monkeypatch.setattr(cluster, "available_resources_per_node", lambda: {"a": {"CPU": 3.0}})
-    monkeypatch.setattr(cluster, "request_resources", lambda **_: None)
-    monkeypatch.setattr(GlobalState, "get_max_resources_from_cluster_config", lambda _: None)
-    settings = {"workers": 4, "wait_seconds": 0, "data_cpus": 1}
-    config = parse(RunConfig, {"name": "a", "data": {"path": "x"}, "optim": {"steps": 1}, "cluster": settings})
-    for least in (None, 3):
-        with pytest.raises(ClusterError, match="can never hold this run"):
-            cluster.preflight(config, Storage(tmp_path), "", [], streams_on_ray=True, least=least)
-    cluster.preflight(config, Storage(tmp_path), "", [], streams_on_ray=True, least=2)
-    assert "Starting with what there is: 3 CPUs free" in caplog.text
-
-
 def test_gpus_and_cpus_lie_on_the_same_node(monkeypatch):
     with pytest.raises(ClusterError, match="room for 1 of 2 workers"):
         refuse(monkeypatch, [{"CPU": 1, "GPU": 2}, {"CPU": 8}], workers=2, gpus_per_worker=1)
     refuse(monkeypatch, [{"CPU": 2, "GPU": 2}, {"CPU": 1}], workers=2, gpus_per_worker=1, data_cpus=1)
 
 
-def test_a_cluster_that_can_grow_is_one_of_several_nodes(monkeypatch, tmp_path):
-    """KubeRay before its first worker: one node, and an autoscaler that will bring more."""
-    monkeypatch.setattr(cluster, "_nodes", lambda: [{"NodeID": "head", "Resources": {}}])
-    monkeypatch.setattr(cluster.ray, "cluster_resources", dict)
-    monkeypatch.setattr(GlobalState, "get_max_resources_from_cluster_config", lambda _: {"CPU": 8})
-    with pytest.raises(ClusterError, match=r"tracking.uri: .* one node that can grow to several"):
-        cluster._check_shared(Storage(tmp_path), "sqlite:///x")
+@pytest.mark.parametrize(
+    ("kinds", "grows"),
+    [({"a": "node_a", "b": "node_b"}, False), ({"a": "ray.head.default"}, True), ({"a": "node_a", "b": "gpu"}, True)],
+    ids=str,
+)
+def test_an_autoscaler_of_the_first_version_has_kinds_of_nodes_of_its_own(monkeypatch, kinds, grows):
+    status = json.dumps({"autoscaler_report": {"node_type_mapping": kinds}}).encode()
+    monkeypatch.setattr(growth, "is_autoscaler_v2", lambda **_: False)
+    monkeypatch.setattr(growth, "_internal_kv_get", lambda _: status)
+    assert growth.may_grow() is grows
 
 
-def kind(resources: dict[str, float], most: int) -> SimpleNamespace:
-    return SimpleNamespace(resources=resources, max_count=most)
-
-
-def test_nodes_that_an_autoscaler_may_bring_are_counted_once(monkeypatch):
-    small, large = {"CPU": 2, "memory": 10**9}, {"CPU": 8, "GPU": 4}
-    there = [{"CPU": 2, "node:10.0.0.1": 1.0, "memory": 5.0}, {"CPU": 2}, {}]
-    monkeypatch.setattr(cluster, "_nodes", lambda: [{"Resources": node} for node in there])
-
-    def most(*kinds: SimpleNamespace) -> list[tuple[float, float]]:
-        config = SimpleNamespace(node_group_configs=kinds)
-        monkeypatch.setattr(GlobalState, "get_cluster_config", lambda _: config)
-        return sorted((node["CPU"], node["GPU"]) for node in cluster.largest_nodes())
-
-    now = [(0, 0), (2, 0), (2, 0)]
-    assert most() == most(kind(small, 2)) == most(kind(small, 1), kind(small, 1)) == now
-    assert most(kind(small, 1), kind(small, 2)) == [*now, (2, 0)]
-    assert most(kind(small, 3), kind(large, 2)) == [*now, (2, 0), (8, 4), (8, 4)]
-    assert most(kind(small, 0), kind(large, 0)) == now
-    assert most(kind(large, -1)).count((8, 4)) >= 100, "as many as are asked for"
-    monkeypatch.setattr(GlobalState, "get_cluster_config", lambda _: None)
-    assert len(cluster.largest_nodes()) == len(now)
+@pytest.mark.parametrize("status", [b"", b"{}", b'{"autoscaler_report": null}'])
+def test_no_autoscaler_has_said_anything_yet(monkeypatch, status):
+    monkeypatch.setattr(growth, "is_autoscaler_v2", lambda **_: False)
+    monkeypatch.setattr(growth, "_internal_kv_get", lambda _: status)
+    assert not growth.may_grow()
 
 
 def test_an_ingest_into_a_submitted_jobs_own_folder_is_refused(monkeypatch):
-    monkeypatch.setattr(cluster, "_nodes", list)
+    monkeypatch.setattr(room, "nodes", list)
     config = IngestConfig(source="digits", destination="/tmp/ray/session/runtime_resources/working_dir_files/_1/data")
     with pytest.raises(ClusterError, match=r"destination: a submitted job's own folder"):
-        cluster.check_ingest(config)
+        shared.check_ingest(config)
 
 
 @pytest.mark.parametrize("where", ["config", "environment"])
