@@ -123,7 +123,9 @@ def test_a_run_says_what_it_is_and_shows_its_curves(left: Left, ui: Ui) -> None:
     ui.open(place, "About this run")
     expect(ui.page.get_by_test_id("key-value-Status")).to_contain_text("Finished")
     ui.shoot("run")
-    ui.open(f"{place}/model-metrics", "probe")
+    ui.open(f"{place}/model-metrics", "pretrain (")
+    plots = ui.page.locator("[data-testid=experiment-view-compare-runs-card] svg.main-svg")
+    plots.nth(10).wait_for(state="attached")  # some of them for each curve
     ui.shoot("run_curves")
 
 
@@ -144,7 +146,9 @@ def test_the_sweep_names_its_trials_and_shows_its_report(left: Left, ui: Ui) -> 
     ui.open(place, "About this run")
     expect(ui.page.get_by_test_id("key-value-Status")).to_contain_text("Finished")
     ui.shoot("sweep")
-    ui.open(f"{place}/artifacts/report/report.html", "report")
+    link = ui.page.get_by_role("link", name="Report", exact=True).get_attribute("href")
+    assert link is not None
+    ui.open(link.partition("#")[2], "report/report.html")
     frame = ui.page.frame_locator("iframe")
     frame.locator("h1").first.wait_for()
     expect(frame.locator("h1").first).to_contain_text("ratio_x_rate")

@@ -93,6 +93,7 @@ _ENVIRONMENT = {  # read by Ray and MLflow when they are imported
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # of each run that a server is told to have ended, in between
     # The tracker tries again by itself, and a run that is being stopped has no two minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
