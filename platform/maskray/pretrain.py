@@ -11,7 +11,8 @@ import torch
 from maskray import masking
 from maskray.config.load import dump
 from maskray.config.resolve import resolve
-from maskray.config.schema import RunConfig, TrainingConfig
+from maskray.config.schema import RunConfig
+from maskray.config.training import TrainingConfig
 from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
 from maskray.data.stream import Batch

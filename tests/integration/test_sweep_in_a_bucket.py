@@ -16,7 +16,7 @@ from maskray.config.load import merge
 from maskray.config.sweep import load_sweep
 from maskray.data import lease
 from maskray.data.storage import Storage
-from maskray.on_ray.trial import newest_step
+from maskray.on_ray.trial_context import newest_step
 from maskray.sweeps import record
 from maskray.tracking.mlflow_store import DATABASE
 from trials import alone

@@ -77,6 +77,7 @@ def test_a_sweep_takes_its_base_along():
         ((*DEMO, *PLACES[:2]), "storage.path: a submitted job's own folder does not outlast it"),
         ((*DEMO, *PLACES, "--set", "training.ledger=ledger"), "training.ledger: a submitted job's own folder"),
         ((*DEMO, *PLACES, "--set", "init_from=mae.pth"), "init_from: .*--include mae.pth"),
+        (("doctor", *DEMO[1:], *PLACES[:2]), "storage.path: a submitted job's own folder"),
         (("ingest", "/mnt/photos", "runs/data"), "destination: a submitted job's own folder"),
         (("ingest", "photos", "s3://bucket/data"), "source: a relative path"),
         (("embed", "--config", "configs/embed/digits.yaml"), "images: a relative path"),
@@ -155,4 +156,4 @@ def test_nothing_that_listens_is_said_with_the_cure(monkeypatch: pytest.MonkeyPa
 def test_every_command_that_can_be_a_job_has_a_check():
     arguments: argparse.Namespace = cli._parser().parse_args(["submit", "x"])
     assert set(submit._CHECKS) <= set(arguments.parsers)
-    assert set(submit._CHECKS) == {path.stem for path in (ROOT / "jobs").glob("*.py")}
+    assert set(submit._CHECKS) == {path.stem for path in (ROOT / "jobs").glob("*.py")} | {"doctor"}

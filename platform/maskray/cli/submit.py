@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "submit",
         help="run one of these commands as a job on a cluster, and follow it",
-        usage="maskray submit [options] -- pretrain --config …   (or sweep, ingest, evaluate, embed, promote)\n"
+        usage="maskray submit [options] -- pretrain --config …   (or sweep, ingest, evaluate, embed, promote, doctor)\n"
         "       maskray submit [--address …] --stop ID | --follow ID",
     )
     parser.add_argument("--address", help="of the cluster's dashboard [RAY_API_SERVER_ADDRESS, http://127.0.0.1:8265]")
@@ -125,7 +125,7 @@ def _parcel(arguments: argparse.Namespace, typed: list[str]) -> Parcel:
     from maskray.on_ray import parcel
 
     root = Path.cwd().resolve()
-    configs = [*files_of(given.config), *_bases(given)] if hasattr(given, "config") else []
+    configs = [*files_of(given.config), *_bases(given)] if getattr(given, "config", None) else []
     files = parcel.files_sent(configs, arguments.include, root)
     _refuse_relative(places, root, arguments.include)
     parcel.refuse_credentials({"--": " ".join(options)} | {str(path): path.read_text() for path in configs})
@@ -238,6 +238,10 @@ def _promote(given: argparse.Namespace) -> tuple[str, Places]:
     return config.model, {"data.path": config.data.path, ">records": config.records, **_of_store(config)}
 
 
+def _doctor(given: argparse.Namespace) -> tuple[str, Places]:
+    return "doctor", {} if given.config is None else _pretrain(given)[1]
+
+
 def _of_store(config: Any) -> Places:
     """Where MLflow's own store would lie, and the decisions of promotions."""
     return {">storage.path": config.storage.path if config.tracking.uri is None else None}
@@ -250,6 +254,7 @@ _CHECKS: dict[str, Callable[[argparse.Namespace], tuple[str, Places]]] = {
     "evaluate": _evaluate,
     "embed": _embed,
     "promote": _promote,
+    "doctor": _doctor,
 }
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from maskray.config.load import fingerprint, identity
 from maskray.config.models import SparseConvConfig
-from maskray.config.schema import OptimConfig, PretrainClusterConfig, RunConfig
+from maskray.config.schema import PretrainClusterConfig, RunConfig
+from maskray.config.training import OptimConfig
 from maskray.errors import ConfigError, DataError
 
 

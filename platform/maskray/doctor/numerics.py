@@ -10,7 +10,7 @@ import torch
 
 from maskray import draws, masking
 from maskray.config.models import ObjectiveConfig, RandomMask, VitConfig, VitDecoder
-from maskray.config.schema import OptimConfig
+from maskray.config.training import OptimConfig
 from maskray.data import decode
 from maskray.doctor.finding import Check, Finding, Subject, fail, ok
 from maskray.models.base import MaskedAutoencoder

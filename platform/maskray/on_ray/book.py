@@ -27,7 +27,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from maskray.errors import AwayError, MaskrayError
-from maskray.on_ray.trial import ASKED, BEATS, ENDED, RUNG, STEP, VALUE, Asked, Sweep, newest_step
+from maskray.on_ray.trial import ASKED, BEATS, ENDED, RUNG, STEP, VALUE, Asked, Sweep
+from maskray.on_ray.trial_context import newest_step
 from maskray.publish.release import training_seconds
 from maskray.sweeping import Prepared
 from maskray.sweeps import record

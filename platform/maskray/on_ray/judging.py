@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ Judge = Callable[[RunConfig, Path], "Finding"]
 """What the checkpoint in a local folder is worth, and what its model paints."""
 PICTURE = "painted.png"
 """Beside the files of a trial's last checkpoint: what its model paints, for MLflow."""
+LINE = "logged.json"
+"""Beside those of a checkpoint that is to be judged: what was logged at its step. Who was lost has forgotten it."""
 _FLUSH_SECONDS = 10.0
 _BEAT_SECONDS = 1.0
 
@@ -69,16 +72,20 @@ class JudgingContext(RayContext):
         """As there. What it is worth is told: nobody may have heard of it, and it may not even have been judged."""
         with super().latest_checkpoint() as folder:
             if folder is not None and self._is_judged(step := checkpoint.read_facts(folder).step):
-                self._tell(step, _note(folder) or self._judge(step, folder))
+                self._tell(step, _note(folder) or self._judge(step, folder, _line(folder)))
             yield folder
 
     def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:  # noqa: ARG002
         """As there, and judge."""
-        waited = super().report(step, snapshot, probed=False)
-        if self._is_judged(step):
-            with checkpoint.on_disk(self.newest_checkpoint()) as folder:
-                metrics = self._judge(step, folder)
-            self._tell(step, metrics)
+        if not self._is_judged(step):
+            return super().report(step, snapshot, probed=False)
+        at, logged = self._line
+        assert at == step, "a step that is judged is logged before"
+        assert snapshot is not None, "the first worker's"
+        waited = super().report(step, partial(_with_line, snapshot, logged), probed=False)
+        with checkpoint.on_disk(self.newest_checkpoint()) as folder:
+            metrics = self._judge(step, folder, logged)
+        self._tell(step, metrics)
         return waited
 
     def _is_judged(self, step: int) -> bool:
@@ -87,13 +94,13 @@ class JudgingContext(RayContext):
     def _is_last(self, step: int) -> bool:
         return bool(step == self._settings["last_step"])
 
-    def _judge(self, step: int, folder: Path) -> dict[str, float]:
+    def _judge(self, step: int, folder: Path, logged: Mapping[str, float]) -> dict[str, float]:
         """What the newest checkpoint is worth, and what was logged at its step."""
         # Fetched by the first worker alone, when it is needed.
         judge: Judge = ray.get(self._settings["judge"])
-        found, (at, logged) = judge(self._config, folder), self._line
+        found = judge(self._config, folder)
         scores = {} if found.scores is None else found.scores.metrics()
-        metrics, weights = {**(logged if at == step else {}), **scores}, self.newest_checkpoint()
+        metrics, weights = {**logged, **scores}, self.newest_checkpoint()
         if self._is_last(step):
             from maskray.sweeps import record  # here alone: it imports as much as what judges
 
@@ -123,6 +130,15 @@ class JudgingContext(RayContext):
         if (now := time.monotonic()) - self._beaten > _BEAT_SECONDS:
             self._beaten = now
             self._settings["board"].beat.remote()
+
+
+def _with_line(snapshot: Snapshot, logged: Mapping[str, float], folder: Path) -> None:
+    (folder / LINE).write_text(json.dumps(logged))
+    snapshot(folder)
+
+
+def _line(folder: Path) -> dict[str, float]:
+    return dict(json.loads((folder / LINE).read_bytes()))
 
 
 def _note(folder: Path) -> dict[str, float] | None:

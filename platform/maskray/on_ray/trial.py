@@ -10,34 +10,27 @@ import json
 import logging
 import math
 import os
-import shutil
-import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from ray import tune
 
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import LOSS, SCORES
-from maskray.data import local
 from maskray.data.shards import Dataset
-from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
-from maskray.data.stream import Unit
 from maskray.errors import AwayError, MaskrayError, TrackingError, TrainingError
 from maskray.evaluation.judgement import Bench, Finding, read_rows
 from maskray.launch import Prepared, card, unstored_metrics
 from maskray.on_ray import nested
 from maskray.on_ray.gauges import Gauges
-from maskray.on_ray.nested import Tell
 from maskray.on_ray.stream import registered_checkpoint
+from maskray.on_ray.trial_context import TrialContext, device_of, newest
 from maskray.pretrain import pretrain, settle
 from maskray.publish.release import training_seconds
 from maskray.sweeps import record
@@ -49,7 +42,6 @@ from maskray.tracking.mlflow_store import Store
 from maskray.tracking.mlflow_tracker import UNTOLD, MlflowTracker
 from maskray.tracking.patience import AWAY_SECONDS, Patience
 from maskray.training import checkpoint, folders
-from maskray.training.context import Snapshot
 from maskray.training.memory import give_back_freed_memory
 from maskray.training.throughput import IMAGES_PER_SECOND
 
@@ -131,6 +123,22 @@ class Sweep:
         return mlflow_runs.ensure_run(self.store, mine)
 
 
+@dataclass(frozen=True)
+class Running:
+    """A trial under way: what it trains, and whom it tells of it."""
+
+    trial: Trial
+    config: RunConfig
+    folder: Storage
+    store: Store
+    """MLflow."""
+    run_id: str
+    """Its run there."""
+    tell: Teller
+    patience: Patience
+    """With MLflow."""
+
+
 def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     """What Tune runs of each trial.
 
@@ -139,13 +147,12 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    asked = Asked.load(config[ASKED])
-    trial, run_config = asked.trial, RunConfig.model_validate(asked.config)
-    folder, tell = sweep.folder_of(trial), Teller(sweep)
+    asked, tell = Asked.load(config[ASKED]), Teller(sweep)
     patience = Patience(sweep.store.uri, sweep.away_seconds, tell.beat)
     run_id = patience.call(partial(sweep.run_of, asked))
-    judged = _on_workers if run_config.cluster.workers > 1 else _here
-    name, scores = judged(run_config, trial, folder, sweep.store, run_id, tell, patience)
+    trial, run_config = asked.trial, RunConfig.model_validate(asked.config)
+    running = Running(trial, run_config, sweep.folder_of(trial), sweep.store, run_id, tell, patience)
+    name, scores = (_on_workers if run_config.cluster.workers > 1 else _here)(running)
     curve = partial(mlflow_runs.curve, sweep.store, run_id)
     loss, rate = (patience.call(partial(curve, key)) for key in (LOSS, IMAGES_PER_SECOND))
     metrics = {**scores, LOSS: loss[-1][1]}
@@ -159,7 +166,7 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
         run_id=run_id,
         checkpoint=name,
     )
-    folder.write_bytes(record.RESULT, result.dump())
+    running.folder.write_bytes(record.RESULT, result.dump())
     _close(sweep, trial, run_id)
     tune.report({STEP: trial.steps, VALUE: result.value, ENDED: True})
 
@@ -176,16 +183,17 @@ Last = tuple[str, dict[str, float]]
 """The name of a trial's last checkpoint, and its scores."""
 
 
-def _on_workers(
-    config: RunConfig, trial: Trial, folder: Storage, store: Store, run_id: str, tell: Teller, patience: Patience
-) -> Last:
+def _on_workers(running: Running) -> Last:
     """Train and judge where the accelerators are: this process has none, nor a CPU of its own."""
+    config, trial, folder = running.config, running.trial, running.folder
     root, judge = Storage(config.storage.path), partial(finding_of, title=trial.name)
-    train = partial(nested.train, config, root, folder, store.uri, run_id, judge, tell, trial.steps)
+    train = partial(
+        nested.train, config, root, folder, running.store.uri, running.run_id, judge, running.tell, trial.steps
+    )
     try:
         found = train()
     except TrackingError:  # trained; what MLflow has not taken is in the last checkpoint, from which it goes on
-        patience.call(partial(mlflow_runs.points, store, run_id, LOSS))
+        running.patience.call(partial(mlflow_runs.points, running.store, running.run_id, LOSS))
         found = train()
     folder.delete(UNTOLD)
     name = registered_checkpoint(folder)
@@ -193,27 +201,26 @@ def _on_workers(
     return name, {key: found[key] for key in SCORES if key in found}
 
 
-def _here(
-    config: RunConfig, trial: Trial, folder: Storage, store: Store, run_id: str, tell: Teller, patience: Patience
-) -> Last:
+def _here(running: Running) -> Last:
     """Train and judge in this process."""
+    config, steps = running.config, running.trial.steps
     settle(config)
     _forget(config)
-    bench = Bench(config, _device(config), _rows)
-    _train(config, folder, store.uri, run_id, bench, tell, patience)
-    with newest(folder) as last:
+    bench = Bench(config, device_of(config), _rows)
+    _train(running, bench)
+    with newest(running.folder) as last:
         assert last is not None, "the last step is a checkpoint"
-        assert folders.step_of(last.name) == trial.steps, "the newest is that of the last step"
-        found = bench.find(trial.steps, last.weights)
-    _keep(found, trial, folder, store.uri, run_id, patience)
+        assert folders.step_of(last.name) == steps, "the newest is that of the last step"
+        found = bench.find(steps, last.weights)
+    _keep(found, running)
     return last.name, scores_of(found)
 
 
-def _train(
-    config: RunConfig, folder: Storage, uri: str, run_id: str, bench: Bench, tell: Teller, patience: Patience
-) -> None:
+def _train(running: Running, bench: Bench) -> None:
     """In this process."""
-    stored = MlflowTracker(uri, run_id, system_metrics_seconds=config.tracking.system_metrics_seconds)
+    config, folder, tell = running.config, running.folder, running.tell
+    seconds = config.tracking.system_metrics_seconds
+    stored = MlflowTracker(running.store.uri, running.run_id, system_metrics_seconds=seconds)
     gauges, known = Gauges(nested.run_name(config, folder)), dict[str, float]()
 
     def hear(step: int, metrics: Mapping[str, float]) -> None:
@@ -236,7 +243,7 @@ def _train(
             tell(step, metrics)
         told = Fanout(stored, Observer(hear), Observer(gauges.log))
         pretrain(config, TrialContext(folder, config, judge, tell, tell.beat), told)
-        has_stored_all = patience.close(stored)
+        has_stored_all = running.patience.close(stored)
     except AwayError:
         _keep_untold(folder, stored)
         raise
@@ -274,12 +281,12 @@ def _last_rung(folder: Storage, config: RunConfig) -> tuple[int, dict[str, float
         return step, json.loads((found.weights / folders.PROBE).read_bytes())["metrics"]
 
 
-def _keep(found: Finding, trial: Trial, folder: Storage, uri: str, run_id: str, patience: Patience) -> None:
+def _keep(found: Finding, running: Running) -> None:
     """What the last judgement found, in MLflow and for the report."""
-    record.keep_painted(folder, found.painted)
-    tracker = MlflowTracker(uri, run_id)
-    found._replace(title=trial.name).tell(tracker)
-    if not patience.close(tracker):
+    record.keep_painted(running.folder, found.painted)
+    tracker = MlflowTracker(running.store.uri, running.run_id)
+    found._replace(title=running.trial.name).tell(tracker)
+    if not running.patience.close(tracker):
         raise unstored_metrics()
 
 
@@ -290,7 +297,7 @@ def scores_of(found: Finding) -> dict[str, float]:
 
 def finding_of(config: RunConfig, weights: Path, *, title: str) -> Finding:
     """What a checkpoint is worth, in the first of a trial's workers."""
-    bench = Bench(config, _device(config))
+    bench = Bench(config, device_of(config))
     return bench.find(checkpoint.read_facts(weights).step, weights)._replace(title=title)
 
 
@@ -303,42 +310,6 @@ def objective_of(metrics: Mapping[str, float], metric: str, step: int) -> float:
     if metric not in metrics:
         raise TrainingError(f"The probe found no {metric} at step {step}: see the trial's warnings.")
     return metrics[metric]
-
-
-def _device(config: RunConfig) -> torch.device:
-    return torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
-
-
-class Newest(NamedTuple):
-    """A trial's newest whole checkpoint."""
-
-    name: str
-    """Of its folder, below the trial's."""
-    weights: Path
-    """What is in it, on this machine: under another name where the trial's folder is in a bucket."""
-
-
-@contextmanager
-def newest(folder: Storage) -> Iterator[Newest | None]:
-    """Of a trial, while the context lasts."""
-    for name in _checkpoints(folder):
-        with checkpoint.on_disk(folder.child(name)) as found:
-            if checkpoint.is_whole(found):
-                yield Newest(name, found)
-                return
-    yield None
-
-
-def newest_step(folder: Storage) -> int:
-    """Steps done at a trial's newest checkpoint; 0 where there is none."""
-    names = _checkpoints(folder)
-    return folders.step_of(names[0]) if names else 0
-
-
-def _checkpoints(folder: Storage) -> list[str]:
-    """Names, the newest first."""
-    names = folder.list_names() if folder.exists() else []
-    return sorted((name for name in names if name.startswith(folders.FOLDER_PREFIX)), reverse=True)
 
 
 class Teller:
@@ -372,61 +343,3 @@ class Teller:
     def _report(self, metrics: dict[str, Any]) -> None:
         self._last = time.monotonic()
         tune.report(metrics)
-
-
-class TrialContext:
-    """A trial's `RunContext`: one process, whose newest checkpoint is kept at a place that all nodes see.
-
-    Args:
-        folder: of the trial.
-        config: of its run.
-        judge: what is known of the checkpoint in a folder, after so many steps. Training waits.
-        tell: of it.
-        beat: is called often while images are decoded.
-    """
-
-    rank, world_size = 0, 1
-
-    def __init__(
-        self,
-        folder: Storage,
-        config: RunConfig,
-        judge: Callable[[Path, int], Mapping[str, float]],
-        tell: Tell,
-        beat: Callable[[], None],
-    ) -> None:
-        self.device = _device(config)
-        self._folder, self._data, self._judge, self._tell, self._beat = folder, config.data, judge, tell, beat
-        self._attempt = uuid.uuid4().hex[:8]  # every start writes folders of its own
-
-    @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        """The newest whole one."""
-        with newest(self._folder) as found:
-            yield None if found is None else found.weights
-
-    def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:
-        """Judge and write at once: nothing to wait for."""
-        assert snapshot is not None, "there is one process"
-        name, metrics = folders.folder_name(step, self._attempt), dict[str, float]()
-        with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
-            local_folder = Path(temporary)
-            snapshot(local_folder)
-            if probed:
-                metrics = dict(self._judge(local_folder, step))
-                (local_folder / folders.PROBE).write_text(json.dumps({"metrics": metrics}))
-            # The file that says that the others are whole goes last.
-            for file in sorted(local_folder.iterdir(), key=lambda f: f.name == checkpoint.STATE):
-                with self._folder.child(name).open_output(file.name) as out, file.open("rb") as source:
-                    shutil.copyfileobj(source, out)
-        for old in _checkpoints(self._folder):
-            if old != name:
-                self._folder.delete(old)
-        if probed:
-            self._tell(step, metrics)
-        return 0.0
-
-    def units(self, spec: StreamSpec, start_step: int) -> AbstractContextManager[Iterator[Unit]]:
-        """The in-process walk. While images are decoded for it, for many minutes maybe, there are signs of life."""
-        place = {"rank": 0, "world_size": 1, "start_step": start_step}
-        return local.open_units(spec, self._data, self.device, **place, beat=self._beat)

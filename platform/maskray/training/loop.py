@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskray.config.schema import TrainingConfig
+from maskray.config.training import TrainingConfig
 from maskray.data import stream
 from maskray.data.spec import StreamSpec
 from maskray.data.stream import Step, Unit, read_images

@@ -12,7 +12,7 @@ from timm.optim import Lamb
 from torch import Tensor, nn
 
 from maskray.config.resolve import RunPlan
-from maskray.config.schema import OptimConfig
+from maskray.config.training import OptimConfig
 from maskray.models.base import Part
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from maskray.config.schema import SpikeConfig
+from maskray.config.training import SpikeConfig
 
 
 class SpikeWatch:

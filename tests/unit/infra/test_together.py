@@ -173,3 +173,11 @@ def test_the_platform_emits_what_the_dashboard_shows():
     texts = [node.value for node in ast.walk(ast.parse(EMITTER.read_text())) if isinstance(node, ast.Constant)]
     emitted = {text for text in texts if isinstance(text, str) and re.fullmatch(r"maskray_\w+", text)}
     assert emitted == GAUGES
+
+
+def test_each_alert_has_a_row_of_the_runbook():
+    (group,) = yaml.safe_load((INFRA / "monitoring/alerts.yaml").read_text())["groups"]
+    sent_to = {rule["alert"]: rule["annotations"]["runbook"].removeprefix("it ") for rule in group["rules"]}
+    readme = (ROOT / "README.md").read_text()
+    runbook = readme[readme.index("## When something is wrong") :]
+    assert [alert for alert, row in sent_to.items() if f"| **{row}** |" not in runbook] == []

@@ -8,7 +8,7 @@ import torch
 from timm.optim import Lamb
 
 from maskray.config.resolve import DatasetFacts, resolve
-from maskray.config.schema import OptimConfig
+from maskray.config.training import OptimConfig
 from maskray.models.build import initial_model
 from maskray.training.optim import Schedule, build_optimizer
 
