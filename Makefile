@@ -5,7 +5,7 @@ TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 DATA_BENCHMARKS := decode delivery memory latency
 
-.PHONY: demo test check audit infra chaos bench bench-data bench-step bench-ingest bench-embed bench-worth bench-probe bench-detection bench-sweep schema ui clean
+.PHONY: demo test check audit infra chaos services bench bench-data bench-step bench-ingest bench-embed bench-worth bench-probe bench-tracking bench-detection bench-sweep schema ui clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,8 +19,8 @@ demo: $(VENV)/.installed  ## pretrain on the digits and register the encoder
 test: $(VENV)/.installed  ## everything but the long kills: what bears company in some processes, then the rest in one
 	# Both, even where the first fails.
 	failed=0; \
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not slow and not alone' || failed=$$?; \
-	$(BIN)/python -m pytest -m 'not slow and alone' && exit $$failed
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not slow and not services and not alone' || failed=$$?; \
+	$(BIN)/python -m pytest -m 'not slow and not services and alone' && exit $$failed
 
 check: $(VENV)/.installed  ## format, lint, types, guards
 	$(BIN)/ruff format --check .
@@ -35,7 +35,12 @@ infra: $(VENV)/.installed  ## all files of infra/, after you changed them
 	PYTHONPATH=tests $(BIN)/python -m manifests
 
 chaos: $(VENV)/.installed  ## the long form of all faults, about an hour; a line of JSON a case in runs/chaos/results.jsonl
-	MASKRAY_CHAOS_RESULTS=$(CURDIR)/runs/chaos/results.jsonl $(BIN)/python -m pytest -m slow
+	MASKRAY_CHAOS_RESULTS=$(CURDIR)/runs/chaos/results.jsonl $(BIN)/python -m pytest -m 'slow and not services'
+
+services: $(VENV)/.installed  ## the team's MLflow: PostgreSQL, S3, eight writers, outages, and its UI in a browser; 15 minutes
+	# apt-get install postgresql chromium
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[services]'
+	$(BIN)/python -m pytest -m services
 
 bench: $(VENV)/.installed  ## see tests/benchmarks/RESULTS.md
 	$(BIN)/python tests/benchmarks/plan.py
@@ -62,6 +67,9 @@ bench-worth: $(VENV)/.installed  ## three seeds of the digits, from pretraining 
 	$(BIN)/maskray ingest digits runs/data/digits --held-out-fraction 0.2
 	$(BIN)/python tests/benchmarks/worth.py --config configs/pretrain/digits.yaml \
 	    --evaluate configs/evaluate/digits.yaml --evaluate configs/evaluate/digits_finetune.yaml
+
+bench-tracking: $(VENV)/.installed  ## what telling MLflow and Prometheus costs: 5 minutes on two quiet cores
+	$(BIN)/python tests/benchmarks/tracking.py
 
 bench-probe: $(VENV)/.installed  ## a training loop with probes beside it, and without: 10 minutes on two quiet cores
 	$(BIN)/python tests/benchmarks/probe.py

@@ -13,25 +13,33 @@ from pathlib import Path
 
 
 class Server:
-    """`mlflow server` in a process group of its own: it has children."""
+    """`mlflow server` in a process group of its own: it has children.
 
-    def __init__(self, folder: Path, database: Path) -> None:
+    Args:
+        folder: for its log, and its artifacts.
+        database: SQLite's file, or the URI of another.
+        artifacts: where else they are.
+        workers: processes that answer.
+    """
+
+    def __init__(self, folder: Path, database: Path | str, artifacts: str | None = None, workers: int = 1) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = int(s.getsockname()[1])
         self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder, self._database = folder, database
+        self._folder = folder
+        self._options = {
+            "--backend-store-uri": database if isinstance(database, str) else f"sqlite:///{database}",
+            "--artifacts-destination": artifacts or str(folder / "artifacts"),
+            "--host": "127.0.0.1",
+            "--port": str(self.port),
+            "--workers": str(workers),
+        }
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        options = {
-            "--backend-store-uri": f"sqlite:///{self._database}",
-            "--artifacts-destination": str(self._folder / "artifacts"),
-            "--host": "127.0.0.1",
-            "--port": str(self.port),
-            "--workers": "1",
-        }
-        command = [sys.executable, "-m", "mlflow", "server", *(part for pair in options.items() for part in pair)]
+        parts = (part for pair in self._options.items() for part in pair)
+        command = [sys.executable, "-m", "mlflow", "server", *parts]
         with (self._folder / "server.log").open("a") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         until = time.monotonic() + 120

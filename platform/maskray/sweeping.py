@@ -436,4 +436,5 @@ def _card(prepared: Prepared) -> RunCard:
         dataset=DatasetCard(Path(place).name, place, dataset.manifest.fingerprint, dataset.num_rows()),
         source="maskray sweep",
         description=f"Sweep over {axes}, judged by {config.objective.metric}: {prepared.num_trials} trials.",
+        page=("Report", f"{record.REPORT}/{report.PAGE}"),
     )

@@ -70,6 +70,15 @@ def test_nothing_is_there_before_a_sweep_begins(prepare: Callable[..., Prepared]
     assert prepare(resume=True).name == "swept-1", "there is none to go on with"
 
 
+def test_its_page_in_mlflow_leads_to_the_report(prepare: Callable[..., Prepared]):
+    prepared = prepare()
+    run_id = begin(prepared)
+    sweeping.finish(prepared, run_id)
+    client, place = prepared.store.client(), f"#/experiments/{prepared.store.experiment_id}/runs/{run_id}/artifacts"
+    assert f" [Report]({place}/report/report.html)" in client.get_run(run_id).data.tags[NOTE_TAG]
+    assert "report/report.html" in [file.path for file in client.list_artifacts(run_id, "report")]
+
+
 def test_the_name_of_one_that_was_begun_or_has_ended(prepare: Callable[..., Prepared]):
     first = prepare()
     begin(first)

@@ -1,22 +1,45 @@
-"""Where workers post how far they are and what they warn of, for the driver to show. An actor: it imports nothing."""
+"""Where workers post how far they are and what they warn of, for the driver and Prometheus: an actor.
+
+It imports little.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from maskray.on_ray.gauges import Gauges
+
 MOST_WARNINGS = 100
 
 
 class Board:
-    """A Ray actor that holds the newest line, and each warning once."""
+    """A Ray actor that holds the newest line, and each warning once.
 
-    def __init__(self) -> None:
+    Args:
+        run: name of the run that Prometheus is shown, if any. The board outlives workers, so its totals are those of
+            all their starts.
+    """
+
+    def __init__(self, run: str | None = None) -> None:
+        self._gauges = None if run is None else Gauges(run)
         self._step, self._metrics = 0, dict[str, float]()
         self._warnings: dict[str, None] = {}
 
     def post(self, step: int, metrics: Mapping[str, float]) -> None:
         """From the first worker."""
         self._step, self._metrics = step, dict(metrics)
+        if self._gauges is not None:
+            self._gauges.log(step, metrics)
+
+    def started(self) -> None:
+        """From the first worker, when it starts."""
+        if self._gauges is not None:
+            self._gauges.started()
+
+    def probed(self, scores: Mapping[str, float]) -> None:
+        """From a probe on the way."""
+        if self._gauges is not None:
+            self._gauges.probed(scores)
 
     def warn(self, text: str) -> None:
         """From any worker: all of them may say the same."""
@@ -31,8 +54,8 @@ class Board:
 class TrialBoard(Board):
     """Also what a trial's checkpoints are worth: each is kept, and none but once. And signs of life before any line."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, run: str | None = None) -> None:
+        super().__init__(run)
         self._found: dict[int, dict[str, float]] = {}
         self._beats = 0
 

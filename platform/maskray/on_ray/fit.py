@@ -118,10 +118,15 @@ def fitted(make: Callable[[], TorchTrainer], run: Storage, max_failures: int) ->
     raise AssertionError("the last try returns or raises")
 
 
-def board(kind: type = Board) -> Any:
-    """A board, on the node of this process: it must outlive the nodes of the workers."""
+def board(run: str | None = None, kind: type = Board) -> Any:
+    """A board, on the node of this process: it must outlive the nodes of the workers.
+
+    Args:
+        run: as `Board` takes it.
+        kind: its class.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote(run)
 
 
 @contextmanager

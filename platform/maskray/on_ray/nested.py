@@ -75,7 +75,7 @@ def train(
         BadStepError: a step was not finite: trials do not go back.
         TrainingError: the workers were lost too often.
     """
-    board = fit.board(TrialBoard)
+    board = fit.board(run_name(config, folder), TrialBoard)
     settings = {
         "config": written(config),
         "run": folder.uri,
@@ -107,6 +107,11 @@ def train(
     if not outcome["stored"]:
         raise unstored_metrics()
     return found[last_step]
+
+
+def run_name(config: RunConfig, folder: Storage) -> str:
+    """Of a trial, as its run would be called if it were launched alone."""
+    return f"{config.name}-{folder.uri.rpartition('/')[2][:8]}"
 
 
 def resources(asked: ClusterConfig) -> tune.PlacementGroupFactory:

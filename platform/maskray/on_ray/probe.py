@@ -63,6 +63,8 @@ def judge(config: RunConfig, weights: Storage, told: Told) -> float:
     tracker = MlflowTracker(told.tracking_uri, told.run_id)
     for each in found:
         each.tell(tracker)
+    if (scores := found[-1].scores) is not None:
+        told.board.probed.remote(scores.metrics())
     if not tracker.close(config.probe.limit_seconds):
         raise TrackingError("MLflow did not take what the probe found", found=weights.join(folders.PROBE))
     return folders.score_of(weights.read_bytes)

@@ -61,7 +61,7 @@ class RayLauncher:
             TrainingError: the workers were lost too often.
         """
         config = prepared.config
-        board = fit.board()
+        board = fit.board(prepared.plan.run_name)
         line = ProgressLine(prepared.plan.total_steps)
         with probe.set_aside(config) as place, closing(line), followed(board, line.update):
             told = Told(prepared.store.uri, run_id, board)

@@ -28,6 +28,7 @@ from maskray.errors import AwayError, MaskrayError, TrackingError, TrainingError
 from maskray.evaluation.judgement import Bench, Finding, read_rows
 from maskray.launch import Prepared, card, unstored_metrics
 from maskray.on_ray import nested
+from maskray.on_ray.gauges import Gauges
 from maskray.on_ray.stream import registered_checkpoint
 from maskray.on_ray.trial_context import TrialContext, device_of, newest
 from maskray.pretrain import pretrain, settle
@@ -220,7 +221,7 @@ def _train(running: Running, bench: Bench) -> None:
     config, folder, tell = running.config, running.folder, running.tell
     seconds = config.tracking.system_metrics_seconds
     stored = MlflowTracker(running.store.uri, running.run_id, system_metrics_seconds=seconds)
-    known: dict[str, float] = {}
+    gauges, known = Gauges(nested.run_name(config, folder)), dict[str, float]()
 
     def hear(step: int, metrics: Mapping[str, float]) -> None:
         known.update(metrics)
@@ -229,6 +230,7 @@ def _train(running: Running, bench: Bench) -> None:
     def judge(weights: Path, step: int) -> dict[str, float]:
         scores = scores_of(bench.find(step, weights))
         stored.log(scores, step)
+        gauges.probed(scores)
         if not stored.flush(_FLUSH_SECONDS):
             _keep_untold(folder, stored)  # a trial that is stopped here may have no time to
         return {**known, **scores}
@@ -239,7 +241,8 @@ def _train(running: Running, bench: Bench) -> None:
             # Known since before it was ended, and to MLflow or not: then it drops them.
             stored.log({key: metrics[key] for key in SCORES if key in metrics}, step)
             tell(step, metrics)
-        pretrain(config, TrialContext(folder, config, judge, tell, tell.beat), Fanout(stored, Observer(hear)))
+        told = Fanout(stored, Observer(hear), Observer(gauges.log))
+        pretrain(config, TrialContext(folder, config, judge, tell, tell.beat), told)
         has_stored_all = running.patience.close(stored)
     except AwayError:
         _keep_untold(folder, stored)
@@ -248,6 +251,8 @@ def _train(running: Running, bench: Bench) -> None:
         if not stored.close():
             _keep_untold(folder, stored)
         raise
+    finally:
+        gauges.close()
     if not has_stored_all:
         raise unstored_metrics()
     folder.delete(UNTOLD)

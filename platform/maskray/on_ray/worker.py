@@ -39,7 +39,7 @@ def train(config: RunConfig, context: RayContext, tracker: Tracker) -> dict[str,
 
 
 def tracker_of(settings: dict[str, Any], config: RunConfig, rank: int) -> Tracker:
-    """MLflow, and the driver's progress line. Only the first worker has them, and pays for the import of MLflow."""
+    """MLflow, and the board. Only the first worker has them, and pays for the import of MLflow."""
     if rank != 0:
         return Observer()
     from maskray.tracking.mlflow_tracker import MlflowTracker
@@ -47,6 +47,7 @@ def tracker_of(settings: dict[str, Any], config: RunConfig, rank: int) -> Tracke
     seconds = config.tracking.system_metrics_seconds
     stored = MlflowTracker(settings["tracking_uri"].text, settings["run_id"], system_metrics_seconds=seconds)
     board = settings["board"]
+    board.started.remote()
     return Fanout(stored, Observer(lambda step, metrics: board.post.remote(step, dict(metrics))))
 
 

@@ -76,6 +76,8 @@ class RunCard:
     """The command that it comes from."""
     description: str = ""
     """Markdown, shown on the run's page. Written once: people may edit it, and what happened is added to it."""
+    page: tuple[str, str] = ("Figures", FIGURES)
+    """What the description ends with a link to: its text, and the place among the artifacts."""
 
 
 def child_card(card: RunCard, parent: str, trial: str, name: str, place: str) -> RunCard:
@@ -397,8 +399,9 @@ def _standard_tags(card: RunCard) -> dict[str, str]:
 
 def _description(store: Store, run_id: str, card: RunCard) -> str:
     # The card of an image series is filled with the run's params at first, so the plain files must be easy to find.
-    figures = f"[Figures](#/experiments/{store.experiment_id}/runs/{run_id}/artifacts/{FIGURES})"
-    return f"{card.description} {figures}".strip()
+    text, place = card.page
+    link = f"[{text}](#/experiments/{store.experiment_id}/runs/{run_id}/artifacts/{place})"
+    return f"{card.description} {link}".strip()
 
 
 def _short(text: str) -> str:
