@@ -38,10 +38,12 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        # No process for jobs beside it: nothing here asks for any, and it imports MLflow anew.
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         parts = (part for pair in self._options.items() for part in pair)
         command = [sys.executable, "-m", "mlflow", "server", *parts]
         with (self._folder / "server.log").open("a") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         until = time.monotonic() + 120
         while time.monotonic() < until:
             try:

@@ -25,6 +25,12 @@ class Controller:
     def ping(self) -> None: ...
 
 
+def end(controller: ray.actor.ActorHandle) -> None:
+    ray.kill(controller)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(controller.ping.remote())
+
+
 def state(group: str) -> str:
     return placement_group_table()[group]["state"]
 
@@ -34,14 +40,14 @@ def test_what_a_killed_controller_held_is_free_again(ray_cluster):
     lost, kept = ray.get([each.hold.remote() for each in (dead, living)])
     ours = placement_group([{"CPU": 1}])  # as Tune's of a trial, which its driver makes
     ray.get(ours.ready())
-    ray.kill(dead)
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(dead.ping.remote())
+    end(dead)
     time.sleep(1)
     assert state(lost) == "CREATED", "Ray takes it away by itself: orphans.py can go"
     assert orphans.remove("0123") == 1
     assert (state(lost), state(kept), state(ours.id.hex())) == ("REMOVED", "CREATED", "CREATED")
     remove_placement_group(ours)
+    end(living)
+    assert orphans.remove("0123") == 1, "others want the cluster too"
 
 
 DRIVER = """
