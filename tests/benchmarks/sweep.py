@@ -30,12 +30,12 @@ from measure import Report, arguments
 from ray._private.state import actors
 from ray.util.placement_group import placement_group_table
 
-from maskray import sweeping
 from maskray.config.sweep import load_sweep
 from maskray.on_ray import sweep as on_ray
 from maskray.on_ray import trial
 from maskray.on_ray.trial import ASKED, Asked, Sweep
-from maskray.sweeping import Prepared
+from maskray.sweeping import life, preparing
+from maskray.sweeping.preparing import Prepared
 from maskray.sweeps import record
 from maskray.sweeps.ranking import judged, ranked
 from maskray.sweeps.record import Result
@@ -60,7 +60,7 @@ def main() -> None:
         for name in (given.full, given.stopped):
             # Each begins on a cluster of its own, as a user's does.
             with embedded.cluster(cpus=CORES, object_store_bytes=2**28):
-                prepared = sweeping.prepare(load_sweep(ROOT / name, place))
+                prepared = preparing.prepare(load_sweep(ROOT / name, place))
                 swept[name] = timed(prepared, report)
                 left(prepared, report)
         compare(prepared, *swept.values(), report)
@@ -70,9 +70,9 @@ def main() -> None:
 def timed(prepared: Prepared, report: Report) -> Mapping[str, Result]:
     """Run it; how long it took, and its trials beside their training."""
     begun = time.perf_counter()
-    with sweeping.begun(prepared) as run_id:
+    with life.begun(prepared) as run_id:
         on_ray.run(prepared, run_id, lambda result, ended: print(dict(ended), result.trial.name, result.value), noted)
-        results = sweeping.finish(prepared, run_id)
+        results = life.finish(prepared, run_id)
     minutes = (time.perf_counter() - begun) / 60
     name = prepared.config.name
     report.add(f"{name}: {len(results)} trials", [minutes], "min", at_most=15)

@@ -31,6 +31,7 @@ import psutil
 
 from maskray.config.load import load
 from maskray.config.schema import ClusterConfig, IngestConfig
+from maskray.credentials import Hidden
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
 from maskray.launch import card, prepare
@@ -117,7 +118,7 @@ def measured(folder: Path, name: str, steps: int, uri: str) -> Sequence[float]:
     prepared = prepare(config)
     run_id = ensure_run(prepared.store, card(prepared))
     board = fit.board(prepared.plan.run_name)
-    settings = {"tracking_uri": prepared.store.uri, "run_id": run_id, "board": board}
+    settings = {"tracking_uri": Hidden(prepared.store.uri), "run_id": run_id, "board": board}
     tracker = worker.tracker_of(settings, config, 0)
     counted = Counted(tracker)
     thread_before = cpu_seconds_of_the_thread()

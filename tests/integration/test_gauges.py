@@ -15,6 +15,7 @@ from mlflow.entities import Metric
 
 from launches import is_worker
 from maskray.config.schema import RunConfig
+from maskray.credentials import Hidden
 from maskray.data.storage import Storage
 from maskray.launch import Prepared, card, launch, prepare
 from maskray.on_ray import fit, gauges, probe, worker
@@ -109,7 +110,7 @@ def test_prometheus_reads_what_mlflow_has(
     prepared = prepare(tiny(optim={"steps": STEPS}))
     name, run_id = prepared.plan.run_name, ensure_run(prepared.store, card(prepared))
     board = fit.board(name)
-    settings = {"tracking_uri": prepared.store.uri, "run_id": run_id, "board": board}
+    settings = {"tracking_uri": Hidden(prepared.store.uri), "run_id": run_id, "board": board}
     tracker = worker.tracker_of(settings, prepared.config, rank=0)
     pretrain(prepared.config, LocalContext(tmp_path / "run", prepared.config.data), tracker)
     assert tracker.close(PATIENCE_SECONDS)

@@ -11,12 +11,12 @@ import yaml
 from mlflow import MlflowClient
 
 from conftest import TINY
-from maskray import sweeping
 from maskray.config.load import merge
 from maskray.config.sweep import load_sweep
 from maskray.data import lease
 from maskray.data.storage import Storage
 from maskray.on_ray.trial_context import newest_step
+from maskray.sweeping import preparing
 from maskray.sweeps import record
 from maskray.tracking.mlflow_store import DATABASE
 from trials import alone
@@ -90,7 +90,7 @@ def test_a_sweep_in_a_bucket_that_is_killed_goes_on_where_it_was(sweep, bucket: 
 
     results = record.results(folder)
     assert [result.status for result in results.values()] == ["finished"] * 2
-    space = sweeping.prepare(load_sweep(sweep.config), resume=True).space
+    space = preparing.prepare(load_sweep(sweep.config), resume=True).space
     for key, result in results.items():
         assert alone(space, result.trial, tmp_path / key) == result.metrics
         assert folder.child(record.TRIALS, key).exists(result.checkpoint)

@@ -16,10 +16,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from conftest import TINY
-from maskray import sweeping
 from maskray.cli import INTERRUPTED, TERMINATED
 from maskray.config.load import merge
 from maskray.config.sweep import LOSS, load_sweep
+from maskray.sweeping import preparing
 from maskray.sweeps import record
 from maskray.sweeps.record import Result
 from maskray.tracking.mlflow_runs import NOTE_TAG, PARENT_TAG, TRIAL_TAG
@@ -133,7 +133,7 @@ def check(sweep: Sweep, wanted: dict[str, tuple]) -> None:
 
 def what_it_comes_to(sweep: Sweep, folder: Path) -> dict[str, tuple]:
     """The table of the same sweep, each trial trained in this process and never interrupted."""
-    prepared = sweeping.prepare(load_sweep(sweep.run.config), resume=True)
+    prepared = preparing.prepare(load_sweep(sweep.run.config), resume=True)
     metrics = {each.key: alone(prepared.space, each, folder / each.key) for each in prepared.trials}
     return {key: ("finished", STEPS, found["probe/knn"], found) for key, found in metrics.items()}
 
@@ -181,7 +181,7 @@ HUNGRY = """
 import time
 from pathlib import Path
 import numpy as np
-from maskray import sweeping
+from maskray.sweeping import life, preparing
 from maskray.config.sweep import load_sweep
 from maskray.on_ray import sweep, trial
 from maskray.on_ray.cluster import connected
@@ -195,11 +195,11 @@ def train(parameters, sweep):
         time.sleep(0.3)
     trial.run(parameters, sweep)
 
-prepared = sweeping.prepare(load_sweep(Path({config!r})))
-with connected(prepared.space.base.cluster), sweeping.begun(prepared) as run_id:
+prepared = preparing.prepare(load_sweep(Path({config!r})))
+with connected(prepared.space.base.cluster), life.begun(prepared) as run_id:
     sweep.run(prepared, run_id, lambda *_: None, train)
-    results = sweeping.finish(prepared, run_id)
-raise SystemExit(int(sweeping.has_failed(prepared.config, results)))
+    results = life.finish(prepared, run_id)
+raise SystemExit(int(life.has_failed(prepared.config, results)))
 """
 ROOM, TOO_MUCH = 5 * 2**30, 9 * 2**30
 

@@ -12,7 +12,6 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from maskray import sweeping
 from maskray.config.load import merge, parse
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import LOSS, SweepConfig
@@ -20,7 +19,8 @@ from maskray.errors import AwayError
 from maskray.on_ray import background, trial
 from maskray.on_ray import sweep as on_ray
 from maskray.on_ray.trial import ASKED, Asked, Sweep
-from maskray.sweeping import Prepared
+from maskray.sweeping import life, preparing
+from maskray.sweeping.preparing import Prepared
 from maskray.sweeps import record
 from maskray.sweeps.record import Result
 from maskray.tracking.mlflow_runs import PARENT_TAG, TRIAL_TAG
@@ -60,7 +60,7 @@ def prepare(tiny: Callable[..., RunConfig], server: Server) -> Callable[..., Pre
         run = tiny(probe={"draws": 2, "figure_images": 1}, tracking={"uri": server.uri}).model_dump(mode="json")
         trials = {"limit_seconds": LIMIT_SECONDS, "concurrency": 2}
         raw = {"name": "swept", "base": merge(run, base or {}), "space": space, "seeds": [0], "trials": trials, **keys}
-        return sweeping.prepare(parse(SweepConfig, raw), resume=True)
+        return preparing.prepare(parse(SweepConfig, raw), resume=True)
 
     return make
 
@@ -102,11 +102,11 @@ def swept(
 ) -> tuple[Prepared, str, list[Result]]:
     """A sweep, and what befalls it; with its run, and what it told of its trials."""
     told: list[Result] = []
-    with sweeping.begun(prepared) as run_id:
+    with life.begun(prepared) as run_id:
         befalls = background.call("meanwhile", meanwhile)
         on_ray.run(prepared, run_id, lambda result, _: told.append(result), train)
         befalls.result()
-        sweeping.finish(prepared, run_id, **options)
+        life.finish(prepared, run_id, **options)
     return prepared, run_id, told
 
 

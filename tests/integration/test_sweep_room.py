@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import ray
 
-from maskray import sweeping
 from maskray.config.load import merge, parse
 from maskray.config.schema import ClusterConfig, RunConfig
 from maskray.config.sweep import SweepConfig
@@ -18,7 +17,8 @@ from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import room, shared, sweep
 from maskray.on_ray.board import Board
-from maskray.sweeping import Prepared
+from maskray.sweeping import preparing
+from maskray.sweeping.preparing import Prepared
 from maskray.tracking.mlflow_store import DATABASE
 from nodes import add_node, head
 
@@ -37,7 +37,7 @@ def sweep_of(tiny: Callable[..., RunConfig], tmp_path: Path, mlflow_tables: Path
         base = tiny(storage={"path": str(tmp_path)}).model_dump(mode="json")
         base = merge(base, {"cluster": {"wait_seconds": wait_seconds, **of_cluster}})
         space, trials = {"mask.ratio": [0.5, 0.6, 0.75, 0.9]}, {"concurrency": concurrency}
-        prepared = sweeping.prepare(
+        prepared = preparing.prepare(
             parse(SweepConfig, {"name": "grows", "base": base, "space": space, "seeds": [0], "trials": trials})
         )
         return replace(prepared, store=replace(prepared.store, uri=SERVER))

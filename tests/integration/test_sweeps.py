@@ -21,7 +21,6 @@ from ray import tune
 from ray._private.state import actors
 from ray.util.placement_group import placement_group_table
 
-from maskray import sweeping
 from maskray.config.load import merge, parse
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import LOSS, SweepConfig
@@ -31,7 +30,8 @@ from maskray.errors import ClusterError, DataError, StorageError
 from maskray.on_ray import book, trial
 from maskray.on_ray import sweep as on_ray
 from maskray.on_ray.trial import ASKED, ENDED, Asked, Sweep
-from maskray.sweeping import Prepared
+from maskray.sweeping import life, preparing
+from maskray.sweeping.preparing import Prepared
 from maskray.sweeps import record
 from maskray.sweeps.record import Result
 from maskray.tracking.mlflow_runs import NOTE_TAG, PARENT_TAG, TRIAL_TAG
@@ -86,16 +86,16 @@ def prepare(tiny: Callable[..., RunConfig], runs: Path) -> Callable[..., Prepare
     def make(space: Mapping[str, Any], base: Mapping[str, Any] | None = None, **keys: Any) -> Prepared:
         run = tiny(probe={"draws": 2, "figure_images": 1}).model_dump(mode="json")
         raw = {"name": "swept", "base": merge(run, base or {}), "space": space, "seeds": [0], **keys}
-        return sweeping.prepare(parse(SweepConfig, raw), resume=True)
+        return preparing.prepare(parse(SweepConfig, raw), resume=True)
 
     return make
 
 
 def swept(prepared: Prepared, train: Callable[..., None] = trial.run) -> Swept:
     told: list[Result] = []
-    with sweeping.begun(prepared) as run_id:
+    with life.begun(prepared) as run_id:
         on_ray.run(prepared, run_id, lambda result, _: told.append(result), train)
-        results = sweeping.finish(prepared, run_id)
+        results = life.finish(prepared, run_id)
     return Swept(prepared, told, run_id, results)
 
 
@@ -197,9 +197,9 @@ def test_a_trial_that_raises_dies_or_hangs_is_recorded_and_the_others_finish(pre
     assert sorted(map(id, ended.told)) == sorted({id(result) for result in ended.told}), "told twice"
     assert {result.trial.key: result for result in ended.told} == ended.results
     assert ended.parent().info.status == "FINISHED"
-    assert not sweeping.has_failed(prepared.config, ended.results)
+    assert not life.has_failed(prepared.config, ended.results)
     strict = prepared.config.trials.model_copy(update={"fail_if": "any_failed"})
-    assert sweeping.has_failed(prepared.config.model_copy(update={"trials": strict}), ended.results)
+    assert life.has_failed(prepared.config.model_copy(update={"trials": strict}), ended.results)
     nothing_is_left()
 
 
@@ -305,7 +305,7 @@ def test_trials_that_failed_are_tried_again_from_their_newest_whole_checkpoints(
     asked["base"] = {"training": {"ledger": str(tmp_path / "ledger")}}
     before = swept(prepare(**asked), dying)
     assert [result.status for result in before.told] == ["failed", "failed"]
-    assert sweeping.has_failed(before.prepared.config, before.results)
+    assert life.has_failed(before.prepared.config, before.results)
     assert before.parent().info.status == "FAILED"
     nothing_is_left()
 
@@ -377,7 +377,7 @@ def test_what_cannot_be_put_on_record_ends_the_sweep_in_our_words(prepare: Calla
     runs: list[str] = []
 
     def run() -> None:
-        with sweeping.begun(prepared) as run_id:
+        with life.begun(prepared) as run_id:
             runs.append(run_id)
             on_ray.run(prepared, run_id, lambda *_: None, unwritable)
 
@@ -394,7 +394,7 @@ def test_a_damaged_shard_fails_a_trial_by_its_name(prepare: Callable[..., Prepar
     prepared = prepare({RATIO: [0.75]}, {"data": {"path": str(copied)}})
     shard = copied / "train" / "00000.parquet"
     shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
-    with sweeping.begun(prepared) as run_id:
+    with life.begun(prepared) as run_id:
         found = prepared.queue().next()
         asked = Asked(found, prepared.space.run_config(found).model_dump(mode="json"))
         sweep = Sweep(prepared.folder, prepared.store, run_id, "probe/knn", 600.0, prepared.code)

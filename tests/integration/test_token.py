@@ -33,11 +33,12 @@ def status(token):
 with connected(ClusterConfig(embedded_cpus=1, dashboard=True)):
     file = pathlib.Path.home() / ".ray" / "auth_token"
     token = os.environ.get("RAY_AUTH_TOKEN") or (file.read_text().strip() if file.exists() else None)
+    port = int(ray._private.worker._global_node.webui_url.rpartition(":")[2])
     dashboards = [p for p in psutil.Process().children(recursive=True) if "dashboard.py" in " ".join(p.cmdline())]
     found = {
         "statuses": [status(None), status("0" * 64), status(token)],
         "mode": file.stat().st_mode & 0o777 if file.exists() else None,
-        "hosts": sorted({c.laddr.ip for p in dashboards for c in p.net_connections() if c.status == "LISTEN"}),
+        "hosts": sorted({c.laddr.ip for p in dashboards for c in p.net_connections() if c.laddr.port == port}),
         "task": ray.get(ray.remote(lambda: 7).remote()),
         "in_commands": any(token and token in " ".join(p.cmdline()) for p in psutil.process_iter()),
     }
@@ -67,14 +68,7 @@ def look(home: Path, **variables: str) -> dict[str, Any]:
 
 
 def test_a_cluster_of_our_own_asks_for_a_token_that_it_has_made_and_only_this_user_can_read(home: Path):
-    found = look(home)
-    assert found == {
-        "statuses": [401, 403, 200],
-        "mode": 0o600,
-        "hosts": ["127.0.0.1"],
-        "task": 7,
-        "in_commands": False,
-    }
+    assert look(home) == CLOSED | {"mode": 0o600}
 
 
 @pytest.mark.slow

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from maskray import cli, sweeping
+from maskray import cli
 from maskray.calibration import seconds_per_step
 from maskray.config.load import merge
 from maskray.config.schema import RunConfig
+from maskray.sweeping import preparing
 from maskray.tracking.mlflow_store import DATABASE
 
 Bill = Callable[..., str]
@@ -46,7 +47,7 @@ def test_it_says_so_before_it_times_steps(
         said_before.extend(caplog.messages)
         return seconds_per_step(config)
 
-    monkeypatch.setattr(sweeping, "seconds_per_step", timed)
+    monkeypatch.setattr(preparing, "seconds_per_step", timed)
     assert re.search(r" worker-hours at \S+ .?FLOP/s: .* one after another$", bill())
     assert said_before == ["Timing a few steps of mask.ratio=0.5"]
     caplog.clear()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskray import offering, sweeping
+from maskray import offering
 from maskray.config.load import merge, parse
 from maskray.config.schema import IngestConfig, RunConfig
 from maskray.config.sweep import ObjectiveOfSweep, SweepConfig
@@ -20,7 +20,8 @@ from maskray.data import lease
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
 from maskray.errors import CheckpointError, ConfigError, RunConflictError
-from maskray.sweeping import Prepared
+from maskray.sweeping import life, preparing
+from maskray.sweeping.preparing import Prepared
 from maskray.sweeps import record
 from maskray.sweeps.record import Result, Status
 from maskray.tracking import mlflow_runs
@@ -35,18 +36,18 @@ RATIOS = {"mask.ratio": [0.5, 0.75]}
 
 @pytest.fixture
 def prepare(tiny: Callable[..., RunConfig], runs: Path) -> Callable[..., Prepared]:
-    """Prepares a sweep of the tiny run: `prepare(seeds=[0])`; what is not of its config is for `sweeping.prepare`."""
+    """Prepares a sweep of the tiny run: `prepare(seeds=[0])`; what is not of its config is for `preparing.prepare`."""
 
     def make(*, resume: bool = False, new: bool = False, base: dict | None = None, **keys: Any) -> Prepared:
         run = merge(tiny().model_dump(mode="json"), base or {})
         config = parse(SweepConfig, {"name": "swept", "base": run, "space": RATIOS, "seeds": [0], **keys})
-        return sweeping.prepare(config, resume=resume, new=new)
+        return preparing.prepare(config, resume=resume, new=new)
 
     return make
 
 
 def begin(prepared: Prepared) -> str:
-    with sweeping.begun(prepared) as run_id:
+    with life.begun(prepared) as run_id:
         return run_id
 
 
@@ -73,7 +74,7 @@ def test_nothing_is_there_before_a_sweep_begins(prepare: Callable[..., Prepared]
 def test_its_page_in_mlflow_leads_to_the_report(prepare: Callable[..., Prepared]):
     prepared = prepare()
     run_id = begin(prepared)
-    sweeping.finish(prepared, run_id)
+    life.finish(prepared, run_id)
     client, place = prepared.store.client(), f"#/experiments/{prepared.store.experiment_id}/runs/{run_id}/artifacts"
     assert f" [Report]({place}/report/report.html)" in client.get_run(run_id).data.tags[NOTE_TAG]
     assert "report/report.html" in [file.path for file in client.list_artifacts(run_id, "report")]
@@ -85,7 +86,7 @@ def test_the_name_of_one_that_was_begun_or_has_ended(prepare: Callable[..., Prep
     begun = r"^name: .*was begun and has not ended\. Found: .*swept-1\. What to do: --resume goes on with it; --new "
     with pytest.raises(ConfigError, match=begun):
         prepare()
-    sweeping.finish(first, begin(first))
+    life.finish(first, begin(first))
     with pytest.raises(ConfigError, match=r"^name: .*has ended\. .*--resume tries its failed trials again; --new "):
         prepare()
     assert prepare(resume=True).folder.uri == first.folder.uri
@@ -102,8 +103,8 @@ def test_the_name_of_one_that_was_begun_or_has_ended(prepare: Callable[..., Prep
 
 def test_one_that_goes_on_after_its_end_has_not_ended(prepare: Callable[..., Prepared]):
     prepared = prepare()
-    sweeping.finish(prepared, begin(prepared))
-    with sweeping.begun(prepare(resume=True)):
+    life.finish(prepared, begin(prepared))
+    with life.begun(prepare(resume=True)):
         assert not prepared.folder.exists(record.FINISHED)
 
 
@@ -158,11 +159,11 @@ def test_a_report_is_of_the_sweep_as_it_was_begun(prepare: Callable[..., Prepare
     other = first.config.model_copy(
         update={"objective": ObjectiveOfSweep(metric="probe/few_labels"), "seeds": (0,), "confidence": 0.5}
     )
-    page = Path(sweeping.report_of(other)).read_text()
+    page = Path(life.report_of(other)).read_text()
     assert "-NN accuracy" in page
     assert "labels a class" not in page
     with pytest.raises(ConfigError, match=r"^name: there is no sweep of this name"):
-        sweeping.report_of(first.config.model_copy(update={"name": "other"}))
+        life.report_of(first.config.model_copy(update={"name": "other"}))
 
 
 def test_images_that_were_added_are_not_mixed_in(prepare: Callable[..., Prepared], digits: Path, tmp_path: Path):
@@ -184,10 +185,10 @@ def test_images_that_were_added_are_not_mixed_in(prepare: Callable[..., Prepared
 
 def test_a_sweep_that_somebody_else_is_at(prepare: Callable[..., Prepared]):
     prepared = prepare()
-    with sweeping.begun(prepared):
+    with life.begun(prepared):
         with pytest.raises(RunConflictError, match=r"the sweep swept-1 is running already.*wait for it, or stop it"):
             prepare(resume=True)
-        with pytest.raises(RunConflictError, match="the sweep swept-1"), sweeping.begun(prepared):
+        with pytest.raises(RunConflictError, match="the sweep swept-1"), life.begun(prepared):
             pass
         assert lease.holder_of(prepared.folder) is not None
     assert lease.holder_of(prepared.folder) is None
@@ -258,14 +259,14 @@ def test_steps_are_timed_once_and_are_the_same_when_it_goes_on(prepare: Callable
     budget = {"accelerator_seconds": 6.0}
     first = prepare(budget=budget)
     assert first.space.unmeasured() != []
-    with sweeping.begun(first):
-        known = sweeping.measured(first, measure)
+    with life.begun(first):
+        known = preparing.measured(first, measure)
     assert timed == [0.5, 0.75]
     assert [trial.steps for trial in known.trials] == [round(6 / 0.3), round(6 / 0.4)]
 
     again = prepare(budget=budget, resume=True)
     assert again.trials == known.trials
-    assert sweeping.measured(again, measure).trials == known.trials
+    assert preparing.measured(again, measure).trials == known.trials
     assert timed == [0.5, 0.75]
     assert prepare(budget=budget, new=True).space.unmeasured() != [], "another day is another measurement"
 
@@ -273,8 +274,8 @@ def test_steps_are_timed_once_and_are_the_same_when_it_goes_on(prepare: Callable
 def test_rungs_are_looked_at_when_steps_are_known(prepare: Callable[..., Prepared]):
     stopping = {"kind": "asha", "unit": "steps", "first": 50}
     prepared = prepare(budget={"accelerator_seconds": 6.0}, stopping=stopping)
-    with pytest.raises(ConfigError, match="no trial is ever judged"), sweeping.begun(prepared):
-        sweeping.measured(prepared, lambda configs: [1.0] * len(configs))
+    with pytest.raises(ConfigError, match="no trial is ever judged"), life.begun(prepared):
+        preparing.measured(prepared, lambda configs: [1.0] * len(configs))
 
 
 # ----------------------------------------------------------------------------------------------------- what MLflow says
@@ -282,7 +283,7 @@ def test_rungs_are_looked_at_when_steps_are_known(prepare: Callable[..., Prepare
 
 def child_of(prepared: Prepared, run_id: str, number: int) -> str:
     trial = prepared.trials[number]
-    card = sweeping._card(prepared)
+    card = life._card(prepared)
     tags = {**card.tags, PARENT_TAG: run_id, TRIAL_TAG: trial.key}
     return mlflow_runs.ensure_run(prepared.store, replace(card, name=trial.name, fingerprint=trial.key, tags=tags))
 
@@ -302,7 +303,7 @@ def test_one_that_is_ended_leaves_no_run_that_says_running(
     runs: list[str] = []
 
     def end() -> None:
-        with sweeping.begun(prepared) as run_id:
+        with life.begun(prepared) as run_id:
             runs.extend([run_id, *(child_of(prepared, run_id, i) for i in range(4))])
             put(prepared, "finished", "failed", "pruned")
             raise error
@@ -325,7 +326,7 @@ def test_mlflow_that_is_away_at_the_end_does_not_hide_what_ended_the_sweep(
     prepared = prepare()
 
     def end() -> None:
-        with sweeping.begun(prepared):
+        with life.begun(prepared):
             (tmp_path / "runs" / DATABASE).write_bytes(b"no database")
             raise ConfigError("no room")
 
@@ -353,7 +354,7 @@ def test_what_trials_could_not_tell_is_told_at_the_end(prepare: Callable[..., Pr
     folder.write_bytes(UNTOLD, json.dumps([point.plain() for point in untold]).encode())
     prepared.folder.child(record.TRIALS, failed.key).write_bytes(record.ERROR, b"its traceback")
 
-    results = sweeping.finish(prepared, run_id)
+    results = life.finish(prepared, run_id)
     assert [status_of(prepared, run) for run in runs] == ["KILLED", "FAILED"]
     for key, values in {"pretrain/loss": [0.5, 0.25], IMAGES_PER_SECOND: [64.0, 32.0], "probe/knn": [0.9]}.items():
         assert [point.value for point in prepared.store.client().get_metric_history(runs[0], key)] == values
@@ -377,7 +378,7 @@ def test_a_trial_of_which_mlflow_has_nothing_or_something_else_than_its_result(p
         prepared.folder.child(record.TRIALS, trial.key).write_bytes(record.RESULT, result.dump())
     prepared.folder.child(record.TRIALS, failed.key).write_bytes(record.ERROR, b"its traceback")
 
-    results = sweeping.finish(prepared, run_id)
+    results = life.finish(prepared, run_id)
     children = {each.trial: each for each in mlflow_runs.children(prepared.store, run_id)}
     assert {key: child.status for key, child in children.items()} == {finished.key: "FINISHED", failed.key: "FAILED"}
     made = children[failed.key].run_id
@@ -402,5 +403,5 @@ def test_when_a_sweep_has_failed(prepare: Callable[..., Prepared], statuses: lis
     prepared = prepare(trials={"fail_if": fail_if})
     put(prepared, *statuses)
     run_id = begin(prepared)
-    assert sweeping.has_failed(prepared.config, sweeping.finish(prepared, run_id)) is failed
+    assert life.has_failed(prepared.config, life.finish(prepared, run_id)) is failed
     assert status_of(prepared, run_id) == ("FINISHED" if "finished" in statuses else "FAILED")

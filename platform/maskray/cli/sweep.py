@@ -17,7 +17,7 @@ from maskray.config.sweep import LOSS, RandomSearch, load_sweep
 from maskray.wording import short, time_of
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch
-    from maskray.sweeping import Prepared
+    from maskray.sweeping.preparing import Prepared
     from maskray.sweeps.record import Result, Trial
 
 _MOST_ROWS, _MOST_POINTS = 40, 20
@@ -42,14 +42,15 @@ def add(commands: Any) -> None:
 def _sweep(arguments: argparse.Namespace) -> int:
     config = load_sweep(arguments.config, arguments.set)
     rate = rate_of(arguments.rate)
-    from maskray import offering, sweeping
+    from maskray import offering
+    from maskray.sweeping import life, preparing
 
     console = Console(highlight=False)
     if arguments.report:
-        console.print(sweeping.report_of(config), soft_wrap=True)
+        console.print(life.report_of(config), soft_wrap=True)
         return 0
     commit = os.environ.get("MASKRAY_COMMIT")
-    prepared = sweeping.prepare(config, resume=arguments.resume, new=arguments.new, commit=commit)
+    prepared = preparing.prepare(config, resume=arguments.resume, new=arguments.new, commit=commit)
     console.print(_bill(prepared))
     console.print(_total(prepared, rate))
     if arguments.dry_run:
@@ -64,17 +65,17 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     with connected(prepared.space.base.cluster):
         sweep.concurrency_of(prepared)  # what is wrong is said before anything is begun
-        with sweeping.begun(prepared) as run_id:
-            prepared = sweeping.measured(prepared, sweep.measure)
+        with life.begun(prepared) as run_id:
+            prepared = preparing.measured(prepared, sweep.measure)
             sweep.run(prepared, run_id, show)
-            results = sweeping.finish(prepared, run_id)
+            results = life.finish(prepared, run_id)
     _show_end(console, prepared, results)
     best = offering.best_trial(config, results)
     place = (prepared.space, prepared.folder, prepared.store, prepared.code)
     if best is not None and (registered := offering.register(*place, best)) is not None:
         said = "" if registered.decision is None else f", {registered.decision}"
         console.print(f"registered: version {registered.version} of {registered.model}{said}", soft_wrap=True)
-    return int(sweeping.has_failed(config, results))
+    return int(life.has_failed(config, results))
 
 
 def _show_end(console: Console, prepared: Prepared, results: Mapping[str, Result]) -> None:
@@ -126,7 +127,7 @@ def _bill(prepared: Prepared) -> Table:
 
 def _total(prepared: Prepared, rate: float | None) -> str:
     """What all of it will take."""
-    from maskray.sweeping import measured_rate
+    from maskray.sweeping.preparing import measured_rate
 
     seeds, cluster = len(prepared.config.seeds), prepared.space.base.cluster
     left = prepared.num_trials - sum(each.status != "failed" for each in prepared.results.values())

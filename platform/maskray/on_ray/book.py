@@ -32,7 +32,7 @@ from maskray.errors import AwayError, MaskrayError
 from maskray.on_ray.trial import ASKED, BEATS, ENDED, RUNG, STEP, VALUE, Asked, Sweep
 from maskray.on_ray.trial_context import newest_step
 from maskray.publish.release import training_seconds
-from maskray.sweeping import Prepared
+from maskray.sweeping.preparing import Prepared
 from maskray.sweeps import record
 from maskray.sweeps.record import Result
 from maskray.sweeps.search import Queue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
                 runtime_env=of_this_job({"py_modules": [str(package)], "env_vars": variables}, os.environ),
             )
         else:
+            _make_token(os.environ)
             context = ray.init(
                 # Without `local` Ray joins any cluster that it finds on this machine.
                 address="local",
@@ -85,6 +87,20 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _make_token(environment: Mapping[str, str]) -> None:
+    """The token that Ray would make, where there is none: others on this machine could read Ray's."""
+    mode = environment.get("RAY_AUTH_MODE", "token").lower()
+    if mode != "token" or "RAY_AUTH_TOKEN" in environment or "RAY_AUTH_TOKEN_PATH" in environment:
+        return
+    file = Path.home() / ".ray" / "auth_token"
+    file.parent.mkdir(exist_ok=True)
+    try:
+        with open(file, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as token:
+            token.write(secrets.token_hex(32))
+    except FileExistsError:
+        return
 
 
 def _refuse_ray_client(address: str | None) -> None:

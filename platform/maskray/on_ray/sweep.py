@@ -26,7 +26,7 @@ from maskray.on_ray.book import Asking, Book, Deciding, Show, survive_lost_proce
 from maskray.on_ray.cluster import wait_for_trial
 from maskray.on_ray.growth import may_grow
 from maskray.on_ray.trial import Sweep
-from maskray.sweeping import Prepared
+from maskray.sweeping.preparing import Prepared
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
     """Run what is left of a sweep on the cluster that is connected; what comes of it is on record.
 
     Args:
-        prepared: by `sweeping.prepare`.
+        prepared: by `preparing.prepare`.
         parent: the sweep's run in MLflow.
         show: told of each trial that ends.
         train: as `trial.run`.

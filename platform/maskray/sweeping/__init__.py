@@ -1,0 +1,1 @@
+"""A sweep's life, but for its trials."""
