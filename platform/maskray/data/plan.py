@@ -84,7 +84,7 @@ def share(step: int, groups_per_step: int, rank: int, world_size: int) -> list[i
     which gradients are added, is the same after a resume.
     """
     first = step * groups_per_step
-    return [p for p in range(first, first + groups_per_step) if p % world_size == rank]
+    return list(range(first + (rank - first) % world_size, first + groups_per_step, world_size))
 
 
 def shared_rounds(groups_per_step: int, world_size: int) -> int:

@@ -70,3 +70,16 @@ def test_workers_share_a_step_without_rest(world_size, groups_per_step):
         assert sorted(p for s in shares for p in s) == wanted
         rounds = shared_rounds(groups_per_step, world_size)
         assert all(rounds - 1 <= len(s) <= rounds and s for s in shares)
+
+
+@pytest.mark.parametrize(("world_size", "groups_per_step"), [(1000, 1024), (1024, 1024), (1024, 5000)])
+def test_a_thousand_workers_share_a_late_step(world_size, groups_per_step):
+    step = 10**7
+    plan, dealt = Plan(0, 15_625_000), []
+    for rank in range(world_size):
+        mine = share(step, groups_per_step, rank, world_size)
+        assert all(position % world_size == rank for position in mine)
+        dealt += mine
+    assert sorted(dealt) == list(range(step * groups_per_step, (step + 1) * groups_per_step))
+    passes, groups = plan.locate_many(np.array(sorted(dealt)))
+    assert len(set(zip(passes.tolist(), groups.tolist(), strict=True))) == groups_per_step, "no row group twice"
