@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
     _CheckpointManagerState as State,
@@ -21,12 +21,17 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, StorageError
 from maskray.on_ray.stream import SNAPSHOT
-from maskray.training import checkpoint
-from maskray.training.folders import FOLDER_PREFIX, SCORE, score_of, step_of
+from maskray.training import checkpoint, rewinds
+from maskray.training.folders import FOLDER_PREFIX, NO_SCORE, SCORE, score_of, step_of
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(rf"{FOLDER_PREFIX}\d+-\w+(\.partial)?")
+_JUDGED = (
+    "validated_checkpoint_dir_names",
+    "timed_out_validation_checkpoint_dir_names",
+    "failed_validation_checkpoint_dir_names",
+)
 
 
 class Record(NamedTuple):
@@ -42,28 +47,37 @@ def settle(run: Storage) -> None:
     """Before Train starts: a record that it can read, and no folder that is not in it.
 
     Folders are deleted by a record that was read, never for want of one, nor by one whose newest checkpoint is damaged
-    while another may not be.
+    while another may not be. One that is whole and newer than all on record is taken up: who should have registered it
+    was killed, or could not write.
 
     Raises:
-        CheckpointError: the record is torn, and none of the checkpoints is whole.
+        CheckpointError: the record is torn, and none of the checkpoints is whole; or that of the rewinds is.
+        StorageError: the folder cannot be read or written.
     """
-    folders = folders_of(run)
+    folders, left_out = folders_of(run), steps_left_out(run)
+    found, problem = None, None
     try:
         found = read(run)
-        if found is None:  # none was ever registered: a launch was killed before, or they are those of bare torch
-            listed = make_again(run, _whole(run, folders))
-        else:
-            listed = found.names
+        if found is not None:
             _refuse_for_a_better_one(run, found, folders)
+    except StorageError:  # a ValueError too; the record may be sound
+        raise
     except ValueError as error:
+        found, problem = None, error
+    if found is None:  # torn; or none was ever registered: a launch was killed before, or they are those of bare torch
         whole = _whole(run, folders)
-        if folders and not whole:
-            raise _nothing_left(run, str(error)) from error
-        listed = make_again(run, whole)
-    for name in folders:
-        if name not in listed:
-            log.info("Removing %s, which was not finished", name)
-            run.delete(name)
+        if problem is not None and folders and not whole:
+            raise _nothing_left(run, str(problem)) from problem
+        listed = make_again(run, [name for name in whole if not has_trained_on(run.child(name), left_out)])
+    elif newer := _newer(run, found, folders, left_out):
+        listed = make_again(run, [name for name in folders if name in found.names or name in newer])
+        log.warning("%s is whole, and was not on record: the run goes on from it", newer[-1])
+    else:
+        listed = found.names
+    for name in (name for name in folders if name not in listed):
+        was_finished = run.exists(f"{name}/{checkpoint.STATE}")
+        log.info("Removing %s, which %s", name, "is not on record" if was_finished else "was not finished")
+        run.delete(name)
 
 
 def folders_of(run: Storage) -> list[str]:
@@ -76,7 +90,22 @@ def read(run: Storage) -> Record | None:
 
     Raises:
         ValueError: Train would refuse it.
+        StorageError: it cannot be read, which says nothing of it. A ValueError too.
     """
+    state = _state(run)
+    if state is None:
+        return None
+    names = [result.checkpoint_dir_name for result in state.checkpoint_results]
+    newest = state.latest_checkpoint_result and state.latest_checkpoint_result.checkpoint_dir_name
+    if missing := set(names) - set(folders_of(run)):
+        raise ValueError(f"it lists folders that are not there: {', '.join(sorted(missing))}")
+    if newest is not None and newest not in names:
+        raise ValueError(f"its newest checkpoint, {newest}, is not in its list")
+    return Record(names, newest)
+
+
+def _state(run: Storage) -> State | None:
+    """What Train wrote, though it may not be true; None where there is nothing. Raises as `read` does."""
     try:
         content = run.read_bytes(SNAPSHOT)
     except FileNotFoundError:
@@ -86,16 +115,28 @@ def read(run: Storage) -> Record | None:
     except ValueError as error:
         raise ValueError(f"it is cut short: {error}" if content else "it is empty") from error
     try:
-        state = State.model_validate(raw)
+        return State.model_validate(raw)
     except ValueError as error:
         raise ValueError(f"this version of Ray writes it otherwise: {_in_a_line(error)}") from error
-    names = [result.checkpoint_dir_name for result in state.checkpoint_results]
-    newest = state.latest_checkpoint_result and state.latest_checkpoint_result.checkpoint_dir_name
-    if missing := set(names) - set(folders_of(run)):
-        raise ValueError(f"it lists folders that are not there: {', '.join(sorted(missing))}")
-    if newest is not None and newest not in names:
-        raise ValueError(f"its newest checkpoint, {newest}, is not in its list")
-    return Record(names, newest)
+
+
+def _what_is_legible(run: Storage) -> State | None:
+    try:
+        return _state(run)
+    except StorageError:
+        raise
+    except ValueError:
+        return None
+
+
+def ever_listed(run: Storage) -> list[str] | None:
+    """Names that the record has, though it be wrong in other things; None where it is torn, or there is none.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    state = _what_is_legible(run)
+    return None if state is None else [result.checkpoint_dir_name for result in state.checkpoint_results]
 
 
 def _in_a_line(error: Exception) -> str:
@@ -109,6 +150,38 @@ def _refuse_for_a_better_one(run: Storage, found: Record, folders: list[str]) ->
         raise ValueError(f"its newest checkpoint, {found.newest}, is damaged")
 
 
+def _newer(run: Storage, found: Record, folders: list[str], left_out: set[int]) -> list[str]:
+    """Whole checkpoints that the record should know of."""
+    others = [name for name in folders if name not in found.names and run.exists(f"{name}/{checkpoint.STATE}")]
+    newer = _whole(run, [name for name in others if is_newer(name, found)])
+    return [name for name in newer if not has_trained_on(run.child(name), left_out)]
+
+
+def is_newer(name: str, found: Record) -> bool:
+    """Whether a checkpoint is newer than all on record."""
+    return found.newest is None or step_of(name) > step_of(found.newest)
+
+
+def steps_left_out(run: Storage) -> set[int]:
+    """Steps that a run has gone back from.
+
+    Raises:
+        CheckpointError: the record of them cannot be read.
+    """
+    return {each.step for each in rewinds.read(run)}
+
+
+def has_trained_on(folder: Storage, left_out: set[int]) -> bool:
+    """Whether a whole checkpoint has trained on a step that is left out: the run cannot go on from it.
+
+    It may be of workers that were lost before Train knew of it: those after them went back, and it stayed.
+    """
+    if not left_out:
+        return False
+    said = json.loads(folder.read_bytes(checkpoint.STATE))
+    return bool({step for step in left_out if step < said["step"]} - set(said.get("skipped", [])))
+
+
 def _nothing_left(run: Storage, problem: str) -> CheckpointError:
     return CheckpointError(
         "Ray Train's record of the checkpoints cannot be read, and no checkpoint is whole",
@@ -120,33 +193,46 @@ def _nothing_left(run: Storage, problem: str) -> CheckpointError:
 
 
 def make_again(run: Storage, whole: list[str]) -> list[str]:
-    """Make a record of checkpoints that are whole, the oldest first; their names.
+    """Make a record of checkpoints that are whole, the oldest first; their names. What is known of them is kept.
 
     Raises:
         StorageError: it cannot be written.
     """
+    before = _what_is_legible(run)
     if not whole and not run.exists(SNAPSHOT):
         return []
-    results = [Result(checkpoint_dir_name=name, metrics=_metrics(run, name)) for name in whole]
-    by_score = sorted(results, key=lambda result: result.metrics[SCORE])  # stable: of equals the newest is the last
+    known = {} if before is None else {result.checkpoint_dir_name: result for result in before.checkpoint_results}
+    results = [known.get(name) or Result(checkpoint_dir_name=name, metrics=_metrics(run, name)) for name in whole]
+    # Stable: of equals the newest is the last.
+    by_score = sorted(results, key=lambda result: float(result.metrics.get(SCORE, NO_SCORE)))
     state = State(
         checkpoint_results=by_score,
         checkpoint_report_indices=[results.index(result) for result in by_score],
         latest_checkpoint_result=results[-1] if results else None,
-        pending_training_results=[],
-        pending_validation_specs=[],
         current_report_index=len(results),
-        validated_checkpoint_dir_names=[],
-        timed_out_validation_checkpoint_dir_names=[],
-        failed_validation_checkpoint_dir_names=[],
+        **_judgements(before, set(whole)),
     )
     try:
         run.write_bytes(SNAPSHOT, state.model_dump_json().encode())
     except StorageError as error:
         raise type(error)(error.problem, key="storage.path", found=error.found, fix=error.fix) from error
-    newest = f"its newest whole checkpoint, {whole[-1]}" if whole else "the start"
-    log.warning("There was no record of the checkpoints that Ray Train could read; the run goes on from %s", newest)
+    if before is None:
+        newest = f"its newest whole checkpoint, {whole[-1]}" if whole else "the start"
+        log.warning("There was no record of the checkpoints that Ray Train could read; the run goes on from %s", newest)
     return whole
+
+
+def _judgements(before: State | None, kept: set[str]) -> dict[str, Any]:
+    """Of an earlier record: who waits to be judged, and who was, as far as they are kept."""
+    waiting: list[tuple[Result, Any]] = []
+    if before is not None:
+        pending = zip(before.pending_training_results, before.pending_validation_specs, strict=False)
+        waiting = [(result, how) for result, how in pending if result.checkpoint_dir_name in kept]
+    return {
+        "pending_training_results": [result for result, _ in waiting],
+        "pending_validation_specs": [how for _, how in waiting],
+        **{each: [name for name in getattr(before, each, []) if name in kept] for each in _JUDGED},
+    }
 
 
 def _metrics(run: Storage, name: str) -> dict[str, float]:

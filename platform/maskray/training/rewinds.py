@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 
 from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
-from maskray.errors import BadStepError, CheckpointError
+from maskray.errors import BadStepError, CheckpointError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ def read(run: Storage) -> list[Rewind]:
     """Those of a run, the first one first.
 
     Raises:
-        CheckpointError: the record is there and cannot be read.
+        CheckpointError: the record is there, and is not what was written.
+        StorageError: it cannot be read, which says nothing of it.
     """
     try:
         raw = json.loads(run.read_bytes(REWINDS))
@@ -67,6 +68,8 @@ def read(run: Storage) -> list[Rewind]:
         return found
     except FileNotFoundError:
         return []
+    except StorageError:  # a ValueError too
+        raise
     except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
             "the record of the steps that the run leaves out cannot be read",

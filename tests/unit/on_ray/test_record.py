@@ -12,14 +12,15 @@ from ray.train.v2._internal.execution.context import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from maskray.data.storage import Storage
-from maskray.errors import CheckpointError
+from maskray.errors import CheckpointError, UnreachableError
 from maskray.on_ray import record
 from maskray.on_ray.stream import SNAPSHOT
+from maskray.training import rewinds
 from maskray.training.checkpoint import STATE, WEIGHTS, Facts, HostCopy
 from maskray.training.folders import FOLDER_PREFIX, NO_SCORE, PROBE, SCORE, step_of
 
 OLD, NEW, UNFINISHED = "step_000000004-a", "step_000000008-b", "step_000000012-c"
-SCORES = {OLD: 0.75, NEW: NO_SCORE}
+SCORES = {OLD: 0.75, NEW: NO_SCORE, UNFINISHED: NO_SCORE}
 
 
 def train_reads(run: Path) -> CheckpointManager:
@@ -28,15 +29,20 @@ def train_reads(run: Path) -> CheckpointManager:
     return CheckpointManager(config, StorageContext(str(run.parent), run.name))
 
 
+def write(folder: Path, **facts: object) -> None:
+    """A checkpoint that is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = torch.nn.Linear(2, 2)
+    said = Facts(step_of(folder.name), "0123", 1, 1, {}, [], **facts)
+    HostCopy(model, torch.optim.AdamW(model.parameters()), said, "name: digits").write(folder)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run with two checkpoints on record, and one whose upload was killed before its last file."""
     run = tmp_path / "runs" / "digits-0123"
     for name in (OLD, NEW, UNFINISHED):
-        (run / name).mkdir(parents=True)
-        model = torch.nn.Linear(2, 2)
-        facts = Facts(step_of(name), "0123", 1, 1, {}, [])
-        HostCopy(model, torch.optim.AdamW(model.parameters()), facts, "name: digits").write(run / name)
+        write(run / name)
     (run / UNFINISHED / STATE).unlink()
     (run / OLD / PROBE).write_text(json.dumps({"score": SCORES[OLD]}))
 
@@ -44,7 +50,7 @@ def run(tmp_path: Path) -> Path:
         train = train_reads(run)
         for name in (OLD, NEW):
             metrics = {"step": step_of(name), SCORE: SCORES[name]}
-            train.register_checkpoint(_TrainingReport(Checkpoint(str(run / name)), metrics, validation=False))
+            train.register_checkpoint(_TrainingReport(Checkpoint(str(run / name)), metrics, validation=name == NEW))
 
     asyncio.run(register())
     return run
@@ -67,6 +73,72 @@ def test_what_is_not_on_record_is_removed(run):
     record.settle(Storage(run))
     assert folders(run) == [OLD, NEW]
     assert (run / SNAPSHOT).read_bytes() == before
+
+
+def test_a_whole_checkpoint_newer_than_all_on_record_is_gone_on_from(run, caplog):
+    """Whoever should have registered it was killed, or could not write. What else is on record stays there."""
+    write(run / UNFINISHED)
+    write(run / "step_000000006-d")  # older than the newest: workers that were lost before Train knew of it
+    (run / OLD / PROBE).unlink()  # only the record knows its score
+    caplog.set_level("INFO")
+    record.settle(Storage(run))
+    assert folders(run) == [OLD, NEW, UNFINISHED]
+    assert newest(run) == UNFINISHED
+    assert f"{UNFINISHED} is whole, and was not on record: the run goes on from it" in caplog.text
+    assert "Removing step_000000006-d, which is not on record" in caplog.text
+    train = train_reads(run)
+    assert Path(train.best_checkpoint_results[-1].checkpoint.path).name == OLD
+    assert [Path(each.path).name for each in train.get_pending_training_results()] == [NEW], "it waits to be judged"
+    before = (run / SNAPSHOT).read_bytes()
+    record.settle(Storage(run))
+    assert (run / SNAPSHOT).read_bytes() == before
+
+
+def test_a_damaged_one_that_is_newer_is_removed(run):
+    write(run / UNFINISHED)
+    (run / UNFINISHED / WEIGHTS).write_bytes(b"damaged")
+    record.settle(Storage(run))
+    assert (folders(run), newest(run)) == ([OLD, NEW], NEW)
+
+
+def test_an_empty_record_deletes_no_more_than_a_missing_one(run):
+    (run / SNAPSHOT).unlink()
+    record.make_again(Storage(run), [])
+    assert not (run / SNAPSHOT).exists()
+    (run / SNAPSHOT).write_bytes(b"")
+    record.make_again(Storage(run), [])
+    assert record.read(Storage(run)) == record.Record([], None)
+    record.settle(Storage(run))
+    assert (folders(run), newest(run)) == ([OLD, NEW], NEW)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize(("skipped", "wanted"), [([], NEW), ([9], UNFINISHED)])
+def test_a_checkpoint_that_has_trained_on_a_bad_step_does_not_come_back(run, skipped, wanted, torn: bool):
+    """Workers wrote it and were lost before Train knew; those after them met the bad step, and the run went back."""
+    write(run / UNFINISHED, skipped=skipped)
+    rewinds._write(Storage(run), [rewinds.Rewind(9, "non_finite", "", 10, 8, "")])
+    if torn:
+        (run / SNAPSHOT).write_bytes(b"")
+    record.settle(Storage(run))
+    assert newest(run) == wanted
+    assert (UNFINISHED in folders(run)) == (wanted == UNFINISHED)
+
+
+@pytest.mark.parametrize("name", [SNAPSHOT, rewinds.REWINDS])
+def test_a_record_that_a_store_does_not_give_is_not_torn(run, name: str):
+    before = (run / SNAPSHOT).read_bytes()
+
+    class Away(Storage):
+        def read_bytes(self, asked: str) -> bytes:
+            if asked == name:
+                raise UnreachableError("cannot read", found=asked)
+            return super().read_bytes(asked)
+
+    with pytest.raises(UnreachableError):
+        record.settle(Away(run))
+    assert (run / SNAPSHOT).read_bytes() == before
+    assert folders(run) == [OLD, NEW, UNFINISHED]
 
 
 def test_a_run_that_never_had_a_whole_checkpoint_begins_anew(run):
