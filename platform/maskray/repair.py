@@ -22,7 +22,7 @@ from maskray.data import lease
 from maskray.data.places import with_absolute_paths
 from maskray.data.shards import Dataset
 from maskray.data.storage import TEMPORARY, Storage
-from maskray.errors import CheckpointError, ConfigError, MaskrayError, TrackingError
+from maskray.errors import CheckpointError, ConfigError, MaskrayError, StorageError, TrackingError
 from maskray.launch import DATASET, FINISHED, HOST_TAG, LAUNCHER, Summary
 from maskray.models.foreign import weights_digest
 from maskray.on_ray import record
@@ -30,10 +30,10 @@ from maskray.on_ray.stream import SNAPSHOT
 from maskray.tracking import mlflow_runs, mlflow_store
 from maskray.tracking.mlflow_store import Store
 from maskray.training import checkpoint, rewinds
-from maskray.training.folders import step_of
 
 LAUNCHERS = ("ray", "torch")
 _OF_BARE_TORCH = "-local"
+_ON_A_BAD_STEP = "it has trained on a step that the run has since gone back from"
 _MARKS = (LAUNCHER, DATASET, FINISHED, SNAPSHOT)
 
 
@@ -223,14 +223,18 @@ def _record_of_torch(case: Case) -> Iterator[Finding]:
 
 
 def _record(case: Case) -> Iterator[Finding]:
+    is_lost = bool(case.folders) and not case.whole
+    yield from _of_bad_steps(case)
     try:
         found = record.read(case.run)
         why = _contradiction(case, found)
+    except StorageError:  # a ValueError too; the record may be sound
+        raise
     except ValueError as error:
         why = " ".join(str(error).split())[:200]
     if not why:
         return
-    if case.folders and not case.whole:
+    if is_lost:
         again = f"restore a checkpoint from a copy, or delete {case.run.uri} to begin anew"
         yield Finding(State.LEFT, SNAPSHOT, f"{why}; and no checkpoint is whole", again)
         return
@@ -239,13 +243,27 @@ def _record(case: Case) -> Iterator[Finding]:
     yield Finding(State.MENDED, SNAPSHOT, why, f"made again from what is whole; {_from(case)}")
 
 
+def _of_bad_steps(case: Case) -> Iterator[Finding]:
+    left_out = _left_out(case)
+    for name in [each for each in case.whole if record.has_trained_on(case.run.child(each), left_out)]:
+        case.whole.remove(name)
+        yield Finding(State.NOTED, name, _ON_A_BAD_STEP, "left out; a later launch removes it")
+
+
+def _left_out(case: Case) -> set[int]:
+    try:
+        return record.steps_left_out(case.run)
+    except CheckpointError:  # `_rewinds` tells of it
+        return set()
+
+
 def _contradiction(case: Case, found: record.Record | None) -> str:
     """What the folders say against the record; nothing where they do not."""
     if found is None:
         return "there is none" if case.whole else ""
     if damaged := sorted(set(found.names) - set(case.whole)):
         return f"it lists what is not whole: {', '.join(damaged)}"
-    newer = [name for name in case.whole if found.newest is None or step_of(name) > step_of(found.newest)]
+    newer = [name for name in case.whole if record.is_newer(name, found)]
     return f"it does not know of {', '.join(newer)}, newer and whole" if newer else ""
 
 

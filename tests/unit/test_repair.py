@@ -17,7 +17,7 @@ from maskray.config.load import dump
 from maskray.config.schema import RunConfig
 from maskray.data import lease
 from maskray.data.storage import TEMPORARY, Storage
-from maskray.errors import CheckpointError, ConfigError, RunConflictError
+from maskray.errors import CheckpointError, ConfigError, RunConflictError, UnreachableError
 from maskray.on_ray import record
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.pretrain import pretrain
@@ -174,6 +174,38 @@ def test_a_whole_checkpoint_that_the_record_does_not_know(run: Path):
     record.make_again(Storage(run), before)
     assert only(mended(run)).why == f"it does not know of {newest}, newer and whole"
     assert record.read(Storage(run)).newest == newest
+
+
+def test_a_checkpoint_that_has_trained_on_a_bad_step_is_left_out(run: Path):
+    """As a launch has it: whoever wrote it was lost before it was on record, and the run went back."""
+    *before, newest = folders(run)
+    (run / SNAPSHOT).unlink()
+    record.make_again(Storage(run), before)
+    bad = step_of(before[-1]) + 1
+    rewinds._write(Storage(run), [rewinds.Rewind(bad, "non_finite", "", bad + 1, step_of(before[-1]), "")])
+    finding = only(mended(run))
+    assert (finding.state, finding.what) == (State.NOTED, newest)
+    (run / SNAPSHOT).write_bytes(b"")
+    _, of_record = mended(run)
+    assert of_record.done.endswith(f"goes on from {before[-1]}")
+    assert record.read(Storage(run)).newest == before[-1]
+    assert folders(run) == [*before, newest]
+
+
+def test_a_record_that_a_store_does_not_give_is_not_torn(run: Path):
+    before = (run / SNAPSHOT).read_bytes()
+    away = [True]
+
+    class Away(Storage):
+        def read_bytes(self, name: str) -> bytes:
+            if name == SNAPSHOT and away:
+                away.clear()  # for a moment
+                raise UnreachableError("cannot read", found=name)
+            return super().read_bytes(name)
+
+    with pytest.raises(UnreachableError):
+        list(repair(Case(Away(run))))
+    assert (run / SNAPSHOT).read_bytes() == before
 
 
 def test_nothing_is_deleted_where_no_checkpoint_is_whole(run: Path):
