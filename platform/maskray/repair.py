@@ -32,7 +32,7 @@ from maskray.tracking.mlflow_store import Store
 from maskray.training import checkpoint, rewinds
 
 LAUNCHERS = ("ray", "torch")
-_OF_BARE_TORCH = "-local"
+_OF_BARE_TORCH, _PARTIAL = "-local", ".partial"
 _ON_A_BAD_STEP = "it has trained on a step that the run has since gone back from"
 _MARKS = (LAUNCHER, DATASET, FINISHED, SNAPSHOT)
 
@@ -181,15 +181,25 @@ def _checkpoints(case: Case) -> Iterator[Finding]:
     case.folders = record.folders_of(case.run)
     wrong = {name: record.flaws(case.run.child(name)) for name in case.folders}
     case.whole = [name for name, flaws in wrong.items() if not flaws]
+    listed = record.ever_listed(case.run)
     for name, flaws in ((name, flaws) for name, flaws in wrong.items() if flaws):
-        why, was_finished = "; ".join(flaws), case.run.exists(f"{name}/{checkpoint.STATE}")
+        why = "; ".join(flaws)
         if not case.whole:
             yield Finding(State.LEFT, name, why, "kept: there is no checkpoint that is whole")
-        elif was_finished:
+        elif _may_have_been_finished(case, name, listed):
             yield Finding(State.NOTED, name, why, "left out; a later launch removes it, so copy it now if you want it")
         else:
             case.delete(name)
             yield Finding(State.MENDED, name, why, "removed: it never was a checkpoint")
+
+
+def _may_have_been_finished(case: Case, name: str, listed: list[str] | None) -> bool:
+    """`state.json` is written last, and may be lost all the same: who put a folder on record had seen all of it."""
+    if case.run.exists(f"{name}/{checkpoint.STATE}"):
+        return True
+    if _is_of_torch(name):  # which names a folder once it is full
+        return not name.endswith(_PARTIAL)
+    return listed is None or name in listed  # without a record nobody knows
 
 
 def _launcher(case: Case) -> tuple[str, list[Finding]]:
@@ -210,7 +220,7 @@ def _launcher(case: Case) -> tuple[str, list[Finding]]:
 
 
 def _is_of_torch(name: str) -> bool:
-    return name.removesuffix(".partial").endswith(_OF_BARE_TORCH)
+    return name.removesuffix(_PARTIAL).endswith(_OF_BARE_TORCH)
 
 
 def _record_of_torch(case: Case) -> Iterator[Finding]:

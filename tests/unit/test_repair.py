@@ -65,6 +65,14 @@ def folders(run: Path) -> list[str]:
     return sorted(f.name for f in run.glob("step_*"))
 
 
+def to_torch(run: Path) -> None:
+    """The same run, trained by bare torch."""
+    (run / SNAPSHOT).unlink()
+    (run / launch.LAUNCHER).write_text("torch")
+    for folder in run.glob("step_*"):
+        folder.rename(folder.with_name(folder.name.replace("0a1b2c3d", "local")))
+
+
 def mended(run: Path, **options: object) -> list[Finding]:
     """What is found and done. A dry run before says the same, and changes nothing."""
     before = contents(run)
@@ -135,6 +143,7 @@ def test_all_checkpoints_deleted_by_hand(run: Path):
         (OPTIMIZER, lambda path: os.truncate(path, 100), f"{OPTIMIZER} has 100 bytes, "),
         (CONFIG, lambda path: path.write_bytes(path.read_bytes()[::-1]), f"{CONFIG} has as many bytes as were written"),
         (STATE, lambda path: path.write_text("{"), f"{STATE} cannot be read"),
+        (STATE, lambda path: path.unlink(), f"there is no {STATE}"),
         (STATE, lambda path: path.write_text('{"schema_version": 2, "files": {}}'), f"{CONFIG} is not in {STATE}"),
     ],
 )
@@ -150,6 +159,30 @@ def test_a_damaged_checkpoint_is_left_out_and_kept(run: Path, name: str, damage:
     assert record.read(Storage(run)).newest == before
     record.settle(Storage(run))  # the next launch
     assert folders(run)[-1] == before
+
+
+@pytest.mark.parametrize("content", [b"", None])
+def test_what_may_have_been_a_checkpoint_is_kept_where_no_record_says_otherwise(run: Path, content: bytes | None):
+    *_, newest = folders(run)
+    (run / newest / STATE).unlink()
+    (run / SNAPSHOT).unlink() if content is None else (run / SNAPSHOT).write_bytes(content)
+    folder, _ = mended(run)
+    assert (folder.state, folder.what) == (State.NOTED, newest)
+    assert (run / newest).exists()
+
+
+@pytest.mark.parametrize("newest_is_kept", [True, False])
+def test_a_checkpoint_of_bare_torch_that_has_lost_its_last_file_is_kept(run: Path, newest_is_kept: bool):
+    """Its name says that it was finished, and that of the other that it was not."""
+    to_torch(run)
+    *_, newest = folders(run)
+    (run / newest / STATE).unlink()
+    if not newest_is_kept:
+        (run / newest).rename(run / f"{newest}.partial")
+    finding = only(mended(run))
+    assert finding.state == (State.NOTED if newest_is_kept else State.MENDED)
+    assert (newest in folders(run)) == newest_is_kept
+    assert not (run / f"{newest}.partial").exists()
 
 
 def test_what_never_was_a_checkpoint_is_removed_and_what_is_not_ours_stays(run: Path):
@@ -192,14 +225,16 @@ def test_a_checkpoint_that_has_trained_on_a_bad_step_is_left_out(run: Path):
     assert folders(run) == [*before, newest]
 
 
-def test_a_record_that_a_store_does_not_give_is_not_torn(run: Path):
-    before = (run / SNAPSHOT).read_bytes()
-    away = [True]
+@pytest.mark.parametrize("in_vain", [1, 2])
+def test_a_record_that_a_store_does_not_give_is_not_torn(run: Path, in_vain: int):
+    """Once: it answers again before the record would be written."""
+    before, asked = (run / SNAPSHOT).read_bytes(), 0
 
     class Away(Storage):
         def read_bytes(self, name: str) -> bytes:
-            if name == SNAPSHOT and away:
-                away.clear()  # for a moment
+            nonlocal asked
+            asked += name == SNAPSHOT
+            if name == SNAPSHOT and asked == in_vain:
                 raise UnreachableError("cannot read", found=name)
             return super().read_bytes(name)
 
@@ -263,10 +298,8 @@ def test_a_launcher_that_is_not_said_is_who_wrote_the_checkpoints(run: Path, con
     (run / launch.LAUNCHER).unlink() if content is None else (run / launch.LAUNCHER).write_bytes(content)
     assert only(mended(run)).done == "written anew: ray, who wrote the checkpoints"
     assert (run / launch.LAUNCHER).read_text() == "ray"
-    (run / SNAPSHOT).unlink()
+    to_torch(run)
     (run / launch.LAUNCHER).unlink()
-    for folder in run.glob("step_*"):
-        folder.rename(folder.with_name(folder.name.replace("0a1b2c3d", "local")))
     assert only(mended(run)).done.startswith("written anew: torch")
 
 
