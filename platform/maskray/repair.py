@@ -27,6 +27,7 @@ from maskray.launch import DATASET, FINISHED, HOST_TAG, LAUNCHER, Summary
 from maskray.models.foreign import weights_digest
 from maskray.on_ray import record
 from maskray.on_ray.stream import SNAPSHOT
+from maskray.sweeps import record as sweeps
 from maskray.tracking import mlflow_runs, mlflow_store
 from maskray.tracking.mlflow_store import Store
 from maskray.training import checkpoint, rewinds
@@ -120,7 +121,8 @@ def repair(case: Case) -> Iterator[Finding]:
     """Each thing that is wrong, after it was mended; the run's lease is held meanwhile, but in a dry run.
 
     Raises:
-        ConfigError: it is no folder of a run, or one that the launcher asked for cannot go on with.
+        ConfigError: it is no folder of a run, or one that the launcher asked for cannot go on with; trials of a sweep
+            and evaluations are none.
         RunConflictError: a launch has the run.
         StorageError: the folder cannot be read or written.
     """
@@ -145,6 +147,24 @@ def _refuse_other_folders(case: Case) -> None:
     if case.launcher == "torch" and not case.run.is_local:
         raise ConfigError("bare torch writes to a local folder", key="--launcher", found=f"torch, for {case.run.uri}")
     names = case.run.list_names()
+    if sweeps.SWEEP_YAML in names or _is_a_trial(case):
+        raise ConfigError(
+            "this belongs to a sweep, which mends its trials itself",
+            key="RUN_FOLDER",
+            found=case.run.uri,
+            allowed="the folder of a run",
+            fix="give the sweep's command again: maskray sweep --config sweep.yaml --resume; a trial whose folder "
+            "below `trials` was deleted begins anew",
+        )
+    if _is_an_evaluation(case):
+        raise ConfigError(
+            "this is the folder of an evaluation, and no run's",
+            key="RUN_FOLDER",
+            found=case.run.uri,
+            allowed="the folder of a run",
+            fix="give its command again, as maskray evaluate --config evaluation.yaml: it goes on from what is there, "
+            "or begins anew where the folder was deleted",
+        )
     if not any(mark in names for mark in _MARKS) and not record.folders_of(case.run):
         raise ConfigError(
             "this is no folder of a run",
@@ -153,6 +173,24 @@ def _refuse_other_folders(case: Case) -> None:
             allowed="the folder below storage.path that is named after the run",
             fix="name that folder, or the run's config: --config run.yaml",
         )
+
+
+def _is_a_trial(case: Case) -> bool:
+    base, options = case.run.address
+    above, _, below = base.rstrip("/").rpartition(f"/{sweeps.TRIALS}/")
+    return bool(above) and "/" not in below and Storage(above + options).exists(sweeps.SWEEP_YAML)
+
+
+def _is_an_evaluation(case: Case) -> bool:
+    """As the newest checkpoint has it that says anything: those of a run are of no kind."""
+    for name in reversed(record.folders_of(case.run)):
+        try:
+            return checkpoint.KIND in json.loads(case.run.read_bytes(f"{name}/{checkpoint.STATE}"))
+        except StorageError:
+            raise
+        except (FileNotFoundError, ValueError, TypeError):  # one that was not finished, or is damaged
+            continue
+    return False
 
 
 def _lease(case: Case) -> Iterator[Finding]:
@@ -285,10 +323,10 @@ def _from(case: Case) -> str:
 
 
 def _config_of(folder: Storage) -> RunConfig | None:
-    """The config that a checkpoint was made under; None where this version of maskray does not read it."""
+    """The config that a checkpoint was made under; None where this version of maskray does not find or read it."""
     try:
         return load_text(RunConfig, folder.read_bytes(checkpoint.CONFIG).decode(), folder.uri)
-    except (ConfigError, UnicodeDecodeError):
+    except (ConfigError, UnicodeDecodeError, FileNotFoundError):
         return None
 
 

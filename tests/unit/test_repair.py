@@ -24,7 +24,7 @@ from maskray.pretrain import pretrain
 from maskray.repair import Case, Finding, State, repair, run_of
 from maskray.tracking import mlflow_runs
 from maskray.tracking.base import MemoryTracker
-from maskray.training import rewinds
+from maskray.training import courses, rewinds
 from maskray.training.checkpoint import CONFIG, OPTIMIZER, STATE, WEIGHTS
 from maskray.training.context import LocalContext
 from maskray.training.folders import step_of
@@ -421,6 +421,44 @@ def test_the_command_line(run: Path, config: RunConfig, tmp_path: Path, capsys: 
     (run / rewinds.REWINDS).write_text("{")
     assert cli.main(["repair", str(run)]) == 1
     assert cli.main(["repair"]) == cli.main(["repair", str(run), *by_config[1:]]) == cli.USER_MISTAKE
+
+
+@pytest.mark.parametrize("place", ["sweeps/mine-1", "sweeps/mine-1/trials/0123456789abcdef"])
+def test_what_belongs_to_a_sweep_is_refused(run: Path, place: str):
+    """A living one holds its lease elsewhere than in a trial's folder."""
+    sweep, trial = run.parent / "sweeps" / "mine-1", run.parent / "sweeps" / "mine-1" / "trials" / "0123456789abcdef"
+    shutil.copytree(run, trial)
+    (sweep / "dataset").write_bytes(b"")  # as a run has it
+    assert mended(trial) == []  # a folder of this name is no sweep yet
+    (sweep / "sweep.yaml").write_bytes(b"")
+    before = contents(sweep)
+    with pytest.raises(ConfigError, match=r"^RUN_FOLDER: this belongs to a sweep.*maskray sweep --config"):
+        mended(run.parent / place)
+    assert contents(sweep) == before
+
+
+@pytest.mark.parametrize("newest_is_torn", [False, True])
+def test_an_evaluation_is_refused(run: Path, newest_is_torn: bool):
+    for folder in run.glob("*"):
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    for number in (4, 8):
+        (folder := run / f"step_{number:09d}-local").mkdir()
+        courses.Progress([], 0, number).snapshot("0123")(folder)
+    if newest_is_torn:
+        (folder / STATE).write_bytes(b"")
+    before = contents(run)
+    with pytest.raises(ConfigError, match=r"^RUN_FOLDER: this is the folder of an evaluation.*maskray evaluate"):
+        mended(run)
+    assert contents(run) == before
+
+
+def test_a_newer_version_that_keeps_its_config_elsewhere(run: Path):
+    *_, newest = folders(run)
+    state = json.loads((run / newest / STATE).read_text())
+    (run / newest / STATE).write_text(json.dumps(state | {"schema_version": 99}))
+    (run / newest / CONFIG).unlink()
+    (run / SNAPSHOT).write_bytes(b"")
+    assert only(mended(run)).done.endswith(f"goes on from {newest}")
 
 
 def test_other_folders_are_refused(run: Path, config: RunConfig, tmp_path: Path):
