@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from maskray.config.load import load_text
 from maskray.config.resolve import resolve
@@ -76,6 +77,8 @@ class Case:
     """Of checkpoints, the oldest first."""
     whole: list[str] = field(default_factory=list)
     """Of these, those that are whole."""
+    unnamed: dict[str, str] = field(default_factory=dict)
+    """In a dry run: what a folder would be renamed to, and the name that it has."""
     is_finished: bool = False
 
     @property
@@ -94,6 +97,10 @@ class Case:
         """The newest whole checkpoint."""
         return self.whole[-1] if self.whole else None
 
+    def folder(self, name: str) -> Storage:
+        """Of a checkpoint."""
+        return self.run.child(self.unnamed.get(name, name))
+
     def write(self, name: str, content: bytes) -> None:
         """Write a file of the run, if this is no dry run."""
         if not self.dry_run:
@@ -103,6 +110,18 @@ class Case:
         """Delete a file or folder of the run, if this is no dry run."""
         if not self.dry_run:
             self.run.delete(name)
+
+    def rename(self, name: str, new: str) -> None:
+        """Rename a checkpoint's folder, on a local disk, over what is there; if this is no dry run."""
+        self.folders = sorted({*self.folders, new} - {name})
+        if self.dry_run:
+            self.unnamed[new] = name
+            return
+        self.run.delete(new)
+        try:
+            Path(self.run.join(name)).rename(self.run.join(new))
+        except OSError as error:
+            raise StorageError(f"cannot rename {self.run.join(name)}", found=str(error)) from error
 
 
 def run_of(config: RunConfig) -> tuple[RunConfig, Storage]:
@@ -136,7 +155,7 @@ def repair(case: Case) -> Iterator[Finding]:
         yield from findings
         yield from _record_of_torch(case) if launcher == "torch" else _record(case)
         if case.config is None and case.newest is not None:
-            case.config = _config_of(case.run.child(case.newest))
+            case.config = _config_of(case.folder(case.newest))
         yield from _dataset(case)
         yield from _rewinds(case)
         yield from _finished(case)
@@ -218,7 +237,8 @@ def _checkpoints(case: Case) -> Iterator[Finding]:
     """All files of all checkpoints are read: a launch reads but those that it goes on from."""
     case.folders = record.folders_of(case.run)
     wrong = {name: record.flaws(case.run.child(name)) for name in case.folders}
-    case.whole = [name for name, flaws in wrong.items() if not flaws]
+    yield from _without_a_name(case, wrong)
+    case.whole = sorted(name for name, flaws in wrong.items() if not flaws)
     listed = record.ever_listed(case.run)
     for name, flaws in ((name, flaws) for name, flaws in wrong.items() if flaws):
         why = "; ".join(flaws)
@@ -229,6 +249,24 @@ def _checkpoints(case: Case) -> Iterator[Finding]:
         else:
             case.delete(name)
             yield Finding(State.MENDED, name, why, "removed: it never was a checkpoint")
+
+
+def _without_a_name(case: Case, wrong: dict[str, list[str]]) -> Iterator[Finding]:
+    """Bare torch names a folder once it is full, and goes on from none that has no name yet."""
+    left_out = _left_out(case)
+    for name in [each for each, flaws in wrong.items() if each.endswith(_PARTIAL) and not flaws and case.run.is_local]:
+        named, why = name.removesuffix(_PARTIAL), "bare torch was killed before it named this, which is whole"
+        is_there = wrong.get(named) == []
+        if is_there or record.has_trained_on(case.run.child(name), left_out):
+            case.delete(name)
+            yield Finding(
+                State.MENDED, name, f"{why}; but {'there is another' if is_there else _ON_A_BAD_STEP}", "removed"
+            )
+        else:
+            case.rename(name, named)
+            wrong[named] = []
+            yield Finding(State.MENDED, name, why, f"renamed to {named}")
+        del wrong[name]
 
 
 def _may_have_been_finished(case: Case, name: str, listed: list[str] | None) -> bool:
@@ -293,7 +331,7 @@ def _record(case: Case) -> Iterator[Finding]:
 
 def _of_bad_steps(case: Case) -> Iterator[Finding]:
     left_out = _left_out(case)
-    for name in [each for each in case.whole if record.has_trained_on(case.run.child(each), left_out)]:
+    for name in [each for each in case.whole if record.has_trained_on(case.folder(each), left_out)]:
         case.whole.remove(name)
         yield Finding(State.NOTED, name, _ON_A_BAD_STEP, "left out; a later launch removes it")
 
@@ -349,7 +387,7 @@ def _rewinds(case: Case) -> Iterator[Finding]:
     try:
         rewinds.read(case.run)
     except CheckpointError as error:
-        skipped = _skipped(case.run.child(case.newest)) if case.newest else []
+        skipped = _skipped(case.folder(case.newest)) if case.newest else []
         told = f"delete it and give the run --set training.skip_steps={json.dumps(skipped, separators=(',', ':'))}"
         yield Finding(State.LEFT, rewinds.REWINDS, f"it cannot be read: {error.found}", f"restore it, or {told}")
 

@@ -185,6 +185,38 @@ def test_a_checkpoint_of_bare_torch_that_has_lost_its_last_file_is_kept(run: Pat
     assert not (run / f"{newest}.partial").exists()
 
 
+@pytest.mark.parametrize("launcher", ["torch", "ray"])
+@pytest.mark.parametrize("there", ["nothing", "damaged", "whole"])
+def test_a_whole_checkpoint_that_bare_torch_had_no_time_to_name(run: Path, launcher: str, there: str):
+    """The launcher that is to go on, too, says what is its newest."""
+    to_torch(run)
+    *before, newest = folders(run)
+    wanted = (run / newest / WEIGHTS).read_bytes()
+    shutil.copytree(run / newest, run / f"{newest}.partial")
+    if there == "nothing":
+        shutil.rmtree(run / newest)
+    elif there == "damaged":
+        (run / newest / WEIGHTS).write_bytes(b"damaged")
+    finding, *others = mended(run, launcher=launcher)
+    assert (finding.state, finding.what) == (State.MENDED, f"{newest}.partial")
+    assert finding.done == ("removed" if there == "whole" else f"renamed to {newest}")
+    assert [each.what for each in others] == ([] if launcher == "torch" else [launch.LAUNCHER, SNAPSHOT])
+    assert folders(run) == [*before, newest]
+    assert (run / newest / WEIGHTS).read_bytes() == wanted
+    with LocalContext(run, None).latest_checkpoint() as found:
+        assert found == run / newest
+    assert mended(run) == []
+
+
+def test_a_checkpoint_without_a_name_that_has_trained_on_a_bad_step_gets_none(run: Path):
+    to_torch(run)
+    *_, before, newest = folders(run)
+    (run / newest).rename(run / f"{newest}.partial")
+    rewinds._write(Storage(run), [rewinds.Rewind(step_of(newest) - 1, "non_finite", "", 12, step_of(before), "")])
+    assert only(mended(run)).done == "removed"
+    assert folders(run)[-1] == before
+
+
 def test_what_never_was_a_checkpoint_is_removed_and_what_is_not_ours_stays(run: Path):
     *_, newest = folders(run)
     unfinished = f"step_{STEPS + 4:09d}-ffffffff"
