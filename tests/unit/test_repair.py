@@ -21,7 +21,8 @@ from maskray.errors import CheckpointError, ConfigError, RunConflictError, Unrea
 from maskray.on_ray import record
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.pretrain import pretrain
-from maskray.repair import Case, Finding, State, repair, run_of
+from maskray.repair.case import Case, Finding, State, run_of
+from maskray.repair.mending import repair
 from maskray.tracking import mlflow_runs
 from maskray.tracking.base import MemoryTracker
 from maskray.training import courses, rewinds

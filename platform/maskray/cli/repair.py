@@ -14,7 +14,7 @@ from maskray.config.load import load
 from maskray.errors import ConfigError
 
 if TYPE_CHECKING:  # a wrong command line must not wait for torch and Ray
-    from maskray.repair import Case, Finding
+    from maskray.repair.case import Case, Finding
 
 _STYLES = {"noted": "green", "mended": "yellow", "left": "bold red"}
 
@@ -37,7 +37,8 @@ def _repair(arguments: argparse.Namespace) -> int:
         )
     config = None if arguments.config is None else load(arguments.config, arguments.set)
     from maskray.data.storage import Storage
-    from maskray.repair import Case, State, repair, run_of
+    from maskray.repair.case import Case, State, run_of
+    from maskray.repair.mending import repair
 
     case = Case(Storage((arguments.run or ".").rstrip("/")), dry_run=arguments.dry_run, launcher=arguments.launcher)
     if config is not None:
