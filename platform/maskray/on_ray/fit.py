@@ -86,20 +86,26 @@ def trainer(
     )
 
 
-def fitted(make: Callable[[], TorchTrainer], run: Storage, max_failures: int) -> Any:
+def fitted(
+    make: Callable[[], TorchTrainer],
+    run: Storage,
+    max_failures: int,
+    is_judged: record.IsJudged = record.nothing_is_judged,
+) -> Any:
     """What the first worker returned. Lost workers are Train's to restart; a lost controller is ours.
 
     Args:
         make: the trainer, anew for each start.
         run: folder of the run.
         max_failures: times that the controller may be lost.
+        is_judged: which checkpoints Train has judged, by its validation hook.
 
     Raises:
         MaskrayError: a mistake that only the workers could see (a damaged shard, a checkpoint that does not fit).
         TrainingError: the workers, or the controller, were lost too often.
     """
     for left in reversed(range(max_failures + 1)):
-        record.settle(run)  # each time: a controller that died may have torn it
+        record.settle(run, is_judged)  # each time: a controller that died may have torn it
         try:
             # In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0.
             started = make()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
@@ -22,10 +23,12 @@ from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, StorageError
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.training import checkpoint, rewinds
-from maskray.training.folders import FOLDER_PREFIX, NO_SCORE, SCORE, score_of, step_of
+from maskray.training.folders import FOLDER_PREFIX, NO_SCORE, PROBE, SCORE, score_of, step_of
 
 log = logging.getLogger(__name__)
 
+IsJudged = Callable[[int], bool]
+"""Whether the checkpoint after so many steps is to be judged."""
 _NAME = re.compile(rf"{FOLDER_PREFIX}\d+-\w+(\.partial)?")
 _JUDGED = (
     "validated_checkpoint_dir_names",
@@ -43,12 +46,21 @@ class Record(NamedTuple):
     """Of them: what the run goes on from."""
 
 
-def settle(run: Storage) -> None:
+def nothing_is_judged(_step: int) -> bool:
+    """Of what has no probes."""
+    return False
+
+
+def settle(run: Storage, is_judged: IsJudged = nothing_is_judged) -> None:
     """Before Train starts: a record that it can read, and no folder that is not in it.
 
     Folders are deleted by a record that was read, never for want of one, nor by one whose newest checkpoint is damaged
     while another may not be. One that is whole and newer than all on record is taken up: who should have registered it
     was killed, or could not write.
+
+    Args:
+        run: the run's folder.
+        is_judged: tells which of those that come on record wait to be judged, where Train is to have that done.
 
     Raises:
         CheckpointError: the record is torn, and none of the checkpoints is whole; or that of the rewinds is.
@@ -68,9 +80,10 @@ def settle(run: Storage) -> None:
         whole = _whole(run, folders)
         if problem is not None and folders and not whole:
             raise _nothing_left(run, str(problem)) from problem
-        listed = make_again(run, [name for name in whole if not has_trained_on(run.child(name), left_out)])
+        sound = [name for name in whole if not has_trained_on(run.child(name), left_out)]
+        listed = make_again(run, sound, is_judged)
     elif newer := _newer(run, found, folders, left_out):
-        listed = make_again(run, [name for name in folders if name in found.names or name in newer])
+        listed = make_again(run, [name for name in folders if name in found.names or name in newer], is_judged)
         log.warning("%s is whole, and was not on record: the run goes on from it", newer[-1])
     else:
         listed = found.names
@@ -192,8 +205,13 @@ def _nothing_left(run: Storage, problem: str) -> CheckpointError:
     )
 
 
-def make_again(run: Storage, whole: list[str]) -> list[str]:
+def make_again(run: Storage, whole: list[str], is_judged: IsJudged = nothing_is_judged) -> list[str]:
     """Make a record of checkpoints that are whole, the oldest first; their names. What is known of them is kept.
+
+    Args:
+        run: the run's folder.
+        whole: their names.
+        is_judged: as for `settle`.
 
     Raises:
         StorageError: it cannot be written.
@@ -203,6 +221,7 @@ def make_again(run: Storage, whole: list[str]) -> list[str]:
         return []
     known = {} if before is None else {result.checkpoint_dir_name: result for result in before.checkpoint_results}
     results = [known.get(name) or Result(checkpoint_dir_name=name, metrics=_metrics(run, name)) for name in whole]
+    missed = [each for each in results if each.checkpoint_dir_name not in known and _is_missed(run, each, is_judged)]
     # Stable: of equals the newest is the last.
     by_score = sorted(results, key=lambda result: float(result.metrics.get(SCORE, NO_SCORE)))
     state = State(
@@ -210,7 +229,7 @@ def make_again(run: Storage, whole: list[str]) -> list[str]:
         checkpoint_report_indices=[results.index(result) for result in by_score],
         latest_checkpoint_result=results[-1] if results else None,
         current_report_index=len(results),
-        **_judgements(before, set(whole)),
+        **_judgements(before, set(whole), missed),
     )
     try:
         run.write_bytes(SNAPSHOT, state.model_dump_json().encode())
@@ -222,12 +241,18 @@ def make_again(run: Storage, whole: list[str]) -> list[str]:
     return whole
 
 
-def _judgements(before: State | None, kept: set[str]) -> dict[str, Any]:
-    """Of an earlier record: who waits to be judged, and who was, as far as they are kept."""
+def _is_missed(run: Storage, result: Result, is_judged: IsJudged) -> bool:
+    name = result.checkpoint_dir_name
+    return is_judged(step_of(name)) and not run.exists(f"{name}/{PROBE}")
+
+
+def _judgements(before: State | None, kept: set[str], missed: list[Result]) -> dict[str, Any]:
+    """Who waits to be judged, and who was: as an earlier record has it, as far as they are kept, and those missed."""
     waiting: list[tuple[Result, Any]] = []
     if before is not None:
         pending = zip(before.pending_training_results, before.pending_validation_specs, strict=False)
         waiting = [(result, how) for result, how in pending if result.checkpoint_dir_name in kept]
+    waiting += [(result, True) for result in missed]
     return {
         "pending_training_results": [result for result, _ in waiting],
         "pending_validation_specs": [how for _, how in waiting],

@@ -71,7 +71,8 @@ class RayLauncher:
             told = Told(prepared.store.uri, run_id, board)
             hook = Hook(written(config), prepared.run, told, place, self._probe)
             trainer = partial(_trainer, prepared, told, hook)
-            outcome = fit.fitted(trainer, prepared.run, config.cluster.max_failures)
+            is_judged = partial(_is_judged, prepared)
+            outcome = fit.fitted(trainer, prepared.run, config.cluster.max_failures, is_judged)
         if "bad_step" in outcome:
             raise BadStepError(*outcome["bad_step"])
         if not outcome["stored"]:
@@ -137,6 +138,12 @@ def _trainer(prepared: Prepared, told: Told, hook: Hook) -> TorchTrainer:
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _is_judged(prepared: Prepared, step: int) -> bool:
+    """By the way, as the loop has it: the last one is judged after training."""
+    config = prepared.config
+    return step < prepared.plan.total_steps and config.probe.enabled and config.training.probes_after(step)
 
 
 def _registered(prepared: Prepared) -> str:

@@ -94,6 +94,18 @@ def test_a_whole_checkpoint_newer_than_all_on_record_is_gone_on_from(run, caplog
     assert (run / SNAPSHOT).read_bytes() == before
 
 
+@pytest.mark.parametrize("torn", [False, True])
+def test_what_comes_on_record_is_judged_if_it_was_to_be(run, torn: bool):
+    """Who was lost had not told Train to. What has a note was judged."""
+    write(run / UNFINISHED)
+    write(run / "step_000000016-e")
+    if torn:
+        (run / SNAPSHOT).write_bytes(b"")
+    record.settle(Storage(run), lambda step: step in (4, 8, 12))
+    waiting = [Path(each.path).name for each in train_reads(run).get_pending_training_results()]
+    assert waiting == [NEW, UNFINISHED]
+
+
 def test_a_damaged_one_that_is_newer_is_removed(run):
     write(run / UNFINISHED)
     (run / UNFINISHED / WEIGHTS).write_bytes(b"damaged")
