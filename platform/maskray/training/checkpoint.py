@@ -81,19 +81,20 @@ class HostCopy:
 
 
 def fill(folder: Path, write: Callable[[Path], None], key: str) -> None:
-    """Let a checkpoint be written into a new folder, which is not there if that fails.
+    """Let a checkpoint be written into a folder, which is not there if that fails.
 
     Args:
-        folder: to be made; what is there is deleted.
+        folder: is made, or emptied: who may look into one that is there stays as it is.
         write: fills it.
         key: what names the place of it to a user.
 
     Raises:
         StorageError: the disk is full, or fails.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         write(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what torch and safetensors make of it
         shutil.rmtree(folder, ignore_errors=True)

@@ -249,6 +249,19 @@ def test_a_write_that_was_interrupted_never_counts(trained, tmp_path, monkeypatc
     assert not checkpoint.is_whole(tmp_path)
 
 
+def test_a_folder_that_only_its_owner_may_look_into_stays_so(trained, tmp_path):
+    """A temporary one, on a machine that others use too."""
+    folder = tmp_path / "temporary"
+    folder.mkdir(mode=0o700)
+    (folder / "of-a-try-before").mkdir()
+    (folder / "of-a-try-before" / WEIGHTS).touch()
+    (folder / CONFIG).write_text("of a try before")
+    checkpoint.fill(folder, HostCopy(trained.model, trained.optimizer, FACTS, "").write, "TMPDIR")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {f.name for f in folder.iterdir()} == {*FILES, STATE}
+    assert checkpoint.is_whole(folder)
+
+
 # --------------------------------------------------------------------------------------------------------------- names
 
 
