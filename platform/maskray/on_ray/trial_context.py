@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -97,14 +96,12 @@ class TrialContext:
         name, metrics = folders.folder_name(step, self._attempt), dict[str, float]()
         with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
             local_folder = Path(temporary)
-            snapshot(local_folder)
+            checkpoint.fill(local_folder, snapshot, "TMPDIR")
+            notes = dict[str, bytes]()
             if probed:
                 metrics = dict(self._judge(local_folder, step))
-                (local_folder / folders.PROBE).write_text(json.dumps({"metrics": metrics}))
-            # The file that says that the others are whole goes last.
-            for file in sorted(local_folder.iterdir(), key=lambda f: f.name == checkpoint.STATE):
-                with self._folder.child(name).open_output(file.name) as out, file.open("rb") as source:
-                    shutil.copyfileobj(source, out)
+                notes[folders.PROBE] = json.dumps({"metrics": metrics}).encode()
+            checkpoint.send(local_folder, self._folder.child(name), notes)
         for old in _checkpoints(self._folder):
             if old != name:
                 self._folder.delete(old)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 from maskray.config.load import dump
 from maskray.data.storage import Storage
-from maskray.errors import CheckpointError
+from maskray.errors import CheckpointError, StorageError
 from maskray.training import checkpoint, folders
 from maskray.training.checkpoint import CONFIG, FILES, OPTIMIZER, STATE, WEIGHTS, Facts, HostCopy
 
@@ -284,6 +285,37 @@ def test_a_package_that_was_not_noted_then_is_no_difference(caplog):
     with caplog.at_level(logging.WARNING):
         checkpoint.warn_of_differences(FACTS, replace(FACTS, packages=FACTS.packages | {"pillow": "12.0"}))
     assert caplog.text == ""
+
+
+def test_what_says_that_a_checkpoint_is_whole_is_sent_last(folder, tmp_path, monkeypatch):
+    target = Storage(tmp_path / "kept" / folder.name)
+    sent, write_file = [], Storage.write_file
+
+    def noted(self, name, source):
+        sent.append((name, self.list_names()))
+        write_file(self, name, source)
+
+    monkeypatch.setattr(Storage, "write_file", noted)
+    checkpoint.send(folder, target, {folders.PROBE: b"{}"})
+    assert sent[-1] == (STATE, sorted([*FILES, folders.PROBE]))
+    assert checkpoint.is_whole(tmp_path / "kept" / folder.name)
+    assert target.read_bytes(folders.PROBE) == b"{}"
+
+
+def test_no_room_for_a_copy_is_said(folder, bucket, small_disk, monkeypatch):
+    remote = Storage(f"{bucket}/runs/{folder.name}")
+    checkpoint.send(folder, remote)
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    (small_disk / "full").write_bytes(bytes(2**20 - 3 * 4096))
+    with (
+        pytest.raises(StorageError, match=rf"^TMPDIR: there is no room for a temporary copy of {remote.uri}\. Found: "),
+        checkpoint.on_disk(remote),
+    ):
+        pass
+    assert [f.name for f in small_disk.iterdir()] == ["full"]
+    (small_disk / "full").unlink()
+    with checkpoint.on_disk(remote) as here:
+        assert checkpoint.is_whole(here)
 
 
 def test_a_checkpoint_elsewhere_is_copied_here(folder):
