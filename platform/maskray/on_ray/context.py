@@ -20,11 +20,11 @@ from maskray.config.schema import DataConfig
 from maskray.data import local
 from maskray.data.cache import unheard
 from maskray.data.spec import StreamSpec
-from maskray.data.storage import Storage
+from maskray.data.storage import Storage, room_for_temporary
 from maskray.data.stream import Unit
 from maskray.errors import UnreachableError
 from maskray.on_ray import stream
-from maskray.training import checkpoint, folders
+from maskray.training import checkpoint, fetched, folders
 from maskray.training.context import Snapshot
 
 log = logging.getLogger(__name__)
@@ -117,23 +117,25 @@ class RayWorkerContext:
         self._newest = Path(found.path).name
         # Not Ray's own copy: one request that is throttled ends it, and what there is of it passes for a checkpoint
         # with the other workers of the machine.
-        with checkpoint.on_disk(self._run.child(self._newest)) as folder:
+        with fetched.shared(self._run.child(self._newest)) as folder:
             yield folder
 
     def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:
         """Hand the snapshot to Train's upload thread; at most one is on its way, a second waits for it.
 
         Raises:
-            StorageError: the one before could not be kept.
+            StorageError: the one before could not be kept, or there is no room for the folder of this one.
         """
         start = time.perf_counter()
         self._wait()
         waited = time.perf_counter() - start
         reported, name = None, folders.folder_name(step, self._attempt)
         if snapshot is not None:
-            self._newest, self._upload = name, Upload(snapshot, self._run.child(name))
+            target = self._run.child(name)
             # An empty folder stands for the checkpoint until it is filled for the upload; Train deletes it afterwards.
-            reported = ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="maskray-"))
+            with room_for_temporary(target.uri):
+                reported = ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="maskray-"))
+            self._newest, self._upload = name, Upload(snapshot, target)
         ray.train.report(
             {"step": step, folders.SCORE: folders.NO_SCORE},
             checkpoint=reported,

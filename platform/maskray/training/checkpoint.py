@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from maskray.data.storage import Storage, room_for_temporary
+from maskray.data.storage import Storage, room_for_temporary, temporary_folder
 from maskray.errors import CheckpointError, StorageError, UnreachableError
 from maskray.training.sharding import load_model, load_optimizer, whole
 
@@ -327,7 +326,7 @@ def on_disk(storage: Storage) -> Iterator[Path]:
     if storage.is_local:
         yield Path(storage.uri)
         return
-    with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
+    with temporary_folder(storage.uri) as folder:
         copy(storage, Path(folder))
         yield Path(folder)
 
