@@ -8,12 +8,12 @@ from typing import Any
 def planted(call: Callable[..., None], factors: Mapping[int, float]) -> Callable[..., None]:
     """`TrainStep.__call__` with the bad steps in it: the gradients are multiplied too."""
 
-    def step(self: Any, number: int, batches: Any) -> None:
+    def step(self: Any, number: int, batches: Any, *rest: int) -> None:
         objective = self._objective
         if number in factors:
             self._objective = lambda *arguments: factors[number] * objective(*arguments)
         try:
-            call(self, number, batches)
+            call(self, number, batches, *rest)
         finally:
             self._objective = objective
 

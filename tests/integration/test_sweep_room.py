@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,9 +87,24 @@ def test_an_autoscaler_is_asked_and_brings_what_it_can(sweep_of, tmp_path, caplo
         assert "Waiting for 1 CPU; nothing free" in caplog.messages
         assert sweep.concurrency_of(sweep_of(concurrency=2)) == 2, "for the second it is asked by trials"
 
-        # More than it brings is wanted, and fewer are enough.
-        two, three = (ClusterConfig(workers=n, wait_seconds=PATIENCE_SECONDS) for n in (2, 3))
-        wanted, enough = (room.bundles(c, [], streams_on_ray=False) for c in (three, two))
-        assert room.wait_for(wanted, three, enough)
+        # What others have taken is not what is asked for: another node comes.
+        holds = ray.remote(num_cpus=1)(Board).remote()
+        ray.get(holds.read.remote(0))
+        one, two, three = (ClusterConfig(workers=n, wait_seconds=PATIENCE_SECONDS) for n in (1, 2, 3))
+        assert room.wait_for(bundles(one), one)
         assert ray.cluster_resources()["CPU"] == 2
+        # Nor may what is held be taken for what can never be.
+        with pytest.raises(ClusterError, match=r"not free within 3 s\. Found: 1 CPU free\. Allowed: 2 CPUs"):
+            room.wait_for(bundles(two), two.model_copy(update={"wait_seconds": 3}))
+        ray.kill(holds)
+
+        # More than it brings is wanted, and fewer are enough: they are taken as soon as it has said so.
+        room.wait_for(bundles(two), two)  # until it is free again
+        start = time.monotonic()
+        assert room.wait_for(bundles(three), three, bundles(two))
+        assert time.monotonic() - start < PATIENCE_SECONDS / 2
         assert "Starting with what there is: 2 CPUs free" in caplog.messages
+
+
+def bundles(cluster: ClusterConfig) -> list[room.Bundle]:
+    return room.bundles(cluster, [], streams_on_ray=False)

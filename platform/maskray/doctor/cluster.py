@@ -16,11 +16,14 @@ from ray._private.worker import get_dashboard_url
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
+from maskray.config.resolve import RunPlan, worker_counts
+from maskray.config.schema import RunConfig
 from maskray.data.local import is_walked_locally
 from maskray.data.storage import Storage
 from maskray.doctor import machine
 from maskray.doctor.asking import SECONDS, asked
 from maskray.doctor.finding import Check, Finding, Subject, counted, fail, ok, warning
+from maskray.errors import ClusterError
 from maskray.on_ray import cluster, probe, shared
 from maskray.on_ray.growth import may_grow
 from maskray.tracking.mlflow_store import embedded_uri
@@ -150,15 +153,21 @@ def room(subject: Subject) -> Finding | None:
             "CPU": float(config.cluster.embedded_cpus or get_num_cpus()),
             "GPU": float(torch.cuda.device_count()),
         }
-    least = config.cluster.min_workers
-    cluster.check_room(config, probe.bundles(config), streams_on_ray=on_ray, least=least, machine=machine_has)
+    least = config.cluster.min_workers if subject.plan is None else _fewest(config, subject.plan)
+    try:
+        cluster.check_room(config, probe.bundles(config), streams_on_ray=on_ray, least=least, machine=machine_has)
+    except ClusterError as error:
+        if machine_has is not None or not may_grow():
+            raise
+        return warning(f"{error.problem} now; an autoscaler may bring it, and is not asked here", "ray status")
     of_data = f", and {config.cluster.data_cpus} for Ray Data" if on_ray else ""
     has = ray.cluster_resources() if machine_has is None else machine_has
     taken = config.cluster.workers * config.cluster.cpus_per_worker
-    grows = ", and an autoscaler, which is not asked" if machine_has is None and may_grow() else ""
-    return ok(
-        f"{taken:g} of {has.get('CPU', 0):g} CPUs{grows} for {counted(config.cluster.workers, 'worker')}{of_data}"
-    )
+    return ok(f"{taken:g} of {has.get('CPU', 0):g} CPUs for {counted(config.cluster.workers, 'worker')}{of_data}")
+
+
+def _fewest(config: RunConfig, plan: RunPlan) -> int:
+    return worker_counts(config.cluster, plan.groups_per_step)[-1]
 
 
 def shared_places(subject: Subject) -> Finding | None:

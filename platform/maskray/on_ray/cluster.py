@@ -153,7 +153,7 @@ def check_room(
     least: int | None = None,
     machine: Mapping[str, float] | None = None,
 ) -> None:
-    """As `preflight` of what no waiting brings, and without a word to an autoscaler.
+    """As `preflight` of what there is now, and without a word to an autoscaler.
 
     Args:
         config: of the run.
@@ -167,10 +167,9 @@ def check_room(
     """
     fewest = _with_workers(config.cluster, least)
     needed = room.bundles(fewest, beside, streams_on_ray=streams_on_ray)
+    room.refuse_if_short(needed, ray.cluster_resources() if machine is None else machine, beside, fewest)
     if machine is None:
-        room.refuse(needed, beside, fewest)
-    else:
-        room.refuse_if_short(needed, machine, beside, fewest)
+        room.refuse_if_scattered(needed, beside, fewest)
 
 
 def _with_workers(cluster: ClusterConfig, number: int | None) -> ClusterConfig:

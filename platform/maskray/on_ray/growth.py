@@ -1,6 +1,8 @@
 """What an autoscaler may still bring. It alone knows, and answers when it is asked for nodes.
 
-Ray has a place for what it may bring at most (`get_cluster_config`), which nothing fills in 2.60.
+Ray has a place for what it may bring at most (`get_cluster_config`), which nothing fills in 2.60. Nor is
+`request_resources` of any use here: there is one such request for a whole cluster, which each overwrites, and it is met
+by nodes that others have taken. So what is asked for is a placement group, as Ray Train and Tune ask too.
 """
 
 from __future__ import annotations
@@ -10,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-from ray.autoscaler.sdk import request_resources
-from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply
 from ray.experimental.internal_kv import _internal_kv_get, internal_kv_get_gcs_client
+from ray.util.placement_group import placement_group, remove_placement_group
 
 _SECONDS = 10.0  # for an answer
 _ONLOOKERS = "node_"
@@ -35,34 +37,43 @@ def may_grow() -> bool:
 
 
 class Wish:
-    """What an autoscaler is asked for, while the context lasts: a standing request would keep the nodes up for ever."""
+    """A free place for each of some bundles, asked for while the context lasts; then what was granted is free again.
 
-    def __init__(self) -> None:
-        self._asked_at: int | None = None
+    Args:
+        bundles: each on one node.
+    """
+
+    def __init__(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        amounts = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+        self._group = placement_group([bundle for bundle in amounts if bundle], strategy="PACK")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        request_resources(bundles=[])
+        remove_placement_group(self._group)
 
-    def ask(self, bundles: Sequence[Mapping[str, float]]) -> None:
-        """For a free place for each, and for nothing that was asked for before."""
-        request_resources(bundles=[dict(bundle) for bundle in bundles])
-        if is_autoscaler_v2(fetch_from_server=True):
-            # Counts what autoscalers and we have read of it.
-            self._asked_at = get_cluster_resource_state(internal_kv_get_gcs_client()).cluster_resource_state_version
+    def is_granted(self, seconds: float) -> bool:
+        """Whether all have their places, within so many seconds."""
+        return bool(self._group.wait(seconds))
 
     def is_refused(self) -> bool:
-        """Whether an autoscaler has seen it, and has no kinds of nodes for it: then it brings none at all.
+        """Whether an autoscaler, of the second version, has no kinds of nodes for it, or too few, and never will.
 
-        Of the first version none says so.
+        Where others hold some of what there is, it may be had when they end: then that is not known.
         """
-        if self._asked_at is None:
+        if not is_autoscaler_v2(fetch_from_server=True):
             return False
-        state = _state()
-        seen = state.last_seen_cluster_resource_state_version > self._asked_at
-        return seen and bool(state.infeasible_cluster_resource_constraints)
+        try:
+            refused = _state().infeasible_gang_resource_requests
+        except ray.exceptions.RayError:  # it is asked again
+            return False
+        return any(self._group.id.hex() in each.details for each in refused) and _nothing_is_taken()
+
+
+def _nothing_is_taken() -> bool:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return all(free.get(name, 0.0) >= total.get(name, 0.0) for name in ("CPU", "GPU"))
 
 
 def _state() -> AutoscalingState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 Bundle = dict[str, float]
 """What must lie on one node."""
 
-_SAY_EVERY_SECONDS = 5.0
+_LOOK_SECONDS, _SAY_EVERY_SECONDS = 0.5, 5.0
 
 
 def bundles(cluster: ClusterConfig, beside: list[Bundle], *, streams_on_ray: bool) -> list[Bundle]:
@@ -41,7 +41,7 @@ def refuse(needed: list[Bundle], beside: list[Bundle], cluster: ClusterConfig) -
     """
     if not may_grow():
         refuse_if_short(needed, ray.cluster_resources(), beside, cluster)
-        _refuse_if_scattered(needed, beside, cluster)
+        refuse_if_scattered(needed, beside, cluster)
 
 
 def refuse_if_short(
@@ -67,8 +67,12 @@ def refuse_if_short(
     )
 
 
-def _refuse_if_scattered(needed: list[Bundle], beside: list[Bundle], cluster: ClusterConfig) -> None:
-    """Whether each bundle fits on one node; the sums may be enough where no node is."""
+def refuse_if_scattered(needed: list[Bundle], beside: list[Bundle], cluster: ClusterConfig) -> None:
+    """Refuse what does not fit on the nodes, each bundle on one: the sums may be enough where no node is.
+
+    Raises:
+        ClusterError: it does not.
+    """
     unplaced = _unplaced(needed, [node["Resources"] for node in nodes()])
     if not unplaced:
         return
@@ -97,27 +101,38 @@ def wait_for(wanted: list[Bundle], cluster: ClusterConfig, enough: list[Bundle] 
     Raises:
         ClusterError: time is up, or the autoscaler has no kinds of nodes for them.
     """
-    enough = wanted if enough is None else enough
-    deadline, said, asked, waited = time.monotonic() + cluster.wait_seconds, 0.0, wanted, False
-    with Wish() as wish:
-        wish.ask(asked)
-        while _unplaced(wanted, free := list(available_resources_per_node().values())):
-            waited, there_is_enough = True, not _unplaced(enough, free)
-            is_refused, is_late = wish.is_refused(), time.monotonic() > deadline
-            if (is_refused or is_late) and there_is_enough:
-                log.warning("Starting with what there is: %s free", shown(ray.available_resources()))
-                return True
-            if is_refused and asked is wanted and len(enough) < len(wanted):
-                wish.ask(asked := enough)
-            elif is_refused:
-                raise _never(enough)
-            elif is_late:
-                raise _not_in_time(wanted, cluster)
+    deadline, enough = time.monotonic() + cluster.wait_seconds, wanted if enough is None else enough
+    if not _unplaced(wanted, _free()):
+        return False
+    for asked in (wanted, enough):
+        end = _asked_for(asked, deadline)
+        if end == "granted":
+            return True
+        if not _unplaced(enough, _free()):
+            log.warning("Starting with what there is: %s free", shown(ray.available_resources()))
+            return True
+        if end == "late" or len(asked) == len(enough):
+            raise _never(asked) if end == "refused" else _not_in_time(wanted, cluster)
+    raise AssertionError("the last is granted, late or refused")
+
+
+def _asked_for(bundles: list[Bundle], deadline: float) -> Literal["granted", "refused", "late"]:
+    """Ask for a free place for each, and wait."""
+    said = 0.0
+    with Wish(bundles) as wish:
+        while not wish.is_granted(_LOOK_SECONDS):
+            if wish.is_refused():
+                return "refused"
+            if time.monotonic() > deadline:
+                return "late"
             if time.monotonic() - said > _SAY_EVERY_SECONDS:
                 said = time.monotonic()
-                log.warning("Waiting for %s; %s free", shown(_total(asked)), shown(ray.available_resources()))
-            time.sleep(0.5)
-    return waited
+                log.warning("Waiting for %s; %s free", shown(_total(bundles)), shown(ray.available_resources()))
+    return "granted"
+
+
+def _free() -> list[Bundle]:
+    return list(available_resources_per_node().values())
 
 
 def _never(needed: list[Bundle]) -> ClusterError:

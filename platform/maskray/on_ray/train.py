@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -41,6 +42,7 @@ class RayLauncher:
 
     def __init__(self, probe: Judge = probe.judge) -> None:
         self._probe = probe
+        self._board: Any = None
 
     def preflight(self, prepared: Prepared) -> None:
         """Refuse what the cluster cannot hold, or this Ray cannot go on with; wait for what it can."""
@@ -61,7 +63,9 @@ class RayLauncher:
             TrainingError: the workers were lost too often.
         """
         config = prepared.config
-        board = fit.board(prepared.plan.run_name)
+        if self._board is None:  # one for all that is trained between rewinds: what it counts is of the whole launch
+            self._board = fit.board(prepared.plan.run_name)
+        board = self._board
         line = ProgressLine(prepared.plan.total_steps)
         with probe.set_aside(config) as place, closing(line), followed(board, line.update):
             told = Told(prepared.store.uri, run_id, board)

@@ -12,6 +12,7 @@ import logging
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -178,8 +179,9 @@ class MlflowTracker:
     def _run(self) -> None:
         try:
             self._work()
-        except Exception:
-            log.exception("The thread that writes to MLflow ended; the run goes on without it")
+        except Exception:  # noqa: BLE001 - as `log.exception`, whose words may have a password
+            trace = shown(traceback.format_exc())
+            log.error("The thread that writes to MLflow ended; the run goes on without it\n%s", trace)
         finally:
             with self._changed:
                 self._given_up = True

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import ray
 
 from maskray.doctor import cluster
 from maskray.doctor.finding import Level, Subject
@@ -91,3 +92,20 @@ def test_room_on_this_machine(looked, known):
     found = looked(cluster.room, known(data={"stream": "ray"}, cluster=few | {"workers": 2}))
     assert (found.level, "1 CPU short" in found.found, "cluster.workers" in found.fix) == (Level.FAIL, True, True)
     assert looked(cluster.room, known(cluster=few | {"workers": 2})).level is Level.OK  # they decode for themselves
+
+
+@pytest.mark.parametrize(("least", "cpus", "level"), [(2, 2, Level.OK), (3, 3, Level.FAIL), (3, 4, Level.OK)])
+def test_a_run_that_may_have_fewer_workers_needs_room_for_what_divides_a_step(looked, known, least, cpus, level):
+    subject = known(cluster={"workers": 4, "min_workers": least, "embedded_cpus": cpus})
+    assert subject.plan.groups_per_step == 4
+    assert looked(cluster.room, subject).level is level
+
+
+@pytest.mark.parametrize(("grows", "level"), [(True, Level.WARNING), (False, Level.FAIL)])
+def test_what_an_autoscaler_may_bring_is_not_known_before_it_is_asked(looked, known, monkeypatch, grows, level):
+    subject = known(cluster={"workers": 2})
+    subject.nodes = [{"Resources": {}}]
+    monkeypatch.setattr(cluster, "may_grow", lambda: grows)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    found = looked(cluster.room, subject)
+    assert (found.level, "2 CPUs short" in found.found) == (level, True)

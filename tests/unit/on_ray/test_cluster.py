@@ -16,7 +16,7 @@ from maskray.on_ray import cluster, growth, room, shared
 def refuse(monkeypatch, nodes, *, streams: bool = True, beside=(), **settings: float) -> None:
     monkeypatch.setattr(room, "nodes", lambda: [{"Resources": node} for node in nodes])
     config = ClusterConfig(**settings)
-    room._refuse_if_scattered(room.bundles(config, list(beside), streams_on_ray=streams), list(beside), config)
+    room.refuse_if_scattered(room.bundles(config, list(beside), streams_on_ray=streams), list(beside), config)
 
 
 def test_a_worker_lies_on_one_node(monkeypatch):
