@@ -1,13 +1,16 @@
 """A disk that is full when a checkpoint is written: the last one stays good, and the run goes on when there is room."""
 
 import hashlib
+import json
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from ray.train import Checkpoint
 
 from maskray import launch
 from maskray.bare import BareLauncher
@@ -16,13 +19,14 @@ from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import StorageError
 from maskray.on_ray import record
-from maskray.on_ray.context import RayWorkerContext
+from maskray.on_ray.context import Upload
 from maskray.on_ray.stream import SNAPSHOT
+from maskray.on_ray.trial_context import TrialContext
 from maskray.tracking.mlflow_store import DATABASE
 from maskray.training import checkpoint
 from maskray.training.checkpoint import WEIGHTS
 from maskray.training.context import LocalContext, Snapshot
-from maskray.training.folders import step_of
+from maskray.training.folders import PROBE, step_of
 from outages import seconds_to_train
 
 from .conftest import MOST_SECONDS, check_against, note
@@ -130,14 +134,42 @@ def test_an_upload_of_a_worker_of_rays(disk: Callable[[int], Disk], tmp_path: Pa
     folders = {"kept": tmp_path / "kept", "temporary": tmp_path / "temporary"} | {full: small.folder / full}
     for folder in folders.values():
         folder.mkdir()
-    context = object.__new__(RayWorkerContext)  # of what Train gives to a worker an upload that fails asks for nothing
-    context._run = Storage(folders["kept"])
-    copy = copy_of(200)
+    upload = Upload(copy_of(200).write, Storage(folders["kept"]).child("step_000000004-0a1b2c3d"))
     small.fill(left_bytes=100 * 1024)
     with pytest.raises(StorageError, match=rf"^{key}: a checkpoint could not be .*[Nn]o space.*last checkpoint"):
-        context._upload(copy.write, folders["temporary"], "step_000000004-0a1b2c3d")
+        upload(Checkpoint(folders["temporary"]), "step_000000004-0a1b2c3d")
     assert Storage(folders["kept"]).list_names() == []
+    assert not folders["temporary"].exists()
     assert shutil.disk_usage(small.folder).free > 90 * 1024
+
+
+@pytest.mark.parametrize(("full", "key"), [("kept", "storage.path"), ("temporary", "TMPDIR")])
+def test_a_trial_of_one_process(
+    tiny: Callable[..., RunConfig],
+    disk: Callable[[int], Disk],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    full: str,
+    key: str,
+):
+    small = disk(MEGABYTE)
+    folders = {"kept": tmp_path / "kept", "temporary": tmp_path / "temporary"} | {full: small.folder / full}
+    for folder in folders.values():
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folders["temporary"]))
+    trial = Storage(folders["kept"])
+    context = TrialContext(trial, tiny(), lambda *_: {"score": 0.5}, lambda *_: None, lambda: None)
+    context.report(4, copy_of(20).write, probed=True)
+    (kept,) = trial.list_names()
+    assert json.loads(trial.read_bytes(f"{kept}/{PROBE}")) == {"metrics": {"score": 0.5}}
+    small.fill(left_bytes=100 * 1024)
+    with pytest.raises(StorageError, match=rf"^{key}: a checkpoint could not be .*[Nn]o space.*last checkpoint"):
+        context.report(8, copy_of(200).write, probed=False)
+    assert trial.list_names() == [kept]
+    with context.latest_checkpoint() as newest:
+        assert newest is not None
+        assert checkpoint.is_whole(newest)
+    assert list(folders["temporary"].iterdir()) == []
 
 
 def test_a_record_that_a_full_disk_has_torn(disk: Callable[[int], Disk]):

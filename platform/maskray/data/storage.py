@@ -32,6 +32,7 @@ _COPIED_BYTES = 8 * 2**20
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def leads_out(name: str) -> bool:
@@ -188,8 +189,12 @@ class Storage:
         anew, and not the work that made the content.
         """
         if not self.is_local:
-            with tempfile.SpooledTemporaryFile(max_size=_SPOOLED_BYTES, prefix="maskray-") as spool:
+            with (
+                room_for_temporary(self._place(name)),  # also where it is closed, which writes what is left
+                tempfile.SpooledTemporaryFile(max_size=_SPOOLED_BYTES, prefix="maskray-") as spool,
+            ):
                 yield spool
+                spool.flush()
                 self._upload(name, spool)
             return
         target = Path(self._path(name))
@@ -202,6 +207,15 @@ class Storage:
                 partial.replace(target)
             finally:
                 partial.unlink(missing_ok=True)
+
+    def write_file(self, name: str, source: Path) -> None:
+        """Write the content of a file of this machine, over an old one if there is one: no other copy of it is made."""
+        with source.open("rb") as content:
+            if self.is_local:
+                with self.open_output(name) as stream:
+                    shutil.copyfileobj(content, stream, _COPIED_BYTES)
+            else:
+                self._upload(name, content)
 
     def _upload(self, name: str, content: IO[bytes]) -> None:
         def upload() -> None:
@@ -302,6 +316,36 @@ class Storage:
         return self.join(name) if name else self.uri
 
 
+@contextlib.contextmanager
+def room_for_temporary(what: str) -> Iterator[None]:
+    """While the block writes a copy of something to the folder of temporary files.
+
+    Args:
+        what: for the message, its path or URI.
+
+    Raises:
+        StorageError: the disk of that folder is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        folder = tempfile.gettempdir()
+        raise StorageError(
+            f"there is no room for a temporary copy of {what}",
+            key="TMPDIR",
+            found=f"{error} ({shutil.disk_usage(folder).free:,} bytes are free in {folder})",
+            fix="free some space, or let the variable name a folder on another disk, and start again",
+        ) from error
+
+
+def temporary_folder(what: str) -> tempfile.TemporaryDirectory[str]:
+    """A new folder for a copy of something, which is removed with all that is in it. As `room_for_temporary`."""
+    with room_for_temporary(what):
+        return tempfile.TemporaryDirectory(prefix="maskray-")
+
+
 def _create_in_place(target: Path, content: bytes) -> bool:
     """For a file system without hard links: for a moment the file is there and empty."""
     try:
@@ -317,7 +361,7 @@ def _advice(error: OSError, is_local: bool, unreachable: bool) -> str:
         return "check that the object store answers (AWS_ENDPOINT_URL names another than Amazon's), and start again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "take a folder that this user may write to, or change its permissions"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         return "free some space, or take a folder on another disk"
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return "take another path: a part of this one is a file where a folder is needed, or the reverse"

@@ -20,14 +20,74 @@ from maskray.config.schema import DataConfig
 from maskray.data import local
 from maskray.data.cache import unheard
 from maskray.data.spec import StreamSpec
-from maskray.data.storage import Storage
+from maskray.data.storage import Storage, room_for_temporary
 from maskray.data.stream import Unit
-from maskray.errors import StorageError
+from maskray.errors import UnreachableError
 from maskray.on_ray import stream
-from maskray.training import checkpoint, folders
+from maskray.training import checkpoint, fetched, folders
 from maskray.training.context import Snapshot
 
 log = logging.getLogger(__name__)
+
+_TRIES = 3
+"""Of an upload to an object store that does not answer, each as long as `Storage` is patient."""
+
+
+class Upload:
+    """A checkpoint's way to where it is kept, on a thread of Train's.
+
+    Args:
+        snapshot: what it holds.
+        target: its folder.
+    """
+
+    def __init__(self, snapshot: Snapshot, target: Storage) -> None:
+        self._snapshot: Snapshot | None = snapshot
+        self._target = target
+        self._ended = threading.Event()
+        self._failure: Exception | None = None
+
+    def __call__(self, local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """As Train has it.
+
+        Raises:
+            StorageError: it could not be kept. Train calls again after some errors, which whoever waits cannot foresee:
+                so the end is settled here, and another call finds the same.
+        """
+        if not self._ended.is_set():
+            try:
+                self._keep(Path(local.path))
+            except Exception as error:  # noqa: BLE001 - whatever it is, somebody may wait
+                self._failure = error
+                shutil.rmtree(local.path, ignore_errors=True)  # Train does so only after an upload
+            finally:
+                self._snapshot = None  # Train keeps this object until the controller has the report
+                self._ended.set()
+        self.wait()
+        storage = ray.train.get_context().get_storage()
+        return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
+
+    def wait(self) -> None:
+        """Until the checkpoint is there.
+
+        Raises:
+            StorageError: it could not be kept.
+        """
+        self._ended.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _keep(self, local: Path) -> None:
+        assert self._snapshot is not None, "it has not ended"
+        checkpoint.fill(local, self._snapshot, "TMPDIR")
+        for left in reversed(range(_TRIES)):
+            try:
+                checkpoint.send(local, self._target)
+                break
+            except UnreachableError as error:
+                if left == 0:
+                    raise
+                log.warning("%s It is tried again", error)
 
 
 class RayWorkerContext:
@@ -44,8 +104,7 @@ class RayWorkerContext:
         self._run = run
         # Every start of the workers writes folders of its own: no two ever write into one.
         self._attempt = uuid.uuid4().hex[:8]
-        self._uploaded = threading.Event()
-        self._uploaded.set()
+        self._upload: Upload | None = None
         self._newest: str | None = None
 
     @contextmanager
@@ -58,73 +117,49 @@ class RayWorkerContext:
         self._newest = Path(found.path).name
         # Not Ray's own copy: one request that is throttled ends it, and what there is of it passes for a checkpoint
         # with the other workers of the machine.
-        with checkpoint.on_disk(self._run.child(self._newest)) as folder:
+        with fetched.shared(self._run.child(self._newest)) as folder:
             yield folder
 
     def report(self, step: int, snapshot: Snapshot | None, *, probed: bool) -> float:
-        """Hand the snapshot to Train's upload thread; at most one is on its way, a second waits for it."""
+        """Hand the snapshot to Train's upload thread; at most one is on its way, a second waits for it.
+
+        Raises:
+            StorageError: the one before could not be kept, or there is no room for the folder of this one.
+        """
         start = time.perf_counter()
-        self._uploaded.wait()
+        self._wait()
         waited = time.perf_counter() - start
         reported, name = None, folders.folder_name(step, self._attempt)
-        copies = [snapshot]  # dropped after the upload: Ray keeps `upload` itself until the controller has the report
         if snapshot is not None:
-            self._uploaded.clear()
-            self._newest = name
-            # An empty folder stands for the checkpoint until `upload` fills it; Train deletes it afterwards.
-            reported = ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="maskray-"))
-
-        def upload(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-            try:
-                (copy,) = copies
-                assert copy is not None
-                uploaded = self._upload(copy, Path(local.path), name)
-                copies.clear()  # only now: Ray tries a throttled upload again
-                return uploaded
-            finally:
-                self._uploaded.set()
-
+            target = self._run.child(name)
+            # An empty folder stands for the checkpoint until it is filled for the upload; Train deletes it afterwards.
+            with room_for_temporary(target.uri):
+                reported = ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="maskray-"))
+            self._newest, self._upload = name, Upload(snapshot, target)
         ray.train.report(
             {"step": step, folders.SCORE: folders.NO_SCORE},
             checkpoint=reported,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=upload,
+            checkpoint_upload_fn=self._upload,
             delete_local_checkpoint_after_upload=True,
             validation=probed and reported is not None,
         )
         return waited
 
     def newest_checkpoint(self) -> Storage:
-        """The folder of what this worker reported last, once all of it is there, or else of what it went on from."""
+        """The folder of what this worker reported last, once all of it is there, or else of what it went on from.
+
+        Raises:
+            StorageError: it could not be kept.
+        """
         assert self._newest is not None, "the first worker's, once it has reported or went on"
-        self._uploaded.wait()
+        self._wait()
         return self._run.child(self._newest)
 
-    def _upload(self, snapshot: Snapshot, local: Path, name: str) -> ray.train.Checkpoint:
-        checkpoint.fill(local, snapshot, "TMPDIR")
-        target = self._run.child(name)
-        try:
-            # The file that says that the others are whole goes last.
-            for file in sorted(local.iterdir(), key=lambda f: f.name == checkpoint.STATE):
-                with target.open_output(file.name) as out, file.open("rb") as source:
-                    shutil.copyfileobj(source, out)
-        except StorageError as error:
-            self._drop(name)  # or each try would leave less room than the one before
-            raise type(error)(
-                f"a checkpoint could not be kept: {error.problem}",
-                key="storage.path",
-                found=error.found,
-                fix=f"{error.fix}; the same command goes on from the last checkpoint",
-            ) from error
-        storage = ray.train.get_context().get_storage()
-        return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
-
-    def _drop(self, name: str) -> None:
-        try:
-            self._run.delete(name)
-        except StorageError:  # a launch removes it
-            log.warning("What there is of %s could not be removed", name)
+    def _wait(self) -> None:
+        if self._upload is not None:
+            self._upload.wait()
 
 
 class RayContext(RayWorkerContext):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +14,7 @@ import torch
 from maskray.config.schema import RunConfig
 from maskray.data import local
 from maskray.data.spec import StreamSpec
-from maskray.data.storage import Storage
+from maskray.data.storage import Storage, temporary_folder
 from maskray.data.stream import Unit
 from maskray.on_ray.nested import Tell
 from maskray.training import checkpoint, folders
@@ -95,16 +93,15 @@ class TrialContext:
         """Judge and write at once: nothing to wait for."""
         assert snapshot is not None, "there is one process"
         name, metrics = folders.folder_name(step, self._attempt), dict[str, float]()
-        with tempfile.TemporaryDirectory(prefix="maskray-") as temporary:
+        target = self._folder.child(name)
+        with temporary_folder(target.uri) as temporary:
             local_folder = Path(temporary)
-            snapshot(local_folder)
+            checkpoint.fill(local_folder, snapshot, "TMPDIR")
+            notes = dict[str, bytes]()
             if probed:
                 metrics = dict(self._judge(local_folder, step))
-                (local_folder / folders.PROBE).write_text(json.dumps({"metrics": metrics}))
-            # The file that says that the others are whole goes last.
-            for file in sorted(local_folder.iterdir(), key=lambda f: f.name == checkpoint.STATE):
-                with self._folder.child(name).open_output(file.name) as out, file.open("rb") as source:
-                    shutil.copyfileobj(source, out)
+                notes[folders.PROBE] = json.dumps({"metrics": metrics}).encode()
+            checkpoint.send(local_folder, target, notes)
         for old in _checkpoints(self._folder):
             if old != name:
                 self._folder.delete(old)

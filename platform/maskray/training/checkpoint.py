@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from maskray.data.storage import Storage
-from maskray.errors import CheckpointError, StorageError
+from maskray.data.storage import Storage, room_for_temporary, temporary_folder
+from maskray.errors import CheckpointError, StorageError, UnreachableError
 from maskray.training.sharding import load_model, load_optimizer, whole
 
 log = logging.getLogger(__name__)
@@ -81,19 +80,20 @@ class HostCopy:
 
 
 def fill(folder: Path, write: Callable[[Path], None], key: str) -> None:
-    """Let a checkpoint be written into a new folder, which is not there if that fails.
+    """Let a checkpoint be written into a folder, which is not there if that fails.
 
     Args:
-        folder: to be made; what is there is deleted.
+        folder: is made, or emptied: who may look into one that is there stays as it is.
         write: fills it.
         key: what names the place of it to a user.
 
     Raises:
         StorageError: the disk is full, or fails.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         write(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what torch and safetensors make of it
         shutil.rmtree(folder, ignore_errors=True)
@@ -106,6 +106,41 @@ def fill(folder: Path, write: Callable[[Path], None], key: str) -> None:
             fix="free some space, or take a folder on another disk, and give the same command again: the run goes on "
             "from its last checkpoint",
         ) from error
+
+
+def send(folder: Path, target: Storage, notes: Mapping[str, bytes] | None = None) -> None:
+    """Copy a checkpoint to where it is kept; what there is of it is removed where there is no room for all.
+
+    Args:
+        folder: on this machine.
+        target: of this checkpoint alone.
+        notes: content of further files, by name.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        for name, content in (notes or {}).items():
+            target.write_bytes(name, content)
+        # The file that says that the others are whole goes last.
+        for file in sorted(folder.iterdir(), key=lambda f: f.name == STATE):
+            target.write_file(file.name, file)
+    except StorageError as error:
+        if not isinstance(error, UnreachableError):  # which would not hear of that either; a launch removes it
+            _drop(target)  # or each try would leave less room than the one before
+        raise type(error)(
+            f"a checkpoint could not be kept: {error.problem}",
+            key="storage.path",
+            found=error.found,
+            fix=f"{error.fix}; the same command goes on from the last checkpoint",
+        ) from error
+
+
+def _drop(target: Storage) -> None:
+    try:
+        target.delete("")
+    except StorageError:  # a launch removes it
+        log.warning("What there is of %s could not be removed", target.uri)
 
 
 def taken(
@@ -283,15 +318,29 @@ def warn_of_differences(then: Facts, now: Facts) -> None:
 
 @contextmanager
 def on_disk(storage: Storage) -> Iterator[Path]:
-    """The checkpoint at a place as a local folder: itself, or a copy that is deleted afterwards."""
+    """The checkpoint at a place as a local folder: itself, or a copy that is deleted afterwards.
+
+    Raises:
+        StorageError: it cannot be read, or there is no room for the copy.
+    """
     if storage.is_local:
         yield Path(storage.uri)
         return
-    with tempfile.TemporaryDirectory(prefix="maskray-") as folder:
-        for name in storage.list_names():
-            with (Path(folder) / name).open("wb") as file:
-                file.writelines(storage.read_pieces(name))
+    with temporary_folder(storage.uri) as folder:
+        copy(storage, Path(folder))
         yield Path(folder)
+
+
+def copy(storage: Storage, folder: Path) -> None:
+    """The files of a place into a folder of this machine, that which says that the others are whole last.
+
+    Raises:
+        StorageError: they cannot be read, or there is no room for them, in the folder of temporary files.
+    """
+    with room_for_temporary(storage.uri):
+        for name in sorted(storage.list_names(), key=lambda n: n == STATE):
+            with (folder / name).open("wb") as file:
+                file.writelines(storage.read_pieces(name))
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -5,12 +5,14 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from maskray.data import storage as storage_module
 from maskray.data.s3 import ShortReadError
 from maskray.data.storage import TEMPORARY, Storage
 from maskray.errors import StorageError
@@ -46,6 +48,48 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(place):
             fail(name)
     assert storage.read_bytes("x") == b"old"
     assert storage.list_names() == ["x"]
+
+
+def test_a_file_of_this_machine_comes_back(place, tmp_path):
+    storage, source, content = Storage(f"{place}/a"), tmp_path / "source", np.random.default_rng(0).bytes(10 * 2**20)
+    source.write_bytes(content)
+    storage.write_bytes("x", b"old")
+    storage.write_file("x", source)
+    assert storage.read_bytes("x") == content
+    assert storage.list_names() == ["x"]
+
+
+@pytest.fixture
+def small_temporary(small_disk, monkeypatch):
+    """The folder of temporary files, on a disk of 1 MB; what is uploaded lies there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    monkeypatch.setattr(storage_module, "_SPOOLED_BYTES", 1024)
+    return small_disk
+
+
+def test_a_file_of_this_machine_is_not_copied_on_it(bucket, tmp_path, small_temporary):
+    (tmp_path / "source").write_bytes(bytes(2 * 2**20))
+    Storage(f"{bucket}/a").write_file("x", tmp_path / "source")
+    assert Storage(f"{bucket}/a").list_sizes() == {"x": 2 * 2**20}
+
+
+@pytest.mark.parametrize("written", [[2**20 + 4096], [2**20, 100]])  # of the second the last are held until the end
+def test_no_room_for_what_is_to_be_uploaded_is_said(bucket, small_temporary, written):
+    storage = Storage(f"{bucket}/a")
+
+    def write():
+        with storage.open_output("x") as stream:
+            for num_bytes in written:
+                stream.write(bytes(num_bytes))
+
+    with pytest.raises(
+        StorageError,
+        match=rf"^TMPDIR: there is no room for a temporary copy of {bucket}/a/x. Found: .*No space left on device "
+        rf"\([\d,]+ bytes are free in {small_temporary}\). What to do: free some space, or let the variable name",
+    ):
+        write()
+    assert storage.list_names() == []
+    assert list(small_temporary.iterdir()) == []
 
 
 def test_a_large_file_comes_back(place):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 from maskray.config.load import dump
 from maskray.data.storage import Storage
-from maskray.errors import CheckpointError
+from maskray.errors import CheckpointError, StorageError
 from maskray.training import checkpoint, folders
 from maskray.training.checkpoint import CONFIG, FILES, OPTIMIZER, STATE, WEIGHTS, Facts, HostCopy
 
@@ -249,6 +250,19 @@ def test_a_write_that_was_interrupted_never_counts(trained, tmp_path, monkeypatc
     assert not checkpoint.is_whole(tmp_path)
 
 
+def test_a_folder_that_only_its_owner_may_look_into_stays_so(trained, tmp_path):
+    """A temporary one, on a machine that others use too."""
+    folder = tmp_path / "temporary"
+    folder.mkdir(mode=0o700)
+    (folder / "of-a-try-before").mkdir()
+    (folder / "of-a-try-before" / WEIGHTS).touch()
+    (folder / CONFIG).write_text("of a try before")
+    checkpoint.fill(folder, HostCopy(trained.model, trained.optimizer, FACTS, "").write, "TMPDIR")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {f.name for f in folder.iterdir()} == {*FILES, STATE}
+    assert checkpoint.is_whole(folder)
+
+
 # --------------------------------------------------------------------------------------------------------------- names
 
 
@@ -271,6 +285,37 @@ def test_a_package_that_was_not_noted_then_is_no_difference(caplog):
     with caplog.at_level(logging.WARNING):
         checkpoint.warn_of_differences(FACTS, replace(FACTS, packages=FACTS.packages | {"pillow": "12.0"}))
     assert caplog.text == ""
+
+
+def test_what_says_that_a_checkpoint_is_whole_is_sent_last(folder, tmp_path, monkeypatch):
+    target = Storage(tmp_path / "kept" / folder.name)
+    sent, write_file = [], Storage.write_file
+
+    def noted(self, name, source):
+        sent.append((name, self.list_names()))
+        write_file(self, name, source)
+
+    monkeypatch.setattr(Storage, "write_file", noted)
+    checkpoint.send(folder, target, {folders.PROBE: b"{}"})
+    assert sent[-1] == (STATE, sorted([*FILES, folders.PROBE]))
+    assert checkpoint.is_whole(tmp_path / "kept" / folder.name)
+    assert target.read_bytes(folders.PROBE) == b"{}"
+
+
+def test_no_room_for_a_copy_is_said(folder, bucket, small_disk, monkeypatch):
+    remote = Storage(f"{bucket}/runs/{folder.name}")
+    checkpoint.send(folder, remote)
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    (small_disk / "full").write_bytes(bytes(2**20 - 3 * 4096))
+    with (
+        pytest.raises(StorageError, match=rf"^TMPDIR: there is no room for a temporary copy of {remote.uri}\. Found: "),
+        checkpoint.on_disk(remote),
+    ):
+        pass
+    assert [f.name for f in small_disk.iterdir()] == ["full"]
+    (small_disk / "full").unlink()
+    with checkpoint.on_disk(remote) as here:
+        assert checkpoint.is_whole(here)
 
 
 def test_a_checkpoint_elsewhere_is_copied_here(folder):
