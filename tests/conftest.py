@@ -1,14 +1,12 @@
 """What tests share: a clean environment, a small real dataset, a tiny config."""
 
-import atexit
-import gc
 import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,23 +61,10 @@ TINY = {
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ray has the machine to itself; those that share its cluster come last, after those that start their own."""
+    """Ray has the machine to itself."""
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker("alone")
-    items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    """What is imported is never garbage: no collection of garbage goes through it, now or later."""
-    gc.disable()
-    try:
-        return (yield)
-    finally:
-        gc.freeze()
-        gc.enable()
-        atexit.register(gc.unfreeze)  # what is never collected is said to have leaked
 
 
 @pytest.fixture(scope="session")
@@ -191,12 +176,9 @@ def place(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue("tmp_path") if request.param == "local" else request.getfixturevalue("bucket"))
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """An embedded cluster for all who ask for it; those that launch as a user does start their own.
-
-    It takes six seconds to start and to stop, and more until its processes have imported what tasks need.
-    """
+@pytest.fixture(scope="module")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An embedded cluster for the tests of a file; those that kill, or launch as a user does, start their own."""
     import ray
 
     # Short, and not pytest's own: Ray puts sockets there, whose paths may have 107 characters.
