@@ -33,6 +33,8 @@ torch.set_num_threads(1)
 
 pytest_plugins = ["doctor_checks"]
 
+KEYS = {"AWS_ACCESS_KEY_ID": "maskray", "AWS_SECRET_ACCESS_KEY": "maskray"}
+"""The object stores of tests take any."""
 TINY = {
     "name": "tiny",
     "data": {
@@ -193,7 +195,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             logging_level="ERROR",
             _temp_dir=folder,
             # What is in test files is imported by name, and these import what lies beside them.
-            runtime_env={"env_vars": {"PYTHONPATH": f"{tests.parent / 'platform'}:{tests}"}},
+            runtime_env={"env_vars": {"PYTHONPATH": f"{tests.parent / 'platform'}:{tests}", **KEYS}},
         )
         yield
         ray.shutdown()

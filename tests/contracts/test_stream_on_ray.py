@@ -126,8 +126,7 @@ def test_an_object_store_that_fails_changes_nothing(
     dataset = Dataset.open(config.data.path)
     spec = StreamSpec.of(config, resolve(config, dataset.facts()), dataset)
     # The processes of the cluster were started before the environment led to the bucket.
-    uri = digits_in_bucket.replace("s3://", "s3://maskray:maskray@")
-    uri += f"?endpoint_override={proxy.url.removeprefix('http://')}&scheme=http&region=us-east-1"
+    uri = f"{digits_in_bucket}?endpoint_override={proxy.url.removeprefix('http://')}&scheme=http&region=us-east-1"
     proxy.forget()
     proxy.shares = dict.fromkeys(("throttle", "reset", "short"), 0.05 / 3)
     before = RETRIES.count
