@@ -34,13 +34,16 @@ with connected(ClusterConfig(embedded_cpus=1, dashboard=True)):
     file = pathlib.Path.home() / ".ray" / "auth_token"
     token = os.environ.get("RAY_AUTH_TOKEN") or (file.read_text().strip() if file.exists() else None)
     port = int(ray._private.worker._global_node.webui_url.rpartition(":")[2])
-    dashboards = [p for p in psutil.Process().children(recursive=True) if "dashboard.py" in " ".join(p.cmdline())]
+    mine = {p.pid for p in psutil.Process().children(recursive=True)}
+    # Of one that ends meanwhile there is no command.
+    commands = {p: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
+    dashboards = [p for p, command in commands.items() if p.pid in mine and "dashboard.py" in command]
     found = {
         "statuses": [status(None), status("0" * 64), status(token)],
         "mode": file.stat().st_mode & 0o777 if file.exists() else None,
         "hosts": sorted({c.laddr.ip for p in dashboards for c in p.net_connections() if c.laddr.port == port}),
         "task": ray.get(ray.remote(lambda: 7).remote()),
-        "in_commands": any(token and token in " ".join(p.cmdline()) for p in psutil.process_iter()),
+        "in_commands": any(token and token in command for command in commands.values()),
     }
 print(json.dumps(found))
 """
