@@ -17,12 +17,13 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         ConfigError: one of them has credentials in it.
     """
 
-    def moved(section: Any, key: str) -> Any:
+    def moved(section: Any, name: str) -> Any:
+        key = name.rpartition(".")[2]
         value = getattr(section, key)
         if value is not None and credentials.are_in(value):
             raise ConfigError(
                 "credentials do not belong into a config, which is kept with the run",
-                key=key,
+                key=name,
                 found=value,
                 allowed="s3://bucket/prefix",
                 fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead",
@@ -32,8 +33,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     config = moved(config, "init_from")
     return config.model_copy(
         update={
-            "data": moved(moved(config.data, "path"), "cache_folder"),
-            "storage": moved(config.storage, "path"),
-            "training": moved(config.training, "ledger"),
+            "data": moved(moved(config.data, "data.path"), "data.cache_folder"),
+            "storage": moved(config.storage, "storage.path"),
+            "training": moved(config.training, "training.ledger"),
         }
     )

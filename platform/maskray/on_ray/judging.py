@@ -138,7 +138,11 @@ def _with_line(snapshot: Snapshot, logged: Mapping[str, float], folder: Path) ->
 
 
 def _line(folder: Path) -> dict[str, float]:
-    return dict(json.loads((folder / LINE).read_bytes()))
+    """What was logged at a checkpoint's step; nothing where an older maskray did not note it."""
+    try:
+        return dict(json.loads((folder / LINE).read_bytes()))
+    except FileNotFoundError:
+        return {}
 
 
 def _note(folder: Path) -> dict[str, float] | None:
