@@ -46,6 +46,7 @@ bench: $(VENV)/.installed  ## see tests/benchmarks/RESULTS.md
 	$(BIN)/python tests/benchmarks/plan.py
 	$(BIN)/python tests/benchmarks/cache.py
 	$(BIN)/python tests/benchmarks/footers.py
+	$(BIN)/python tests/benchmarks/scale.py
 
 bench-data: $(VENV)/.installed  ## the data path against others: an hour on two quiet cores
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -60,7 +60,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=10**9)
     parser.add_argument("--workers", type=int, default=1024)
     parser.add_argument("--shards", type=int, default=100_000)
-    parser.add_argument("--passes", type=int, nargs="*", default=[1, 100], help="over all images")
+    parser.add_argument("--passes", type=int, nargs="*", default=[1, 8], help="over all images")
     return parser.parse_args()
 
 
@@ -147,15 +147,20 @@ def _spec(passes: int, options: argparse.Namespace) -> tuple[StreamSpec, RunConf
 
 def _segments(passes: int, options: argparse.Namespace) -> dict[str, float]:
     """What Train is given of a run, what it makes of that at each start of the workers, and sends to each of them."""
+    import ray
+
     from maskray.on_ray import stream
 
     spec, config = _spec(passes, options)
-    with tempfile.TemporaryDirectory() as folder:
-        run, workers = Storage(folder), options.workers
+    with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        # A dataset is made in a cluster, and by none of its tasks.
+        ray.init(address="local", num_cpus=1, include_dashboard=False, _temp_dir=folder, logging_level="ERROR")
+        run, workers = Storage(f"{folder}/run"), options.workers
         given_s, given = _timed(lambda: stream.datasets(spec, run, workers, config.data), 3)
         some = dict(list(given.items())[:20])
         open_s, opened = _timed(lambda: {name: make() for name, make in some.items()}, 2)
         sent = len(pickle.dumps(opened)) / len(some)
+        ray.shutdown()
     where = f"{options.images:.0e} images × {passes} passes, {workers} workers"
     return {
         f"{where}: executions of Ray Data": len(given),
