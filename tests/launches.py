@@ -51,9 +51,15 @@ def copy_when_the_disk_is_there(source, target, *arguments, **options):
     copy(source, target, *arguments, **options)
 
 shutil.copyfileobj = copy_when_the_disk_is_there
+def set_time():
+    return now() + said({clock!r})
+
+def set_time_ns():
+    return now_ns() + int(1e9 * said({clock!r}))
+
 if (folder / {clock!r}).exists():
-    time.time = lambda: now() + said({clock!r})
-    time.time_ns = lambda: now_ns() + int(1e9 * said({clock!r}))
+    # Named functions: Ray sends its own actors' classes, which hold one, to other processes.
+    time.time, time.time_ns = set_time, set_time_ns
 """
 
 
