@@ -153,7 +153,7 @@ class ClusterConfig(Section):
     wait_seconds: Annotated[float, Field(ge=0)] = operational(60.0)
     """How long to wait, visibly, for resources that the cluster can still get."""
     max_failures: Annotated[int, Field(ge=0)] = operational(3)
-    """Times that the workers may be lost and started again."""
+    """Times that the workers may be lost and started again; a run that has got further since has as many again."""
 
 
 class PretrainClusterConfig(ClusterConfig):

@@ -18,7 +18,7 @@ from maskray.config.schema import ClusterConfig
 from maskray.data import patient
 from maskray.data.storage import Storage
 from maskray.errors import TrainingError
-from maskray.on_ray import background, failures, orphans, record
+from maskray.on_ray import background, failures, orphans, record, stream
 from maskray.on_ray.board import Board
 
 log = logging.getLogger(__name__)
@@ -97,31 +97,41 @@ def fitted(
     Args:
         make: the trainer, anew for each start.
         run: folder of the run.
-        max_failures: times that the controller may be lost.
+        max_failures: losses that are survived, of the workers or of the controller; a run that has got further since,
+            by its checkpoints on record, survives as many again.
         is_judged: which checkpoints Train has judged, by its validation hook.
 
     Raises:
         MaskrayError: a mistake that only the workers could see (a damaged shard, a checkpoint that does not fit).
         TrainingError: the workers, or the controller, were lost too often.
     """
-    for left in reversed(range(max_failures + 1)):
+    reached, left, said = -1, max_failures, ""
+    failure: Exception = TrainingError("it was not started")
+    while True:
         record.settle(run, is_judged)  # each time: a controller that died may have torn it
+        if (step := stream.registered_step(run)) > reached:
+            reached, left = step, max_failures - bool(said)
+        if left < 0:
+            raise failure
+        if said:
+            log.warning("%s; starting again from the latest checkpoint", said)
         try:
             # In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0.
             started = make()
             return background.call("maskray-fit", started.fit).result().return_value
         except ray.exceptions.ActorDiedError as error:
-            if left == 0:
-                raise TrainingError(f"Ray Train's controller died too often: {error}") from error
-            log.warning("Ray Train's controller died; starting again from the latest checkpoint")
+            failure = TrainingError(f"Ray Train's controller died too often: {error}")
+            left, said = left - 1, "Ray Train's controller died"
             if isinstance(started, Trainer):  # others draw on a group that is not theirs
                 started.clear()
         except ray.train.TrainingFailedError as error:
-            lost = failures.lost_storage(error)
-            if left == 0 or lost is None:
-                raise failures.explained(error, max_failures) from error
-            log.warning("Ray Train could not keep its record; starting again from the latest checkpoint: %s", lost)
-    raise AssertionError("the last try returns or raises")
+            failure = failures.explained(error, max_failures)
+            if lost := failures.lost_storage(error):
+                left, said = left - 1, f"Ray Train could not keep its record ({lost})"
+            elif failures.known(error) is None:  # Train has counted to the end
+                left, said = -1, f"The workers were lost more than {max_failures} times"
+            else:
+                raise failure from error
 
 
 def board(run: str | None = None, kind: type = Board) -> Any:
