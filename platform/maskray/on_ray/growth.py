@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -51,7 +52,8 @@ class Wish:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        remove_placement_group(self._group)
+        with suppress(ray.exceptions.RayError):  # Ray removes it when the job ends; what else went wrong is worth more
+            remove_placement_group(self._group)
 
     def is_granted(self, seconds: float) -> bool:
         """Whether all have their places, within so many seconds."""
