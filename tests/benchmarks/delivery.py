@@ -156,8 +156,8 @@ def direct(spec: StreamSpec, data: DataConfig, folder: Path) -> Loader:
     def batches() -> Generator[int]:
         # What maskray sets for its execution must not reach those of others.
         with ray.data.DataContext.current(ray.data.DataContext.get_current().copy()):
-            (open_dataset,) = stream.datasets(spec, Storage(folder / "none"), 1, data).values()
-            units = open_dataset()
+            (segment,) = stream.datasets(spec, Storage(folder / "none"), 1, data).values()
+            units = segment().open()
         units.context.execution_options = stream.execution_options(data)
         rows = units.iter_batches(batch_size=None, prefetch_batches=data.prefetch_groups)
         for row in rows:

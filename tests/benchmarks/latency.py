@@ -74,8 +74,8 @@ def main() -> None:
 def first_batch(spec: StreamSpec, data: DataConfig, folder: Path) -> float:
     """Seconds to the first of a whole execution, which is then read to its end."""
     start = time.perf_counter()
-    (open_dataset,) = stream.datasets(spec, Storage(folder / "none"), 1, data).values()
-    units = open_dataset()
+    (segment,) = stream.datasets(spec, Storage(folder / "none"), 1, data).values()
+    units = segment().open()
     units.context.execution_options = stream.execution_options(data)
     first = 0.0
     for _ in units.iter_batches(batch_size=None, prefetch_batches=data.prefetch_groups):

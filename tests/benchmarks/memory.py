@@ -83,8 +83,8 @@ def read(rows: int) -> None:
     num_groups = rows // GROUP_ROWS
     config, spec = make_spec(dataset, global_batch=GROUP_ROWS, steps=num_groups, image_size=SIDE_PIXELS)
     with embedded.cluster(cpus=2, object_store_bytes=OBJECT_STORE_BYTES) as folder:
-        (open_dataset,) = stream.datasets(spec, Storage(folder / "none"), 1, config.data).values()
-        units = open_dataset()
+        (segment,) = stream.datasets(spec, Storage(folder / "none"), 1, config.data).values()
+        units = segment().open()
         units.context.execution_options = stream.execution_options(config.data)
         prefetch = config.data.prefetch_groups
         number = sum(1 for _ in units.iter_batches(batch_size=None, prefetch_batches=prefetch))

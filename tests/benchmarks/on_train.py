@@ -42,7 +42,7 @@ def arrivals(spec: StreamSpec, data: DataConfig, folder: Path, pause_seconds: fl
         run_config=ray.train.RunConfig(
             name=name, storage_path=str(folder), logging_config=ray.train.LoggingConfig(log_level="ERROR")
         ),
-        dataset_config=ray.train.DataConfig(execution_options=stream.execution_options(data)),
+        dataset_config=stream.DealingConfig(data),
         datasets=stream.datasets(spec, run, 1, data),
     )
     times: list[float] = trainer.fit().return_value

@@ -146,7 +146,7 @@ def _spec(passes: int, options: argparse.Namespace) -> tuple[StreamSpec, RunConf
 
 
 def _segments(passes: int, options: argparse.Namespace) -> dict[str, float]:
-    """What Train is given of a run, what it makes of that at each start of the workers, and sends to each of them."""
+    """What Train is given of a run, and makes of it at each start of the workers, and of each execution."""
     import ray
 
     from maskray.on_ray import stream
@@ -157,16 +157,18 @@ def _segments(passes: int, options: argparse.Namespace) -> dict[str, float]:
         ray.init(address="local", num_cpus=1, include_dashboard=False, _temp_dir=folder, logging_level="ERROR")
         run, workers = Storage(f"{folder}/run"), options.workers
         given_s, given = _timed(lambda: stream.datasets(spec, run, workers, config.data), 3)
-        some = dict(list(given.items())[:20])
-        open_s, opened = _timed(lambda: {name: make() for name, make in some.items()}, 2)
-        sent = len(pickle.dumps(opened)) / len(some)
+        start_s, started = _timed(lambda: {name: make() for name, make in given.items()}, 3)
+        open_s, opened = _timed(next(iter(started.values())).open, 3)
+        sizes = len(pickle.dumps(started)), len(pickle.dumps(opened))
         ray.shutdown()
     where = f"{options.images:.0e} images × {passes} passes, {workers} workers"
     return {
         f"{where}: executions of Ray Data": len(given),
         f"{where}: given to Train, ms": given_s * 1e3,
-        f"{where}: made at each start, s": open_s / len(some) * len(given),
-        f"{where}: sent to each worker, MB": sent * len(given) / 1e6,
+        f"{where}: made at each start of the workers, ms": start_s * 1e3,
+        f"{where}: sent then, to one process, MB": sizes[0] / 1e6,
+        f"{where}: one of them made, when it is near, s": open_s,
+        f"{where}: and sent, to one process, MB": sizes[1] / 1e6,
     }
 
 

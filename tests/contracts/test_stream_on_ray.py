@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 
 from maskray.config.resolve import resolve
 from maskray.data.local import LocalStream
@@ -27,17 +29,20 @@ pytestmark = pytest.mark.ray
 def delivered(
     spec: StreamSpec, run: Storage, data, workers: int, start_step: int, monkeypatch, last_waits_seconds: float = 0.0
 ) -> list[list[Unit]]:
-    """What each of `workers` readers of the splitters that Train uses gets; the last may wait behind its first row."""
+    """What each of `workers` readers gets, dealt as Train deals; the last may wait behind its first row."""
     monkeypatch.setattr(stream, "registered_step", lambda _: start_step)
-    shards = {}
-    for name, open_dataset in stream.datasets(spec, run, workers, data).items():
-        dataset = open_dataset()
-        dataset.context.execution_options = stream.execution_options(data)
-        shards[name] = dataset.streaming_split(workers, equal=True)
+    segments = {name: make() for name, make in stream.datasets(spec, run, workers, data).items()}
+    dealing, shards, lock = stream.DealingConfig(data), {}, threading.Lock()
     got: list[list[Unit]] = [[] for _ in range(workers)]
 
+    def shard(name: str, rank: int) -> ray.data.DataIterator:
+        with lock:
+            if name not in shards:
+                shards[name] = dealing.configure({name: segments[name]}, workers, None, None)
+        return shards[name][rank][name]
+
     def read(rank: int) -> None:
-        for unit in stream.units(spec, rank, workers, data, start_step, lambda name: shards[name][rank]):
+        for unit in stream.units(spec, rank, workers, data, start_step, partial(shard, rank=rank)):
             got[rank].append(unit._replace(images_NCHW=unit.images_NCHW.copy()))
             is_late = rank == workers - 1 and len(got[rank]) == 1
             time.sleep(last_waits_seconds if is_late else random.random() * 0.01)
@@ -173,3 +178,21 @@ def test_segments_are_the_same_for_each_number_of_workers_that_divides_a_step(ti
             bounds = [segments.bounds(i, start, workers) for i in range(len(segments.names))]
             assert bounds == [wanted.bounds(i, start, 4) for i in range(len(wanted.names))]
             assert [p for first, end in bounds for p in range(first, end)] == list(range(start, segments.end))
+
+
+def test_a_start_reads_the_record_once_and_makes_no_execution(tiny, tmp_path, monkeypatch):
+    """However many there are: made is one, and where its workers ask for it."""
+    config = tiny(optim={"steps": 900, "global_batch": 64}, data={"tasks_per_execution": 1, "groups_per_task": 4})
+    dataset = Dataset.open(config.data.path)
+    spec = StreamSpec.of(config, resolve(config, dataset.facts()), dataset)
+    starts, made = iter([0, 451]), []
+    monkeypatch.setattr(stream, "registered_step", lambda _: next(starts))
+    monkeypatch.setattr(ray.data, "range", lambda number, **_: made.append(number))
+    given = stream.datasets(spec, Storage(tmp_path), 2, config.data)
+    assert len(given) == 900
+    fresh = [make() for make in given.values()]
+    assert [segment.first for segment in fresh] == [4 * i for i in range(900)]
+    resumed = [make() for make in given.values()]
+    assert [segment.first for segment in resumed[451:]] == [4 * i for i in range(451, 900)]
+    assert {segment.num_units for segment in resumed[:451]} == {4}, "the spare ones alone"
+    assert not made

@@ -11,8 +11,9 @@ How the order is kept (each setting was needed; Ray 2.60):
 * The splitter holds back and cuts the last blocks of an execution: each ends with spare units that nobody reads.
 
 The plan is cut into segments, each one execution, many passes long where the data is small: Ray keeps a record for
-every task of an execution. The next one is opened while the last row groups of the one before are still read, because
-an execution takes seconds to start.
+every task of an execution. Train is given descriptions of them, however many; what Ray Data makes of one (a list of all
+its tasks) is made when the workers ask for it. They ask for the next while the last row groups of the one before are
+still read, because an execution takes seconds to start.
 
 Torch is imported by the functions that need it, and not above: a start through Train makes two processes, one after the
 other, that only pass this module's functions on, and importing torch takes longer than all else that they do.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -81,16 +82,68 @@ class Segments:
         return first, min((index + 1) * self.size, self.end)
 
 
-def datasets(
-    spec: StreamSpec, run: Storage, workers: int, data: DataConfig
-) -> dict[str, Callable[[], ray.data.Dataset]]:
-    """What Train is given: it calls each at every start of the workers, in the controller's process.
+@dataclass(frozen=True)
+class Segment:
+    """One execution of Ray Data, not made yet: Train keeps it as a dataset that it hands to `DataConfig.configure`."""
+
+    spec: StreamSpec
+    data: DataConfig
+    first: int
+    """The position that it starts at."""
+    num_units: int
+
+    def open(self) -> ray.data.Dataset:
+        """Make the execution's list of tasks; none of them runs yet."""
+        context = ray.data.DataContext.get_current()  # captured by what is made here
+        context.target_max_block_size = 1
+        context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = self.data.stall_seconds
+        offsets = ray.data.range(self.num_units, override_num_blocks=-(-self.num_units // self.data.groups_per_task))
+        if self.data.actors is None:
+            return offsets.map_batches(partial(_load, self.spec, self.first), batch_size=None)
+        pool = ray.data.ActorPoolStrategy(size=self.data.actors)
+        arguments = (self.spec, self.first)
+        return offsets.map_batches(_Loader, fn_constructor_args=arguments, compute=pool, batch_size=None)
+
+
+def datasets(spec: StreamSpec, run: Storage, workers: int, data: DataConfig) -> dict[str, Callable[[], Segment]]:
+    """What Train is given: it calls each, in order, at every start of the workers, in the controller's process.
 
     The number of workers is not told there: where it may change (`cluster.min_workers`) `workers` is the largest, and
     each that may come divides the row groups of a step, so that segments and their starts are the same for all.
     """
-    names = Segments.of(spec, workers, data).names
-    return {name: partial(_open_segment, spec, run, workers, data, i) for i, name in enumerate(names)}
+    segments, start = Segments.of(spec, workers, data), _Start(run)
+
+    def segment(index: int) -> Segment:
+        step = start.read() if index == 0 else start.step
+        first, end = segments.bounds(index, step * spec.groups_per_step, workers)
+        return Segment(spec, data, first, max(0, end - first) + 2 * workers)
+
+    return {name: partial(segment, i) for i, name in enumerate(segments.names)}
+
+
+class _Start:
+    """The step that Train resumes from, read once for all segments of a start."""
+
+    def __init__(self, run: Storage) -> None:
+        self._run, self.step = run, 0
+
+    def read(self) -> int:
+        self.step = registered_step(self._run)
+        return self.step
+
+
+class DealingConfig(ray.train.DataConfig):
+    """How Train deals a run's segments: each is opened when its workers ask for it, in the process that deals it."""
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__(execution_options=execution_options(data))
+
+    def configure(self, datasets: Mapping[str, Segment], *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        """Each worker's share of each."""
+        opened = {name: segment.open() for name, segment in datasets.items()}
+        shares: list[dict[str, Any]] = super().configure(opened, *args, **kwargs)
+        return shares
 
 
 def execution_options(data: DataConfig) -> ray.data.ExecutionOptions:
@@ -208,22 +261,6 @@ def registered_checkpoint(run: Storage) -> str | None:
     except FileNotFoundError:
         return None
     return str(latest["checkpoint_dir_name"]) if latest else None
-
-
-def _open_segment(spec: StreamSpec, run: Storage, workers: int, data: DataConfig, index: int) -> ray.data.Dataset:
-    # The driver's DataContext does not arrive here.
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = data.stall_seconds
-    start = registered_step(run) * spec.groups_per_step
-    first, last = Segments.of(spec, workers, data).bounds(index, start, workers)
-    num_units = max(0, last - first) + 2 * workers
-    offsets = ray.data.range(num_units, override_num_blocks=-(-num_units // data.groups_per_task))
-    if data.actors is None:
-        return offsets.map_batches(partial(_load, spec, first), batch_size=None)
-    pool = ray.data.ActorPoolStrategy(size=data.actors)
-    return offsets.map_batches(_Loader, fn_constructor_args=(spec, first), compute=pool, batch_size=None)
 
 
 class _Loader:

@@ -130,7 +130,7 @@ def _trainer(prepared: Prepared, told: Told, hook: Hook) -> TorchTrainer:
             checkpoint_score_order="max",
         ),
         kind,
-        dataset_config=ray.train.DataConfig(execution_options=stream.execution_options(config.data)),
+        dataset_config=stream.DealingConfig(config.data),
         # A killed hook is started again; what it waits for may be killed as it likes.
         validation_config=ray.train.ValidationConfig(hook, ray_remote_kwargs={"num_cpus": 0, "max_retries": -1}),
         datasets=stream.datasets(spec, prepared.run, config.cluster.workers, config.data) if on_ray else None,
