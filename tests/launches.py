@@ -167,11 +167,15 @@ class Launches:
             p for p in psutil.Process(process.pid).children(recursive=True) if p.pid not in self.killed and is_worker(p)
         ]
 
-    def final_weights(self) -> str:
-        """Digest of the weights in the checkpoint that Train has on record."""
+    def kept(self) -> Storage:
+        """The run's folder, wherever it is kept."""
         root = Storage(self.storage or self.folder / "runs")
         (name,) = [name for name in root.list_names() if name.startswith("kills-")]
-        run = root.child(name)
+        return root.child(name)
+
+    def final_weights(self) -> str:
+        """Digest of the weights in the checkpoint that Train has on record."""
+        run = self.kept()
         latest = json.loads(run.read_bytes("checkpoint_manager_snapshot.json"))["latest_checkpoint_result"]
         return hashlib.sha256(run.read_bytes(f"{latest['checkpoint_dir_name']}/{WEIGHTS}")).hexdigest()
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 
-from launches import PATIENCE_SECONDS, Launches, is_worker
+from launches import PATIENCE_SECONDS, ROOT, Launches, is_worker
 
 RESULTS = "MASKRAY_CHAOS_RESULTS"
 """In the environment: the file that gets a line of JSON for each case, for tests/chaos/RESULTS.md."""
@@ -25,8 +27,8 @@ class Outage:
 
     case: str
     workers: str
-    seconds: float
-    """From the end of the fault to the first step that is trained after it."""
+    seconds: float | None
+    """From the end of the fault until what it held up goes on; None where it held up nothing that can be timed."""
     steps_again: int
     weights: str
     """What the final ones are equal to, to the bit."""
@@ -35,10 +37,17 @@ class Outage:
 
     def note(self) -> None:
         """Into the table, where one is asked for."""
-        if place := os.environ.get(RESULTS):
-            Path(place).parent.mkdir(parents=True, exist_ok=True)
-            with Path(place).open("a") as file:
-                file.write(json.dumps(asdict(self)) + "\n")
+        note(asdict(self))
+
+
+def note(line: Mapping[str, object]) -> None:
+    """A line of JSON, with the time and the commit that it is of, into the file of the results, where one is named."""
+    if place := os.environ.get(RESULTS):
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
+        at = {"at": f"{datetime.now():%Y-%m-%d %H:%M}", "commit": commit}
+        with Path(place).open("a") as file:
+            file.write(json.dumps(dict(line) | at) + "\n")
 
 
 def processes(title: str) -> list[psutil.Process]:
@@ -72,6 +81,19 @@ def seconds_to_train(run: Launches, known: Iterable[psutil.Process]) -> float:
     trained = len(run.lines())
     wait_for(lambda: len(run.lines()) > trained, run)
     return time.monotonic() - start
+
+
+def longest_pause(run: Launches, steps: int) -> float:
+    """From now until all steps of the run are trained: the longest time in which none was."""
+    last, longest = run.last_step(), 0.0
+    at = start = time.monotonic()
+    while last < steps - 1:
+        assert time.monotonic() < start + PATIENCE_SECONDS, f"it does not end\n{run.output()}"
+        time.sleep(_LOOK_SECONDS)
+        if (step := run.last_step()) > last:
+            last, at = step, time.monotonic()
+        longest = max(longest, time.monotonic() - at)
+    return longest
 
 
 def kill_at_work(title: str, run: Launches) -> None:

@@ -65,11 +65,14 @@ def check_complete(run: Launches) -> None:
     assert positions == list(range(len(positions))), "an image was skipped or repeated"
 
 
-def note(case: str, workers: str, run: Launches, wanted: Quiet, seconds: float, weights: str = "quiet run") -> Outage:
+def note(
+    case: str, workers: str, run: Launches, wanted: Quiet, seconds: float | None, weights: str = "quiet run"
+) -> Outage:
     """A row of the table, which must hold what is promised."""
     found = run.metrics("pretrain/loss")
     gap = max(abs(value - wanted.losses[step]) for step, value in found.items())
-    outage = Outage(case, workers, round(seconds, 1), steps_again(run), weights, gap)
+    outage = Outage(case, workers, None if seconds is None else round(seconds, 1), steps_again(run), weights, gap)
     outage.note()
     assert gap <= MOST_LOSS_GAP
+    assert seconds is None or seconds <= MOST_SECONDS
     return outage

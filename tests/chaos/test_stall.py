@@ -1,14 +1,11 @@
 """What a checkpoint takes from the training loop while its upload, to a slow disk, goes on beside it."""
 
-import json
-import os
-from pathlib import Path
 from statistics import median
 
 import pytest
 
 from launches import SLOW
-from outages import RESULTS
+from outages import note
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -42,8 +39,6 @@ def test_a_checkpoint_stalls_training_for_less_than_a_step(launches):
         "wait_seconds": max(waits.values()),
         "interval_seconds": CHECKPOINT_STEPS * step,
     }
-    if place := os.environ.get(RESULTS):
-        with Path(place).open("a") as file:
-            file.write(json.dumps({"case": "checkpoint stall"} | found) + "\n")
+    note({"case": "checkpoint stall"} | found)
     assert CHECKPOINT_STEPS * step > 4 * DISK_SECONDS, "an upload took longer than the steps between two checkpoints"
     assert stall <= step, found

@@ -1,4 +1,4 @@
-"""Bad steps on Ray, and a driver that is killed between the record of one and the next start."""
+"""Bad steps on Ray: the run goes back and on without them, though its driver is killed in between."""
 
 import json
 import shutil
@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from outages import seconds_to_train, train_workers
+
+from .conftest import LOG_STEPS, ending, note
+
 pytestmark = pytest.mark.ray
 
-STEPS, LOG_STEPS = 40, 2
-BAD = {13: "nan", 26: "inf"}
+STEPS = 40
+BAD = {13: "nan", 26: "inf", 33: "8"}
+"""What the loss is multiplied by, with its gradients, at steps of the plan: two are not finite, and one leaps."""
+SPIKE = {"factor": 4.0, "window": 6}
 # Run at the start of every process, of Ray's too.
 PLANTER = """
 import importlib.util, sys
@@ -65,26 +71,40 @@ def test_it_ends_as_one_that_was_told_of_them_though_the_driver_is_killed_in_bet
     plant(quiet)  # and so is seen not to train on them
     assert quiet.finish(quiet.start()) == 0, quiet.output()
     assert {step for step, _ in quiet.ledger()} == set(range(STEPS)) - set(BAD)
+    wanted = ending(quiet)
 
     run = launches("bad", 2)
+    with_training(run, spike=SPIKE)
     plant(run)
     process = run.start()
     run.wait(process, lambda: record(run))
     run.kill(process)
     assert [each["step"] for each in record(run)] == [13]
     assert run.last_step() == 13, "it had gone on before it was killed"
-    assert run.finish(run.start()) == 0, run.output()
+    process = run.start()
+    seconds = {}
+    for num, step in enumerate(BAD, 1):
+        if num > 1:
+            known = train_workers()
+            run.wait(process, lambda num=num: len(record(run)) == num)
+            seconds[step] = seconds_to_train(run, known)
+        else:
+            run.wait_for_step(process, 18)
+    assert run.finish(process) == 0, run.output()
 
     assert [(each["step"], each["reason"], each["seen_at"]) for each in record(run)] == [
         (13, "non_finite", 14),
         (26, "non_finite", 28),
+        (33, "spike", 34),
     ]
-    assert [each["back_to"] for each in record(run)] == [12, 24]
-    assert run.final_weights() == quiet.final_weights()
-    assert without_the_bad(run.ledger()) == quiet.ledger()
+    assert [each["back_to"] for each in record(run)] == [12, 24, 32]
+    assert run.final_weights() == wanted.weights
+    assert without_the_bad(run.ledger()) == wanted.ledger
     assert run.status() == quiet.status() == "FINISHED"
     for key in ("pretrain/loss", "pretrain/skipped_steps"):
         assert run.metric_steps(key) == list(range(LOG_STEPS, STEPS + 1, LOG_STEPS))
+    note("a step that is not finite", "2", run, wanted, seconds[26], "quiet run with the same skip list")
+    note("a loss that leaps", "2", run, wanted, seconds[33], "quiet run with the same skip list")
 
 
 @pytest.mark.slow
