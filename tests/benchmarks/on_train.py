@@ -52,8 +52,9 @@ def arrivals(spec: StreamSpec, data: DataConfig, folder: Path, pause_seconds: fl
 def _take_all(settings: dict[str, Any]) -> list[float]:
     torch.set_num_threads(1)
     spec, pause = settings["spec"], settings["pause_seconds"]
-    context = RayContext(settings["data"], Storage(settings["run"]), on_ray=True)
     start = time.perf_counter()
+    share = stream.Share.of_worker(spec, settings["data"])
+    context = RayContext(settings["data"], Storage(settings["run"]), share)
     times: list[float] = []
     with context.units(spec, 0) as units:
         for _ in units:

@@ -42,7 +42,7 @@ def delivered(
         return shards[name][rank][name]
 
     def read(rank: int) -> None:
-        for unit in stream.units(spec, rank, workers, data, start_step, partial(shard, rank=rank)):
+        for unit in stream.Share(spec, rank, workers, data, start_step, partial(shard, rank=rank)).units():
             got[rank].append(unit._replace(images_NCHW=unit.images_NCHW.copy()))
             is_late = rank == workers - 1 and len(got[rank]) == 1
             time.sleep(last_waits_seconds if is_late else random.random() * 0.01)

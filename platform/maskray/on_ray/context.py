@@ -168,24 +168,26 @@ class RayContext(RayWorkerContext):
     Args:
         data: how the stream reaches the workers.
         run: the run's folder, Train's own.
-        on_ray: whether Ray Data decodes, or this worker's threads.
+        share: of the stream, where Ray Data decodes; None: this worker's threads decode.
         beat: see `local.open_units`.
     """
 
-    def __init__(self, data: DataConfig, run: Storage, *, on_ray: bool, beat: Callable[[], None] = unheard) -> None:
+    def __init__(
+        self, data: DataConfig, run: Storage, share: stream.Share | None, beat: Callable[[], None] = unheard
+    ) -> None:
         super().__init__(run)
-        self._data, self._on_ray, self._beat = data, on_ray, beat
+        self._data, self._share, self._beat = data, share, beat
 
     @contextmanager
     def units(self, spec: StreamSpec, start_step: int) -> Iterator[Iterator[Unit]]:
         """This worker's share of the plan."""
-        data = self._data
-        if self._on_ray:
-            with closing(stream.units(spec, self.rank, self.world_size, data, start_step)) as units:
+        if self._share is not None:
+            assert start_step == self._share.start_step, "it goes on from what Train has on record"
+            with closing(self._share.units()) as units:
                 yield units
             return
         place = {"rank": self.rank, "world_size": self.world_size, "start_step": start_step}
-        with local.open_units(spec, data, self.device, **place, beat=self._beat) as units:
+        with local.open_units(spec, self._data, self.device, **place, beat=self._beat) as units:
             yield units
 
     def leaving(self) -> int:

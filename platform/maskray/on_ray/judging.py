@@ -57,7 +57,7 @@ class JudgingContext(RayContext):
     """
 
     def __init__(self, config: RunConfig, settings: dict[str, Any]) -> None:
-        super().__init__(config.data, Storage(settings["run"]), on_ray=False, beat=self._sign_of_life)
+        super().__init__(config.data, Storage(settings["run"]), None, beat=self._sign_of_life)
         self.tracker = worker.tracker_of(settings, config, self.rank)
         self._config, self._settings = config, settings
         self._line: tuple[int, dict[str, float]] = (0, {})

@@ -29,6 +29,7 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -153,15 +154,10 @@ def execution_options(data: DataConfig) -> ray.data.ExecutionOptions:
     return ray.data.ExecutionOptions(preserve_order=True, resource_limits=limits)
 
 
-def units(
-    spec: StreamSpec,
-    rank: int,
-    workers: int,
-    data: DataConfig,
-    start_step: int,
-    shard_of: Callable[[str], ray.data.DataIterator] = ray.train.get_dataset_shard,
-) -> Generator[Unit]:
-    """A worker's units from `start_step` on.
+class Share:
+    """A worker's part of the stream, from where the run goes on.
+
+    Its first execution starts here, and takes about as long as what a worker still has to do before its first step.
 
     Args:
         spec: the stream.
@@ -171,33 +167,57 @@ def units(
         start_step: of the checkpoint that Train has on record.
         shard_of: gives this worker's share of a segment.
     """
-    segments = Segments.of(spec, workers, data)
-    start = start_step * spec.groups_per_step
-    bounds = {name: segments.bounds(i, start, workers) for i, name in enumerate(segments.names)}
-    names = [name for name, (first, end) in bounds.items() if first < end]
-    executions = [_Execution(partial(shard_of, name), data.prefetch_groups) for name in names]
-    in_flight = data.groups_per_task * int(ray.cluster_resources()["CPU"])
-    for index, (name, execution) in enumerate(zip(names, executions, strict=True)):
-        first, end = bounds[name]
-        following = executions[index + 1] if index + 1 < len(executions) else None
-        positions = range(first + (rank - first) % workers, end, workers)
-        with closing(execution.rows()) as rows:
-            since = time.monotonic()
-            # Positions first: so the spare units behind the last are not asked for.
-            for taken, (position, row) in enumerate(zip(positions, rows, strict=False), 1):
-                if following is not None:
-                    left = len(positions) - taken
-                    if left * (time.monotonic() - since) / taken < _PREPARE_SECONDS:
-                        following.prepare()
-                    # Not before the last tasks run: those of the next execution would take their CPUs.
-                    if left * workers <= in_flight:
-                        following.start()
-                if position >= start:
-                    yield _to_unit(row)
-        # This one began when all workers had asked for it, each of them while it read the one before: so every worker,
-        # however far behind, is past the one before that.
-        if rank == 0 and index > 1:
-            executions[index - 2].release()
+
+    def __init__(
+        self,
+        spec: StreamSpec,
+        rank: int,
+        workers: int,
+        data: DataConfig,
+        start_step: int,
+        shard_of: Callable[[str], ray.data.DataIterator] = ray.train.get_dataset_shard,
+    ) -> None:
+        self.start_step = start_step
+        self._rank, self._workers, self._start = rank, workers, start_step * spec.groups_per_step
+        self._in_flight = data.groups_per_task * int(ray.cluster_resources()["CPU"])
+        segments = Segments.of(spec, workers, data)
+        bounds = [segments.bounds(i, self._start, workers) for i in range(len(segments.names))]
+        named = [(name, each) for name, each in zip(segments.names, bounds, strict=True) if each[0] < each[1]]
+        self._bounds = [each for _, each in named]
+        self._executions = [_Execution(partial(shard_of, name), data.prefetch_groups) for name, _ in named]
+        if self._executions:
+            self._executions[0].start()
+
+    @classmethod
+    def of_worker(cls, spec: StreamSpec, data: DataConfig) -> Share:
+        """That of the worker of Ray Train which asks."""
+        context, found = ray.train.get_context(), ray.train.get_checkpoint()
+        start_step = 0 if found is None else step_of(Path(found.path).name)
+        return cls(spec, context.get_world_rank(), context.get_world_size(), data, start_step)
+
+    def units(self) -> Generator[Unit]:
+        """What this worker trains on, in order."""
+        rank, workers, executions = self._rank, self._workers, self._executions
+        for index, ((first, end), execution) in enumerate(zip(self._bounds, executions, strict=True)):
+            following = executions[index + 1] if index + 1 < len(executions) else None
+            positions = range(first + (rank - first) % workers, end, workers)
+            with closing(execution.rows()) as rows:
+                since = time.monotonic()
+                # Positions first: so the spare units behind the last are not asked for.
+                for taken, (position, row) in enumerate(zip(positions, rows, strict=False), 1):
+                    if following is not None:
+                        left = len(positions) - taken
+                        if left * (time.monotonic() - since) / taken < _PREPARE_SECONDS:
+                            following.prepare()
+                        # Not before the last tasks run: those of the next execution would take their CPUs.
+                        if left * workers <= self._in_flight:
+                            following.start()
+                    if position >= self._start:
+                        yield _to_unit(row)
+            # This one began when all workers had asked for it, each of them while it read the one before: so every
+            # worker, however far behind, is past the one before that.
+            if rank == 0 and index > 1:
+                executions[index - 2].release()
 
 
 class _Execution:

@@ -118,7 +118,7 @@ def _trainer(prepared: Prepared, told: Told, hook: Hook) -> TorchTrainer:
             "run": prepared.run.uri,
             "run_id": told.run_id,
             "tracking_uri": Hidden(told.tracking_uri),  # Train shows its workers' settings in Ray's dashboard
-            "on_ray": on_ray,
+            "stream": spec if on_ray else None,
             "board": told.board,
         },
         config.cluster,

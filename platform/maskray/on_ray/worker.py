@@ -1,18 +1,24 @@
-"""What each of Ray Train's workers runs. A module of its own: a worker need not import what the driver does."""
+"""What each of Ray Train's workers runs. A module of its own: a worker need not import what the driver does.
+
+What takes seconds to import is imported by the functions that need it: the stream takes as long to start, and starts
+before.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import BadStepError
-from maskray.on_ray.context import RayContext
-from maskray.pretrain import pretrain
+from maskray.on_ray import stream
 from maskray.tracking.base import Fanout, Observer, Tracker
+
+if TYPE_CHECKING:
+    from maskray.on_ray.context import RayContext
 
 _BOARD_SECONDS = 5.0
 
@@ -21,12 +27,18 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     """Pretrain; the return value is the driver's to read."""
     tell_driver(settings["board"])
     config = RunConfig.model_validate(settings["config"])
-    context = RayContext(config.data, Storage(settings["run"]), on_ray=settings["on_ray"])
+    spec = settings["stream"]
+    share = None if spec is None else stream.Share.of_worker(spec, config.data)
+    from maskray.on_ray.context import RayContext
+
+    context = RayContext(config.data, Storage(settings["run"]), share)
     return train(config, context, tracker_of(settings, config, context.rank))
 
 
 def train(config: RunConfig, context: RayContext, tracker: Tracker) -> dict[str, Any]:
     """As `run`, in a context; the tracker is closed."""
+    from maskray.pretrain import pretrain
+
     stored = False
     try:
         pretrain(config, context, tracker)
