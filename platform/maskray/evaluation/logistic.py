@@ -3,6 +3,8 @@
 Features are standardised with the mean and std of all training features (labels play no part in that), then fitted by
 scikit-learn's logistic regression: multinomial, L2 with C = 1, L-BFGS. With 5 labels a class the penalty matters less
 than the draw, so it is not tuned: a number that was tuned on the test rows would be worth nothing.
+
+scikit-learn is imported by the functions that need it: each launch imports this module, and takes a second less.
 """
 
 from __future__ import annotations
@@ -13,9 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from maskray import draws
 from maskray.errors import DataError
@@ -117,11 +116,16 @@ def full_correct(
 
 def standardised(train_features: Features, test_features: Features) -> tuple[Features, Features]:
     """Both by mean and std of all training features (N, D), labels play no part; a constant one keeps its scale."""
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(train_features)
     return scaler.transform(train_features), scaler.transform(test_features)
 
 
 def _fit_and_judge(train: Any, train_labels: Labels, test: Any, test_labels: Labels) -> Correct:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     regression = LogisticRegression(C=PENALTY_C, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)

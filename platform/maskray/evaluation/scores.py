@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 from maskray.evaluation.logistic import Correct
 
@@ -57,5 +56,7 @@ def score(evaluation: str, features: str, draws: Sequence[Correct], note: str = 
 
 def interval(accuracy: float, num_rows: int) -> tuple[float, float]:
     """95 % interval of an accuracy over test rows as these (Wilson 1927)."""
+    from scipy.stats import binomtest  # half a second, which no launch needs to wait for
+
     found = binomtest(round(accuracy * num_rows), num_rows).proportion_ci(CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)
