@@ -204,8 +204,9 @@ class Launches:
         return str(self._tracked()[1].info.status)
 
     def metric_steps(self, key: str) -> list[int]:
+        """Ascending, each as often as it is stored."""
         client, run = self._tracked()
-        return [m.step for m in client.get_metric_history(run.info.run_id, key)]
+        return sorted(m.step for m in client.get_metric_history(run.info.run_id, key))  # MLflow sorts by time
 
     def metrics(self, key: str) -> dict[int, float]:
         """By step."""
