@@ -306,11 +306,19 @@ class Storage:
                 raise
             if verb == "read" and s3.is_not_there(error):
                 raise FileNotFoundError(errno.ENOENT, str(error)) from error
-            unreachable = not self.is_local and s3.is_passing(error)
-            kind = UnreachableError if unreachable else StorageError
-            raise kind(
-                f"cannot {verb} {self._place(name)}", found=str(error), fix=_advice(error, self.is_local, unreachable)
-            ) from error
+            raise self.error(f"cannot {verb} {self._place(name)}", error) from error
+
+    def error(self, problem: str, cause: OSError, *, key: str | None = None) -> StorageError:
+        """What to raise where this place could not be used, with what to do.
+
+        Args:
+            problem: what could not be done.
+            cause: what it met.
+            key: what names the place to a user.
+        """
+        unreachable = not self.is_local and s3.is_passing(cause)
+        kind = UnreachableError if unreachable else StorageError
+        return kind(problem, key=key, found=str(cause), fix=_advice(cause, self.is_local, unreachable))
 
     def _place(self, name: str) -> str:
         return self.join(name) if name else self.uri

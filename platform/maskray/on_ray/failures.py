@@ -9,6 +9,7 @@ import ray
 import ray.train
 from ray.train import ControllerError
 
+from maskray.data.storage import Storage
 from maskray.errors import MaskrayError, StorageError, TrainingError
 
 # Under these names the errors of Ray keep what they are about.
@@ -38,7 +39,7 @@ def known(error: BaseException) -> MaskrayError | TrainingError | None:
     return None
 
 
-def lost_storage(error: BaseException) -> BaseException | None:
+def lost_storage(error: BaseException) -> OSError | StorageError | None:
     """What ended Train's controller, where that is a request to the place of its record: its own are not tried again.
 
     None where it is something else.
@@ -49,6 +50,26 @@ def lost_storage(error: BaseException) -> BaseException | None:
     if mistake is not None:
         return mistake if isinstance(mistake, StorageError) else None
     return next((cause for cause in _causes(error, set()) if isinstance(cause, OSError)), None)
+
+
+def of_record(lost: OSError | StorageError, run: Storage) -> StorageError:
+    """What to tell of a record of Train's that could not be kept.
+
+    Args:
+        lost: as `lost_storage` finds it.
+        run: folder of the run.
+    """
+    if isinstance(lost, StorageError):
+        return lost
+    return run.error("Ray Train could not keep its record of the checkpoints", lost, key="storage.path")
+
+
+def how_lost(error: BaseException) -> str:
+    """What became of an actor, in words."""
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "was ended by Ray's memory monitor, since its node is short of memory"
+    unheard = isinstance(error, ray.exceptions.ActorUnavailableError)
+    return "did not answer any more, and was ended" if unheard else "died"
 
 
 def explained(error: BaseException, max_failures: int) -> Exception:

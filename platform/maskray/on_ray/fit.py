@@ -6,12 +6,18 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import ray
 import ray.train
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import (
+    DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+    get_env_vars_to_propagate,
+)
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from maskray.config.schema import ClusterConfig
@@ -24,6 +30,23 @@ from maskray.on_ray.board import Board
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS, _READ_SECONDS = 0.5, 5.0
+LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""As Ray raises it where an actor was lost. One that its memory monitor has ended is none of the first kind."""
+
+
+class Starting(Protocol):
+    """One start of Ray Train."""
+
+    def fit(self) -> Any:
+        """Train to the end, or to what ends it."""
+        ...
+
+    def clear(self) -> None:
+        """Take away what is left of a controller that was lost. One that Ray does not hear of may live: it is ended."""
+        ...
+
+
+Kind = TypeVar("Kind", bound=TorchTrainer)
 
 
 class Trainer(TorchTrainer):
@@ -33,12 +56,28 @@ class Trainer(TorchTrainer):
     has such a group removed by `clear`, and Ray removes those of a driver that is gone.
     """
 
+    _controller: Any = None
+
+    def clear(self) -> None:
+        """See `Starting`."""
+        if self._controller is not None:
+            ray.kill(self._controller)
+        orphans.remove(self.train_run_context.run_id)
+
     def _create_default_callbacks(self) -> list[Any]:
         return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
-    def clear(self) -> None:
-        """Take away what its controller has left, which has died."""
-        orphans.remove(self.train_run_context.run_id)
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        """As Ray has it, whose own keeps no hold of the controller, by which it could be ended."""
+        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        variables = {
+            RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+            **get_env_vars_to_propagate(),
+        }
+        make = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})(TrainController)
+        self._controller = make.remote(**arguments)
+        ray.get(self._controller.run.remote())
+        return ray.get(self._controller.get_result.remote())
 
 
 def trainer(
@@ -48,9 +87,9 @@ def trainer(
     root: Storage,
     name: str,
     checkpoints: ray.train.CheckpointConfig,
-    kind: Callable[..., TorchTrainer] = Trainer,
+    kind: Callable[..., Kind] = Trainer,
     **data: Any,
-) -> TorchTrainer:
+) -> Kind:
     """A trainer, of a kind.
 
     Args:
@@ -87,7 +126,7 @@ def trainer(
 
 
 def fitted(
-    make: Callable[[], TorchTrainer],
+    make: Callable[[], Starting],
     run: Storage,
     max_failures: int,
     is_judged: record.IsJudged = record.nothing_is_judged,
@@ -103,6 +142,7 @@ def fitted(
 
     Raises:
         MaskrayError: a mistake that only the workers could see (a damaged shard, a checkpoint that does not fit).
+        StorageError: Train could not keep its record there, and too often.
         TrainingError: the workers, or the controller, were lost too often.
     """
     reached, left, said = -1, max_failures, ""
@@ -115,18 +155,19 @@ def fitted(
             raise failure
         if said:
             log.warning("%s; starting again from the latest checkpoint", said)
+        started = make()
         try:
             # In the main thread Train would put a handler in place by which Ctrl-C ends with exit code 0.
-            started = make()
             return background.call("maskray-fit", started.fit).result().return_value
-        except ray.exceptions.ActorDiedError as error:
-            failure = TrainingError(f"Ray Train's controller died too often: {error}")
-            left, said = left - 1, "Ray Train's controller died"
-            if isinstance(started, Trainer):  # others draw on a group that is not theirs
-                started.clear()
+        except LOST as error:
+            said = f"Ray Train's controller {failures.how_lost(error)}"
+            failure = TrainingError(f"{said}, and it was lost too often: {error}")
+            left -= 1
+            started.clear()
         except ray.train.TrainingFailedError as error:
             failure = failures.explained(error, max_failures)
             if lost := failures.lost_storage(error):
+                failure = failures.of_record(lost, run)
                 left, said = left - 1, f"Ray Train could not keep its record ({lost})"
             elif failures.known(error) is None:  # Train has counted to the end
                 left, said = -1, f"The workers were lost more than {max_failures} times"

@@ -77,6 +77,12 @@ class Trainer(TorchTrainer):
             if self._controller is not None:
                 ray.kill(self._controller)
 
+    def clear(self) -> None:
+        """See `fit.Starting`. The group is not ours."""
+        with self._lock:
+            if self._controller is not None:
+                ray.kill(self._controller)
+
     def _create_default_callbacks(self) -> list[Any]:
         idle = (PlacementGroupCleanerCallback, *([] if self.datasets else [DatasetsCallback]))
         return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
@@ -95,7 +101,7 @@ class Trainer(TorchTrainer):
         try:
             ray.get(self._controller.run.remote())
             return ray.get(self._controller.get_result.remote())
-        except ray.exceptions.RayActorError as error:
+        except fit.LOST as error:
             if self._ended:  # nothing is to be started again
                 raise _from_outside() from error
             raise
