@@ -1,6 +1,12 @@
 """What is secret, and texts without it."""
 
+import ast
+import dataclasses
+import importlib
 import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -161,6 +167,43 @@ def test_what_ray_shows_of_its_settings_is_without():
     assert PASSWORD not in f"{hidden} {hidden!r}"
     assert pickle.loads(pickle.dumps(hidden)).text == WITH_CREDENTIALS[0]
     assert PASSWORD not in repr(Store(WITH_CREDENTIALS[0], "1", "maskray"))
+
+
+SHOWN_WHERE_IT_IS_MADE = {"maskray.launch.Summary"}
+"""What it has of MLflow's URI is for the terminal, and has no password."""
+
+
+def is_a_uri(field: str) -> bool:
+    return field == "tracking" or field.endswith("uri")
+
+
+def classes_with_a_uri() -> Iterator[str]:
+    """Of plain data, by their source: whoever prints one, or an error that holds it, prints its fields."""
+    package = Path(importlib.import_module("maskray.credentials").__file__ or "").parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and "dataclass" in "".join(map(ast.unparse, node.decorator_list)):
+                fields = [ast.unparse(each.target) for each in node.body if isinstance(each, ast.AnnAssign)]
+                if any(map(is_a_uri, fields)):
+                    room = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+                    yield f"{room}.{node.name}"
+
+
+WITH_A_URI = sorted(set(classes_with_a_uri()) - SHOWN_WHERE_IT_IS_MADE)
+
+
+def test_those_with_a_uri_are_found():
+    assert {"maskray.on_ray.probe.Told", "maskray.tracking.mlflow_store.Store"} <= set(WITH_A_URI)
+
+
+@pytest.mark.parametrize("name", WITH_A_URI)
+def test_plain_data_with_a_uri_is_printed_without(name: str):
+    room, _, kind = name.rpartition(".")
+    made: Any = getattr(importlib.import_module(room), kind)
+    texts: dict[str, Any] = {each.name: "x" for each in dataclasses.fields(made)}
+    for each in (e for e in dataclasses.fields(made) if is_a_uri(e.name)):
+        texts[each.name] = Hidden(WITH_CREDENTIALS[0]) if "Hidden" in str(each.type) else WITH_CREDENTIALS[0]
+    assert PASSWORD not in repr(made(**texts))
 
 
 @pytest.mark.parametrize("uri", [f"s3://AKIA:{PASSWORD}@bucket/x", f"s3://bucket/x?secret_key={PASSWORD}"])

@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from maskray.config.schema import RunConfig
+from maskray.credentials import Hidden
 from maskray.data.storage import Storage
 from maskray.errors import MaskrayError, TrackingError
 from maskray.on_ray.stream import SNAPSHOT
@@ -36,7 +37,8 @@ Judge = Callable[[RunConfig, Storage, "Told"], float]
 class Told:
     """Where a run is tracked, and shown."""
 
-    tracking_uri: str
+    tracking: Hidden
+    """MLflow's URI."""
     run_id: str
     board: Any
 
@@ -56,11 +58,11 @@ def judge(config: RunConfig, weights: Storage, told: Told) -> float:
     os.nice(_NICE)
     settle_probe(config)
     device = torch.device("cuda" if config.probe.gpus else "cpu")
-    first = not mlflow_runs.has_metric(told.tracking_uri, told.run_id, f"probe/{config.probe.best_by}")
+    first = not mlflow_runs.has_metric(told.tracking.text, told.run_id, f"probe/{config.probe.best_by}")
     with checkpoint.on_disk(weights) as folder:
         found = judgement.probe(config, folder, device, first=first)
     weights.write_bytes(folders.PROBE, judgement.note(config, found[-1]))
-    tracker = MlflowTracker(told.tracking_uri, told.run_id)
+    tracker = MlflowTracker(told.tracking.text, told.run_id)
     for each in found:
         each.tell(tracker)
     if (scores := found[-1].scores) is not None:
@@ -117,7 +119,7 @@ class Hook:
 
         text = f"The probe at step {step} came to nothing: {why}"
         self.told.board.warn.remote(text)
-        tracker = MlflowTracker(self.told.tracking_uri, self.told.run_id)
+        tracker = MlflowTracker(self.told.tracking.text, self.told.run_id)
         tracker.event("probe_failed", text)
         tracker.close(_STORE_SECONDS)
 

@@ -68,7 +68,7 @@ class RayLauncher:
         board = self._board
         line = ProgressLine(prepared.plan.total_steps)
         with probe.set_aside(config) as place, closing(line), followed(board, line.update):
-            told = Told(prepared.store.uri, run_id, board)
+            told = Told(Hidden(prepared.store.uri), run_id, board)
             hook = Hook(written(config), prepared.run, told, place, self._probe)
             trainer = partial(_trainer, prepared, told, hook)
             is_judged = partial(_is_judged, prepared)
@@ -117,7 +117,7 @@ def _trainer(prepared: Prepared, told: Told, hook: Hook) -> TorchTrainer:
             "config": written(config),
             "run": prepared.run.uri,
             "run_id": told.run_id,
-            "tracking_uri": Hidden(told.tracking_uri),  # Train shows its workers' settings in Ray's dashboard
+            "tracking_uri": told.tracking,  # Train shows its workers' settings in Ray's dashboard
             "stream": spec if on_ray else None,
             "board": told.board,
         },

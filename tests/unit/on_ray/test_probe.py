@@ -9,6 +9,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.context import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
+from maskray.credentials import Hidden
 from maskray.data.storage import Storage
 from maskray.on_ray.probe import Hook, Told, waiting_after
 from maskray.training.folders import NO_SCORE, SCORE, folder_name
@@ -49,7 +50,7 @@ class Board:
 def hook(run: Path, store, config) -> tuple[Hook, Board, str]:
     run_id = store.client().create_run(store.experiment_id).info.run_id
     board = Board()
-    told = Told(store.uri, run_id, board)
+    told = Told(Hidden(store.uri), run_id, board)
     return Hook(config.model_dump(mode="json"), Storage(run), told, None, pytest.fail), board, run_id
 
 
