@@ -27,6 +27,7 @@ from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.errors import CheckpointError, MaskrayError, StorageError, TrackingError
+from maskray.evaluation import untold
 from maskray.evaluation.judgement import Judgement, Scores, Verdict, first_images
 from maskray.evaluation.logistic import Accuracy
 from maskray.models.build import build_normalize, initial_model, weightless_model
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 FINISHED, LAUNCHER, DATASET = "finished.json", "launcher", "dataset"
 HOST_TAG = "maskray.host"
 _CHECKED_BYTES = 2**30
-_TELL_SECONDS = 10.0
+_TELL_SECONDS, _UNTOLD_SECONDS = 10.0, 30.0
 _SUMMARY_VERSION = 2
 
 
@@ -226,6 +227,7 @@ def launch(prepared: Prepared, launcher: Launcher) -> Summary:
             start = time.monotonic()
             prepared = _trained(prepared, launcher, run_id)
             seconds = time.monotonic() - start
+            _tell_what_probes_found(prepared, run_id)
             verdict = launcher.judge(prepared) if prepared.config.probe.enabled else None
             if verdict is not None:
                 _tell(prepared, run_id, verdict)
@@ -243,6 +245,16 @@ def _trained(prepared: Prepared, launcher: Launcher, run_id: str) -> Prepared:
 
     tell, newest_step = partial(_tell_rewinds, prepared, run_id), partial(launcher.newest_step, prepared)
     return replace(prepared, config=rewinds.until_trained(prepared.config, prepared.run, train, newest_step, tell))
+
+
+def _tell_what_probes_found(prepared: Prepared, run_id: str) -> None:
+    """What MLflow had not taken by the way: before the last judgement, since it takes steps in their order.
+
+    Raises:
+        TrackingError: it does not take it now.
+    """
+    if not untold.tell(prepared.run, lambda: MlflowTracker(prepared.store.uri, run_id), _UNTOLD_SECONDS):
+        raise unstored_metrics()
 
 
 def _tell_rewinds(prepared: Prepared, run_id: str, known: Sequence[Rewind]) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,9 @@ from mlflow.entities import Run
 
 from maskray.bare import BareLauncher
 from maskray.config.schema import RunConfig
+from maskray.credentials import Hidden
 from maskray.data.storage import Storage
+from maskray.evaluation import untold
 from maskray.launch import launch, prepare
 from maskray.on_ray import probe
 from maskray.on_ray.probe import Told
@@ -28,6 +31,8 @@ from maskray.training.folders import PROBE, step_of
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 STEPS, EVERY = 28, 4
+TRACKED = {16: Hidden("http://127.0.0.1:9")}
+"""To this probe alone MLflow is away: the launch tells what it found."""
 KEYS = ("probe/few_labels", "probe/all_labels", "probe/knn")
 
 
@@ -74,7 +79,8 @@ def test_probes_that_die_harm_nothing_and_those_that_live_decide_what_is_kept(
     killed = tmp_path / "killed"
 
     def some_die(config: RunConfig, weights: Storage, told: Told) -> float:
-        match step_of(weights.uri.rpartition("/")[2]):
+        step = step_of(weights.uri.rpartition("/")[2])
+        match step:
             case 4:
                 os.kill(os.getpid(), signal.SIGKILL)
             case 8:
@@ -90,7 +96,7 @@ def test_probes_that_die_harm_nothing_and_those_that_live_decide_what_is_kept(
                     hook.kill()
                     time.sleep(60)
                 return 0.0
-        return probe.judge(config, weights, told)
+        return probe.judge(config, weights, replace(told, tracking=TRACKED.get(step, told.tracking)))
 
     launch(prepare(run("ray")), RayLauncher(probe=some_die))
     launch(prepare(run("bare")), BareLauncher())
@@ -110,6 +116,8 @@ def test_probes_that_die_harm_nothing_and_those_that_live_decide_what_is_kept(
         assert curve(on_ray, key) == {step: curve(bare, key)[step] for step in (0, 16, STEPS)}
     assert set(kept(on_ray)) == {16, 20, STEPS}
     assert (kept(on_ray)[16] / PROBE).read_bytes() == expected_note(bare)
+    (folder,) = on_ray.glob("tiny-*")
+    assert untold.names(Storage(folder)) == []
 
 
 def expected_note(bare: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from maskray.bare import BareLauncher
 from maskray.cli.pretrain import show
 from maskray.config.schema import RunConfig
 from maskray.data import lease
-from maskray.errors import ClusterError, ConfigError
+from maskray.errors import ClusterError, ConfigError, TrackingError
+from maskray.evaluation import untold
 from maskray.launch import Prepared, Summary
 
 
@@ -77,3 +79,19 @@ def test_credentials_in_a_config_are_refused_and_not_repeated(tiny: Callable[...
     with pytest.raises(ConfigError, match=r"credentials .*Found: s3://.*AWS_SECRET_ACCESS_KEY") as caught:
         launch.prepare(tiny(storage={"path": path}))
     assert "hidden" not in str(caught.value)
+
+
+def test_what_probes_have_found_and_nobody_told_is_told_when_training_ends(prepared: Prepared, monkeypatch):
+    found = untold.Untold()
+    found.log({"probe/knn": 0.5}, 4)
+    found.keep(prepared.run, "step_000000004-a")
+    run_id = prepared.store.client().create_run(prepared.store.experiment_id).info.run_id
+    monkeypatch.setattr(launch, "_UNTOLD_SECONDS", 0.2)
+    away = replace(prepared, store=replace(prepared.store, uri="http://127.0.0.1:9"))
+    with pytest.raises(TrackingError, match="has not taken all of its metrics"):
+        launch._tell_what_probes_found(away, run_id)
+    monkeypatch.undo()
+    for _ in range(2):
+        launch._tell_what_probes_found(prepared, run_id)
+        (point,) = prepared.store.client().get_metric_history(run_id, "probe/knn")
+        assert (point.step, point.value) == (4, 0.5)

@@ -7,6 +7,7 @@ comes of it is a note; a hook that died so would end the run.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +23,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from maskray.config.schema import RunConfig
 from maskray.credentials import Hidden
 from maskray.data.storage import Storage
-from maskray.errors import MaskrayError, TrackingError
+from maskray.errors import MaskrayError
+from maskray.evaluation import untold
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.training import folders
 
-_STORE_SECONDS = 60.0
+log = logging.getLogger(__name__)
+
+_STORE_SECONDS = 10.0
 _NICE = 10  # where CPUs are short, it is the probe that waits, and not the workers or Ray's own processes
 
 Judge = Callable[[RunConfig, Storage, "Told"], float]
@@ -35,12 +39,20 @@ Judge = Callable[[RunConfig, Storage, "Told"], float]
 
 @dataclass(frozen=True)
 class Told:
-    """Where a run is tracked, and shown."""
+    """Where a run is kept, tracked and shown."""
 
     tracking: Hidden
     """MLflow's URI."""
     run_id: str
     board: Any
+    run: Storage
+    """The run's folder: what is told lies there until MLflow has it."""
+
+    def tell(self) -> None:
+        """Tell MLflow all that is kept for it, if it answers soon: the next probe waits for this one."""
+        from maskray.tracking.mlflow_tracker import MlflowTracker
+
+        untold.tell(self.run, lambda: MlflowTracker(self.tracking.text, self.run_id), _STORE_SECONDS)
 
 
 def judge(config: RunConfig, weights: Storage, told: Told) -> float:
@@ -51,24 +63,25 @@ def judge(config: RunConfig, weights: Storage, told: Told) -> float:
     from maskray.on_ray.worker import tell_driver
     from maskray.pretrain import settle_probe
     from maskray.tracking import mlflow_runs
-    from maskray.tracking.mlflow_tracker import MlflowTracker
     from maskray.training import checkpoint
 
     tell_driver(told.board)
     os.nice(_NICE)
     settle_probe(config)
     device = torch.device("cuda" if config.probe.gpus else "cpu")
-    first = not mlflow_runs.has_metric(told.tracking.text, told.run_id, f"probe/{config.probe.best_by}")
+    begun = bool(untold.names(told.run)) or mlflow_runs.has_metric(
+        told.tracking.text, told.run_id, f"probe/{config.probe.best_by}"
+    )
     with checkpoint.on_disk(weights) as folder:
-        found = judgement.probe(config, folder, device, first=first)
-    weights.write_bytes(folders.PROBE, judgement.note(config, found[-1]))
-    tracker = MlflowTracker(told.tracking.text, told.run_id)
+        found = judgement.probe(config, folder, device, first=not begun)
+    kept = untold.Untold()
     for each in found:
-        each.tell(tracker)
+        each.tell(kept)
+    kept.keep(told.run, weights.address[0].rpartition("/")[2])  # before the note, by which it counts as judged
+    weights.write_bytes(folders.PROBE, judgement.note(config, found[-1]))
     if (scores := found[-1].scores) is not None:
         told.board.probed.remote(scores.metrics())
-    if not tracker.close(config.probe.limit_seconds):
-        raise TrackingError("MLflow did not take what the probe found", found=weights.join(folders.PROBE))
+    told.tell()
     return folders.score_of(weights.read_bytes)
 
 
@@ -78,8 +91,6 @@ class Hook:
 
     config: Mapping[str, Any]
     """Of the run, as plain data."""
-    run: Storage
-    """Its folder."""
     told: Told
     place: PlacementGroup | None
     """None: on whatever is free."""
@@ -90,8 +101,8 @@ class Hook:
         name, config = Path(checkpoint.path).name, RunConfig.model_validate(self.config)
         if not config.training.probes or not config.probe.enabled:  # of an earlier launch, that had probes
             return {}
-        if (newer := waiting_after(self.run, name)) > config.probe.waiting:
-            self._note(folders.step_of(name), f"left out, since {newer} newer ones were waiting (probe.waiting)")
+        if (newer := waiting_after(self.told.run, name)) > config.probe.waiting:
+            self._note(name, f"left out, since {newer} newer ones were waiting (probe.waiting)")
             return {}
         task = ray.remote(
             num_cpus=config.probe.cpus,
@@ -101,7 +112,7 @@ class Hook:
             # cuBLAS wants it where kernels are deterministic.
             runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}},
         )(self.judge)
-        child = task.options(name=f"maskray-probe-{name}").remote(config, self.run.child(name), self.told)
+        child = task.options(name=f"maskray-probe-{name}").remote(config, self.told.run.child(name), self.told)
         try:
             done, _ = ray.wait([child], timeout=config.probe.limit_seconds)
             if not done:
@@ -110,18 +121,25 @@ class Hook:
             return {folders.SCORE: float(ray.get(child))}
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
             cause = getattr(error, "cause", None) or error  # without the traceback of another process
-            self._note(folders.step_of(name), f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+            self._note(name, f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
         # It may have left its note before it ended.
-        return {folders.SCORE: folders.score_of(self.run.child(name).read_bytes)}
+        return {folders.SCORE: self._score(name)}
 
-    def _note(self, step: int, why: str) -> None:
-        from maskray.tracking.mlflow_tracker import MlflowTracker
-
-        text = f"The probe at step {step} came to nothing: {why}"
+    def _note(self, name: str, why: str) -> None:
+        run, step, note = self.told.run, folders.step_of(name), untold.Untold()
+        came_to = "came to nothing" if self._score(name) == folders.NO_SCORE else "has its scores, but did not end well"
+        text = f"The probe at step {step} {came_to}: {why}"
         self.told.board.warn.remote(text)
-        tracker = MlflowTracker(self.told.tracking.text, self.told.run_id)
-        tracker.event("probe_failed", text)
-        tracker.close(_STORE_SECONDS)
+        note.event("probe_failed", text)
+        try:
+            note.keep(run, f"{name}-note")
+            self.told.tell()
+        except MaskrayError as error:  # the board has heard of it
+            log.warning("MLflow does not hear of it: %s", error)
+
+    def _score(self, name: str) -> float:
+        """As far as its note says."""
+        return folders.score_of(self.told.run.child(name).read_bytes)
 
 
 def waiting_after(run: Storage, name: str) -> int:

@@ -68,8 +68,8 @@ class RayLauncher:
         board = self._board
         line = ProgressLine(prepared.plan.total_steps)
         with probe.set_aside(config) as place, closing(line), followed(board, line.update):
-            told = Told(Hidden(prepared.store.uri), run_id, board)
-            hook = Hook(written(config), prepared.run, told, place, self._probe)
+            told = Told(Hidden(prepared.store.uri), run_id, board, prepared.run)
+            hook = Hook(written(config), told, place, self._probe)
             trainer = partial(_trainer, prepared, told, hook)
             is_judged = partial(_is_judged, prepared)
             outcome = fit.fitted(trainer, prepared.run, config.cluster.max_failures, is_judged)

@@ -27,8 +27,8 @@ from mlflow.exceptions import MlflowException
 from maskray.errors import TrackingError
 from maskray.tracking.commit import commit_of
 from maskray.tracking.mlflow_store import Store as Store
+from maskray.tracking.mlflow_store import check_answers, reason, shown
 from maskray.tracking.mlflow_store import open_store as open_store
-from maskray.tracking.mlflow_store import reason, shown
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +165,9 @@ def find_run(store: Store, fingerprint: str) -> str | None:
 
 
 def has_metric(uri: str, run_id: str, key: str) -> bool:
-    """Whether a run has a point of a metric; no, where MLflow does not answer."""
+    """Whether a run has a point of a metric; no, where MLflow does not answer within seconds."""
     try:
+        check_answers(uri)
         return key in MlflowClient(tracking_uri=uri, registry_uri=uri).get_run(run_id).data.metrics
     except MlflowException as error:
         log.warning("MLflow does not say what it has: %s", shown(str(error)))

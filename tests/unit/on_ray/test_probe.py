@@ -1,6 +1,7 @@
 """The hook that waits for a probe, without a cluster: what it leaves out. The rest is in `integration`."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from maskray.credentials import Hidden
 from maskray.data.storage import Storage
+from maskray.evaluation import untold
+from maskray.on_ray import probe
 from maskray.on_ray.probe import Hook, Told, waiting_after
-from maskray.training.folders import NO_SCORE, SCORE, folder_name
+from maskray.training.folders import NO_SCORE, PROBE, SCORE, folder_name
 
 STEPS = (4, 8, 12, 16)
 
@@ -50,8 +53,8 @@ class Board:
 def hook(run: Path, store, config) -> tuple[Hook, Board, str]:
     run_id = store.client().create_run(store.experiment_id).info.run_id
     board = Board()
-    told = Told(Hidden(store.uri), run_id, board)
-    return Hook(config.model_dump(mode="json"), Storage(run), told, None, pytest.fail), board, run_id
+    told = Told(Hidden(store.uri), run_id, board, Storage(run))
+    return Hook(config.model_dump(mode="json"), told, None, pytest.fail), board, run_id
 
 
 def test_train_keeps_all_that_wait(run: Path):
@@ -70,6 +73,23 @@ def test_a_probe_is_left_out_and_noted_where_too_many_newer_ones_wait(run: Path,
     said = "The probe at step 4 came to nothing: left out, since 3 newer ones were waiting (probe.waiting)"
     assert board.warnings == [said]
     assert said in store.client().get_run(run_id).data.tags["mlflow.note.content"]
+
+
+def test_what_mlflow_does_not_take_is_told_after_the_next_one(run: Path, store, tiny, monkeypatch):
+    monkeypatch.setattr(probe, "_STORE_SECONDS", 0.2)
+    noting, board, run_id = hook(run, store, tiny())
+    away = replace(noting.told, tracking=Hidden("http://127.0.0.1:9"))
+    replace(noting, told=away)._note(name(4), "one reason")
+    (run / name(8) / PROBE).write_text('{"score": 0.5}')
+    assert untold.names(Storage(run)) == [f"{name(4)}-note"]
+    monkeypatch.undo()
+    noting._note(name(8), "another reason")
+    said = ["The probe at step 4 came to nothing: one reason"]
+    said += ["The probe at step 8 has its scores, but did not end well: another reason"]
+    assert board.warnings == said
+    note = store.client().get_run(run_id).data.tags["mlflow.note.content"]
+    assert all(note.count(each) == 1 for each in said)
+    assert untold.names(Storage(run)) == []
 
 
 @pytest.mark.parametrize("off", [{"training": {"probe_steps": None}}, {"probe": {"enabled": False}}])
