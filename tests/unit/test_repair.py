@@ -258,6 +258,25 @@ def test_a_checkpoint_that_has_trained_on_a_bad_step_is_left_out(run: Path):
     assert folders(run) == [*before, newest]
 
 
+@pytest.mark.parametrize("began_with", ["ray", "torch"])
+def test_bare_torch_is_not_handed_a_checkpoint_that_has_trained_on_a_bad_step(
+    run: Path, config: RunConfig, began_with: str
+):
+    if began_with == "torch":
+        to_torch(run)
+    *_, before, newest = folders(run)
+    bad = step_of(before) + 1
+    rewinds._write(Storage(run), [rewinds.Rewind(bad, "non_finite", "", bad + 1, step_of(before), "")])
+    kept = contents(run / newest)
+    finding = next(each for each in mended(run, launcher="torch") if each.what == newest)
+    assert finding.state == State.MENDED
+    assert contents(run / f"left-out-{newest}") == kept
+    assert mended(run) == []
+    summary = launch.launch(launch.prepare(config), BareLauncher())
+    assert summary.steps == STEPS
+    assert (run / f"left-out-{newest}").exists()
+
+
 @pytest.mark.parametrize("in_vain", [1, 2])
 def test_a_record_that_a_store_does_not_give_is_not_torn(run: Path, in_vain: int):
     """Once: it answers again before the record would be written."""

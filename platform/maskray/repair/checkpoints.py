@@ -12,7 +12,7 @@ from maskray.repair.case import Case, Finding, State
 from maskray.training import checkpoint
 
 LAUNCHERS = ("ray", "torch")
-_OF_BARE_TORCH, _PARTIAL = "-local", ".partial"
+_OF_BARE_TORCH, _PARTIAL, _ASIDE = "-local", ".partial", "left-out-"
 _ON_A_BAD_STEP = "it has trained on a step that the run has since gone back from"
 
 
@@ -83,7 +83,12 @@ def _is_of_torch(name: str) -> bool:
 
 
 def record_of_torch(case: Case) -> Iterator[Finding]:
-    """Bare torch goes by the folders."""
+    """Bare torch goes by the folders: it would take the newest, and refuse it."""
+    for name in _of_bad_steps(case):
+        aside = f"{_ASIDE}{name}"
+        case.rename(name, aside)
+        case.folders.remove(aside)  # to everyone it is no checkpoint any more
+        yield Finding(State.MENDED, name, _ON_A_BAD_STEP, f"renamed to {aside}, which no launch looks at")
     if case.run.exists(SNAPSHOT):
         case.delete(SNAPSHOT)
         yield Finding(
@@ -94,7 +99,8 @@ def record_of_torch(case: Case) -> Iterator[Finding]:
 def record_of_ray(case: Case) -> Iterator[Finding]:
     """Train goes by its record."""
     is_lost = bool(case.folders) and not case.whole
-    yield from _of_bad_steps(case)
+    for name in _of_bad_steps(case):
+        yield Finding(State.NOTED, name, _ON_A_BAD_STEP, "left out; a later launch removes it")
     try:
         found = record.read(case.run)
         why = _contradiction(case, found)
@@ -113,11 +119,12 @@ def record_of_ray(case: Case) -> Iterator[Finding]:
     yield Finding(State.MENDED, SNAPSHOT, why, f"made again from what is whole; {case.goes_on}")
 
 
-def _of_bad_steps(case: Case) -> Iterator[Finding]:
+def _of_bad_steps(case: Case) -> list[str]:
+    """Those that the run cannot go on from, no more among the whole ones."""
     left_out = _left_out(case)
-    for name in [each for each in case.whole if record.has_trained_on(case.folder(each), left_out)]:
-        case.whole.remove(name)
-        yield Finding(State.NOTED, name, _ON_A_BAD_STEP, "left out; a later launch removes it")
+    found = [name for name in case.whole if record.has_trained_on(case.folder(name), left_out)]
+    case.whole = [name for name in case.whole if name not in found]
+    return found
 
 
 def _left_out(case: Case) -> set[int]:
