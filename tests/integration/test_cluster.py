@@ -1,6 +1,9 @@
 """What a cluster of several nodes can hold, on real nodes of one machine."""
 
 import logging
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from maskray.config.schema import IngestConfig, RunConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import cluster, fit, growth, probe, shared
+from maskray.on_ray.board import Seen
 from nodes import add_node, head
 
 pytestmark = pytest.mark.ray
@@ -102,8 +106,40 @@ def test_what_workers_warn_of_reaches_the_driver_once_and_without_rays_noise(two
     assert caplog.messages == ["resumed with 7 threads"]
 
 
+def test_a_board_whose_process_is_lost_is_started_again(two_nodes, caplog):
+    board, lines = fit.board("tiny-0"), list[tuple[int, dict[str, float]]]()
+
+    def pid() -> int:
+        found = ray.get(board.__ray_call__.remote(lambda _: os.getpid()))
+        assert isinstance(found, int)
+        return found
+
+    def wait(until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not until():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    with fit.followed(board, lambda step, metrics: lines.append((step, dict(metrics)))):
+        board.started.remote()
+        board.post.remote(4, {"pretrain/loss": 0.5})
+        board.warn.remote("before")
+        wait(lambda: bool(lines) and "before" in caplog.messages)
+        time.sleep(2)  # what it has shown was read
+        lost = pid()
+        os.kill(lost, signal.SIGKILL)
+        wait(lambda: pid() != lost)
+        board.warn.remote("after")
+        board.post.remote(8, {"pretrain/loss": 0.25})
+        wait(lambda: len(lines) == 2 and "after" in caplog.messages)
+    assert lines == [(4, {"pretrain/loss": 0.5}), (8, {"pretrain/loss": 0.25})]
+    assert caplog.messages == ["before", "after"]
+    totals = ray.get(board.read.remote(Seen())).totals
+    assert (totals.starts, totals.values["maskray_step", ""]) == (1, 8.0)
+
+
 def test_boards_outlive_the_nodes_of_the_workers(two_nodes):
     boards = [fit.board() for _ in range(6)]
-    ray.get([board.read.remote(0) for board in boards])
+    ray.get([board.read.remote(Seen()) for board in boards])
     nodes = {ray._private.state.actors(board._actor_id.hex())["Address"]["NodeID"] for board in boards}
     assert nodes == {ray.get_runtime_context().get_node_id()}

@@ -17,7 +17,7 @@ from maskray.config.sweep import SweepConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
 from maskray.on_ray import room, shared, sweep
-from maskray.on_ray.board import Board
+from maskray.on_ray.board import Board, Seen
 from maskray.sweeping import preparing
 from maskray.sweeping.preparing import Prepared
 from maskray.tracking.mlflow_store import DATABASE
@@ -60,7 +60,7 @@ def test_what_a_cluster_of_a_given_size_cannot_hold_is_refused(sweep_of, caplog)
 
         # All places are taken, and one becomes free.
         holds = ray.remote(num_cpus=2)(Board).remote()
-        ray.get(holds.read.remote(0))
+        ray.get(holds.read.remote(Seen()))
         with pytest.raises(ClusterError, match=r"not free within 0\.5 s\. Found: nothing free"):
             sweep.concurrency_of(sweep_of())
         caplog.clear()
@@ -89,7 +89,7 @@ def test_an_autoscaler_is_asked_and_brings_what_it_can(sweep_of, tmp_path, caplo
 
         # What others have taken is not what is asked for: another node comes.
         holds = ray.remote(num_cpus=1)(Board).remote()
-        ray.get(holds.read.remote(0))
+        ray.get(holds.read.remote(Seen()))
         one, two, three = (ClusterConfig(workers=n, wait_seconds=PATIENCE_SECONDS) for n in (1, 2, 3))
         assert room.wait_for(bundles(one), one)
         assert ray.cluster_resources()["CPU"] == 2

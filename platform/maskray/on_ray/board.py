@@ -5,15 +5,99 @@ It imports little.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from maskray.on_ray.gauges import Gauges
 
-MOST_WARNINGS = 100
+MOST_OF_A_KIND, KIND_SECONDS = 10, 600.0
+"""Warnings of one kind that are shown in so many seconds; what is left out is counted, and that is said."""
+_MOST_UNREAD = 1000
+
+
+@dataclass
+class _Kind:
+    """Warnings of a kind, since a time."""
+
+    since: float
+    texts: set[str] = field(default_factory=set)
+    num_left_out: int = 0
+
+
+class Warnings:
+    """What there is to show: all workers may say the same, and one of them the same in a thousand ways.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._kinds = dict[str, _Kind]()
+        self._lines = list[str]()
+        self._heard = 0
+
+    def add(self, text: str, kind: str | None = None) -> None:
+        """Say it, if it was not said a moment ago. `kind`: what it has in common with others; None: nothing."""
+        self.settle()
+        said = self._kinds.setdefault(kind or text, _Kind(self._clock()))
+        if text in said.texts:
+            return
+        if len(said.texts) < MOST_OF_A_KIND:
+            said.texts.add(text)
+            self._say(text)
+        else:
+            said.num_left_out += 1
+
+    def settle(self, *, all_of_them: bool = False) -> None:
+        """Say how many were left out, where their time is over: then they may come again."""
+        now = self._clock()
+        over = [kind for kind, said in self._kinds.items() if all_of_them or now - said.since >= KIND_SECONDS]
+        for kind in over:
+            if num := self._kinds.pop(kind).num_left_out:
+                self._say(f"{num} more of these were left out (all are in the logs of Ray's workers): {kind}")
+
+    def after(self, num: int) -> tuple[list[str], int]:
+        """What came after the first `num`, which are dropped here, and how many there were in all."""
+        self._drop(num - self._heard)
+        return list(self._lines), self._heard + len(self._lines)
+
+    def _say(self, line: str) -> None:
+        self._lines.append(line)
+        self._drop(len(self._lines) - _MOST_UNREAD)
+
+    def _drop(self, num: int) -> None:
+        num = min(max(num, 0), len(self._lines))
+        del self._lines[:num]
+        self._heard += num
+
+
+class Seen(NamedTuple):
+    """How much of a board was read."""
+
+    board: str = ""
+    """Which: one that was lost and started again is another."""
+    warnings: int = 0
+
+
+class News(NamedTuple):
+    """What is new on a board."""
+
+    step: int
+    metrics: dict[str, float]
+    warnings: list[str]
+    seen: Seen
+    totals: Any
+    """For the board that takes its place, if it is lost: see `Board.take_up`."""
 
 
 class Board:
-    """A Ray actor that holds the newest line, and each warning once.
+    """A Ray actor that holds the newest line, and what workers warn of.
+
+    It is started again where its process is lost, and is empty then. Who reads it knows the rest.
 
     Args:
         run: name of the run that Prometheus is shown, if any. The board outlives workers, so its totals are those of
@@ -23,7 +107,7 @@ class Board:
     def __init__(self, run: str | None = None) -> None:
         self._gauges = None if run is None else Gauges(run)
         self._step, self._metrics = 0, dict[str, float]()
-        self._warnings: dict[str, None] = {}
+        self._name, self._warnings = uuid.uuid4().hex, Warnings()
 
     def post(self, step: int, metrics: Mapping[str, float]) -> None:
         """From the first worker."""
@@ -41,14 +125,21 @@ class Board:
         if self._gauges is not None:
             self._gauges.probed(scores)
 
-    def warn(self, text: str) -> None:
-        """From any worker: all of them may say the same."""
-        full = len(self._warnings) >= MOST_WARNINGS
-        self._warnings.setdefault("There are more warnings: see the logs of Ray's workers" if full else text)
+    def warn(self, text: str, kind: str | None = None) -> None:
+        """From any worker; `kind` as in `Warnings`."""
+        self._warnings.add(text, kind)
 
-    def read(self, seen: int) -> tuple[int, dict[str, float], list[str]]:
-        """From the driver: the newest step and metrics, and the warnings after the first `seen`."""
-        return self._step, self._metrics, list(self._warnings)[seen:]
+    def read(self, seen: Seen, *, is_last: bool = False) -> News:
+        """From the driver, which has seen so much. `is_last`: what was left out until now is said at once."""
+        self._warnings.settle(all_of_them=is_last)
+        warnings, num = self._warnings.after(seen.warnings if seen.board == self._name else 0)
+        totals = None if self._gauges is None else self._gauges.totals()
+        return News(self._step, self._metrics, warnings, Seen(self._name, num), totals)
+
+    def take_up(self, totals: Any) -> None:
+        """From the driver: what it was last told of by a board of the run that was lost."""
+        if self._gauges is not None and totals is not None:
+            self._gauges.take_up(totals)
 
 
 class TrialBoard(Board):
@@ -71,6 +162,6 @@ class TrialBoard(Board):
         """From the first worker. One that was lost and came again may find the same again."""
         self._found.setdefault(step, dict(metrics))
 
-    def read_found(self, seen: int) -> list[tuple[int, dict[str, float]]]:
-        """From the trial's process: what came after the first `seen`."""
-        return list(self._found.items())[seen:]
+    def read_found(self, seen: Container[int]) -> list[tuple[int, dict[str, float]]]:
+        """From the trial's process: what it has not seen yet, by its step."""
+        return [(step, metrics) for step, metrics in self._found.items() if step not in seen]

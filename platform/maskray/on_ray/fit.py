@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -25,11 +26,11 @@ from maskray.data import patient
 from maskray.data.storage import Storage
 from maskray.errors import TrainingError
 from maskray.on_ray import background, failures, orphans, record, stream
-from maskray.on_ray.board import Board
+from maskray.on_ray.board import Board, Seen
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS, _READ_SECONDS = 0.5, 5.0
+_POLL_SECONDS, _READ_SECONDS, _DEAF_SECONDS = 0.5, 5.0, 60.0
 LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 """As Ray raises it where an actor was lost. One that its memory monitor has ended is none of the first kind."""
 
@@ -183,28 +184,43 @@ def board(run: str | None = None, kind: type = Board) -> Any:
         kind: its class.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote(run)
+    # What is told to one that is being started again waits for it.
+    again = {"max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(num_cpus=0, scheduling_strategy=here, **again)(kind).remote(run)
 
 
 @contextmanager
 def followed(board: Any, show: Callable[[int, Mapping[str, float]], object]) -> Iterator[None]:
-    """What workers post to a board, shown, and what they warn of, said, while the block runs."""
+    """What workers post to a board, shown, and what they warn of, said, while the block runs.
+
+    A board that was lost and started again is told of what it has forgotten.
+    """
     stop = threading.Event()
 
     def follow() -> None:
-        last, seen, ending = 0, 0, False
+        last, seen, totals, ending = 0, Seen(), None, False
+        heard, is_deaf = time.monotonic(), False
         while not ending:
             ending = stop.wait(_POLL_SECONDS)  # and looks once more
             try:
-                step, metrics, warnings = ray.get(board.read.remote(seen), timeout=_READ_SECONDS)
+                news = ray.get(board.read.remote(seen, is_last=ending), timeout=_READ_SECONDS)
             except ray.exceptions.RayError:  # a line that cannot be read must not end a run
+                if not is_deaf and time.monotonic() - heard > _DEAF_SECONDS:
+                    log.warning("The run's lines and warnings cannot be read; see the logs of Ray's workers")
+                    is_deaf = True
                 continue
-            for warning in warnings:
+            heard, is_deaf = time.monotonic(), False
+            if seen.board and news.seen.board != seen.board:
+                board.take_up.remote(totals)
+            else:
+                totals = news.totals
+            seen = news.seen
+            for warning in news.warnings:
                 log.warning("%s", warning)
-            seen += len(warnings)
-            if step != last:
-                last = step
-                show(step, metrics)
+            if news.metrics and news.step != last:
+                last = news.step
+                show(news.step, news.metrics)
+        board.read.remote(seen)  # whoever follows next need not hear it again
 
     thread = threading.Thread(target=follow, name="maskray-progress", daemon=True)
     thread.start()

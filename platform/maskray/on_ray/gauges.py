@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Mapping
 from functools import cache
+from typing import NamedTuple
 
 import ray
 from ray.util.metrics import Gauge
@@ -36,6 +37,16 @@ OF = {
 """Which gauge shows which metric."""
 _VIEWS, _PROBE = "throughput/views_without_image", "probe/"
 _LEAST_INTERVAL_SECONDS = 1.0  # of Ray's, whatever is configured
+
+
+class Totals(NamedTuple):
+    """What is shown of a run, as plain data."""
+
+    values: dict[tuple[str, str], float]
+    """By gauge, and by what of the probe it shows."""
+    counted: int
+    """The step up to which views are counted."""
+    starts: int
 
 
 class Gauges:
@@ -78,6 +89,23 @@ class Gauges:
             self._set(RESTARTS, self._starts)
             self._values.setdefault((STEP, ""), 0.0)  # one that never makes a step stands still, too
             self._starts += 1
+
+    def totals(self) -> Totals:
+        """All that is shown now."""
+        with self._lock:
+            return Totals(dict(self._values), self._counted, self._starts)
+
+    def take_up(self, before: Totals) -> None:
+        """Go on from what another process has shown of the run, which was lost; something may be new already."""
+        with self._lock:
+            self._starts += before.starts
+            views = self._values.get((VIEWS, ""), 0.0) + before.values.get((VIEWS, ""), 0.0)
+            self._values = {**before.values, **self._values}
+            self._counted = max(self._counted, before.counted)
+            if (VIEWS, "") in self._values:
+                self._set(VIEWS, views)
+            if self._starts:
+                self._set(RESTARTS, self._starts - 1)
 
     def close(self) -> None:
         """They are gone after two of Ray's intervals."""

@@ -92,7 +92,7 @@ def train(
             ended = False
             while not ended:
                 ended = bool(wait([fitting], _POLL_SECONDS).done)  # and looks once more
-                news, beats = ray.get([board.read_found.remote(len(found)), board.read_beats.remote()])
+                news, beats = ray.get([board.read_found.remote(list(found)), board.read_beats.remote()])
                 for step, metrics in news:
                     found[step] = metrics
                     if step != last_step:

@@ -76,6 +76,6 @@ class _ToBoard(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             # Waited for: the last warnings come just before a worker ends.
-            ray.get(self._board.warn.remote(record.getMessage()), timeout=_BOARD_SECONDS)
+            ray.get(self._board.warn.remote(record.getMessage(), str(record.msg)), timeout=_BOARD_SECONDS)
         except Exception:  # noqa: BLE001 - as every handler: what cannot be shown must not end a run
             self.handleError(record)

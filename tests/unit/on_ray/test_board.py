@@ -1,23 +1,104 @@
 """What the board keeps for the driver."""
 
-from maskray.on_ray.board import MOST_WARNINGS, Board, TrialBoard
+import pytest
+
+from maskray.on_ray import gauges
+from maskray.on_ray.board import KIND_SECONDS, MOST_OF_A_KIND, Board, Seen, TrialBoard, Warnings
+from maskray.on_ray.gauges import RESTARTS, VIEWS
 
 
-def test_a_warning_is_kept_once_and_given_once():
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_warning_is_said_once_and_given_once():
     board = Board()
     for text in ("one", "two", "one"):
         board.warn(text)
-    assert board.read(0)[2] == ["one", "two"]
-    assert board.read(2)[2] == []
+    news = board.read(Seen())
+    assert news.warnings == ["one", "two"]
+    assert board.read(Seen()).warnings == ["one", "two"], "the answer may have been lost"
+    board.warn("three")
+    assert board.read(news.seen).warnings == ["three"]
+    assert board.read(Seen()).warnings == ["three"], "whoever follows next does not hear the rest again"
 
 
-def test_a_flood_is_cut_and_says_so():
+def test_a_flood_of_one_kind_is_cut_and_counted_and_mutes_no_other():
+    clock = Clock()
+    warnings = Warnings(clock)
+    for number in range(300):
+        warnings.add(f"image {number} cannot be decoded", "image %d cannot be decoded")
+    warnings.add("Notice that a node will be taken away")
+    lines, seen = warnings.after(0)
+    assert lines[:-1] == [f"image {number} cannot be decoded" for number in range(MOST_OF_A_KIND)]
+    assert lines[-1] == "Notice that a node will be taken away"
+    clock.now = KIND_SECONDS
+    warnings.settle()
+    ((counted,), _) = warnings.after(seen)
+    assert counted.startswith(f"{300 - MOST_OF_A_KIND} more of these were left out")
+    assert counted.endswith("image %d cannot be decoded")
+
+
+def test_what_is_said_again_later_is_said_again():
+    clock = Clock()
+    warnings = Warnings(clock)
+    for clock.now in (0.0, 1.0, KIND_SECONDS, KIND_SECONDS + 1, 3 * KIND_SECONDS):
+        warnings.add("Notice that a node will be taken away")
+    assert len(warnings.after(0)[0]) == 3
+
+
+def test_what_was_left_out_is_counted_at_the_end():
     board = Board()
-    for number in range(3 * MOST_WARNINGS):
-        board.warn(f"image {number} cannot be decoded")
-    warnings = board.read(0)[2]
-    assert len(warnings) == MOST_WARNINGS + 1
-    assert "more warnings" in warnings[-1]
+    for number in range(MOST_OF_A_KIND + 1):
+        board.warn(f"image {number}", "image %d")
+    assert board.read(Seen(), is_last=True).warnings[-1].startswith("1 more of these")
+
+
+def test_what_nobody_reads_is_bounded():
+    warnings = Warnings()
+    for number in range(5000):
+        warnings.add(f"of another kind: {number}")
+    lines, seen = warnings.after(0)
+    assert (len(lines), lines[-1], seen) == (1000, "of another kind: 4999", 5000)
+
+
+def test_a_board_that_was_started_again_gives_all_that_it_has():
+    lost = Board()
+    for text in ("one", "two"):
+        lost.warn(text)
+    seen = lost.read(Seen()).seen
+    board = Board()
+    board.warn("three")
+    news = board.read(seen)
+    assert news.warnings == ["three"]
+    assert news.seen.board != seen.board
+
+
+def test_the_totals_of_a_run_outlive_its_board(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gauges, "_interval_seconds", lambda: 60.0)
+    lost = Board("tiny-0")
+    for _ in range(3):
+        lost.started()
+    lost.post(10, {"throughput/views_without_image": 5, "pretrain/loss": 0.5})
+    lost.probed({"probe/knn": 0.75})
+    totals = lost.read(Seen()).totals
+    board = Board("tiny-0")
+    board.post(20, {"throughput/views_without_image": 2, "pretrain/loss": 0.25})
+    board.take_up(totals)
+    board.started()
+    shown = board.read(Seen()).totals.values
+    for each in (lost, board):
+        each._gauges.close()
+    assert shown == totals.values | {
+        ("maskray_step", ""): 20.0,
+        ("maskray_loss", ""): 0.25,
+        (VIEWS, ""): 7.0,
+        (RESTARTS, ""): 3.0,
+    }
 
 
 def test_beats_are_counted():
@@ -33,7 +114,7 @@ def test_what_a_checkpoint_is_worth_is_kept_once():
     board = TrialBoard()
     board.found(5, {"probe/knn": 0.5})
     board.found(5, {"probe/knn": 0.5})
-    assert board.read_found(0) == [(5, {"probe/knn": 0.5})]
+    assert board.read_found(()) == [(5, {"probe/knn": 0.5})]
     board.found(9, {"probe/knn": 0.6})
-    assert board.read_found(1) == [(9, {"probe/knn": 0.6})]
-    assert board.read_found(2) == []
+    assert board.read_found([5]) == [(9, {"probe/knn": 0.6})]
+    assert board.read_found([5, 9]) == []
