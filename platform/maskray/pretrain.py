@@ -23,6 +23,7 @@ from maskray.models.foreign import weights_digest
 from maskray.models.vit import MaskedAutoencoderViT
 from maskray.objective import Objective
 from maskray.tracking.base import Tracker
+from maskray.tracking.commit import sources_digest
 from maskray.training import checkpoint, loop
 from maskray.training.context import RunContext, Snapshot
 from maskray.training.memory import keep_freed_memory
@@ -33,7 +34,9 @@ from maskray.training.throughput import Meter, hardware, rate_of_process
 
 _MOST_GRAPHS = 32
 # What the bits of a run depend on. Ray is not one: what it hands over is checked, and its version is on Train's record.
-PACKAGES = ("maskray", "torch", "torchvision", "torchcodec", "timm", "numpy", "pillow", "tifffile", "pyarrow")
+# Of the code here a version would say nothing: a job brings its sources along, and the image has a wheel of another.
+PACKAGES = ("torch", "torchvision", "torchcodec", "timm", "numpy", "pillow", "tifffile", "pyarrow")
+SOURCES = "maskray's sources"
 
 
 def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
@@ -59,8 +62,10 @@ def pretrain(config: RunConfig, context: RunContext, tracker: Tracker) -> int:
     if config.training.deterministic:
         step.warm_up(zero_batch(spec))
 
+    packages = {SOURCES: sources_digest(Path(__file__).parent), **checkpoint.versions(PACKAGES)}
+
     def facts(done: int) -> checkpoint.Facts:
-        known = (plan.fingerprint, context.world_size, threads, checkpoint.versions(PACKAGES), tracker.pending())
+        known = (plan.fingerprint, context.world_size, threads, packages, tracker.pending())
         return checkpoint.Facts(done, *known, dict(rates), config.training.skipped_before(done), step.recent_losses())
 
     def snapshot(done: int) -> Snapshot | None:

@@ -3,19 +3,22 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import maskray
 from maskray import masking
 from maskray.errors import CheckpointError
 from maskray.evaluation.reconstruction import reconstruct
 from maskray.models.build import initial_model
 from maskray.models.normalize import Normalize
 from maskray.objective import Objective
-from maskray.pretrain import placed, pretrain
+from maskray.pretrain import SOURCES, placed, pretrain
 from maskray.tracking.base import MemoryTracker
+from maskray.tracking.commit import sources_digest
 from maskray.training import checkpoint, folders
 from maskray.training.context import LocalContext
 
@@ -94,6 +97,16 @@ def test_a_run_goes_on_under_other_packages_and_names_them(begun, caplog):
     assert f"not the same bits: torch 2.0.1 → {noted['torch']}" in caplog.text
     with context.latest_checkpoint() as folder:
         assert (folder / checkpoint.WEIGHTS).read_bytes() == ended
+
+
+def test_a_run_goes_on_under_other_sources_of_maskray_and_names_them(begun, caplog):
+    config, context, first, _ = begun
+    noted = json.loads((first / checkpoint.STATE).read_text())["packages"]
+    assert noted[SOURCES] == sources_digest(Path(maskray.__file__).parent)
+    altered(first, packages=noted | {SOURCES: "0123456789abcdef"})
+    with caplog.at_level(logging.WARNING):
+        pretrain(config, context, MemoryTracker())
+    assert f"not the same bits: maskray's sources 0123456789abcdef → {noted[SOURCES]}" in caplog.text
 
 
 @pytest.mark.parametrize("version", [0, 99, "2", None])

@@ -1,7 +1,8 @@
-"""Which commit the code is from, without a word to MLflow."""
+"""Which code it is that runs: its commit, and its sources. Without a word to MLflow."""
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,3 +27,11 @@ def commit_of(package: Path) -> Commit | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return Commit(sha, bool(changed))
+
+
+def sources_digest(package: Path) -> str:
+    """Over the names and contents of a package's modules: the same wherever it lies."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -25,7 +25,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from maskray.errors import TrackingError
-from maskray.tracking.commit import commit_of
+from maskray.tracking.commit import commit_of, sources_digest
 from maskray.tracking.mlflow_store import Store as Store
 from maskray.tracking.mlflow_store import check_answers, reason, shown
 from maskray.tracking.mlflow_store import open_store as open_store
@@ -303,7 +303,7 @@ def provenance(package: Path, commit: str | None = None) -> dict[str, str]:
         package: the package's folder.
         commit: told from outside, for a package that has left its repository, as in a submitted job.
     """
-    tags = {"python": sys.version.split()[0], SOURCES_TAG: _sources_digest(package)}
+    tags = {"python": sys.version.split()[0], SOURCES_TAG: sources_digest(package)}
     for name in VERSIONS:
         try:
             tags[f"version.{name}"] = metadata.version(name)
@@ -316,14 +316,6 @@ def provenance(package: Path, commit: str | None = None) -> dict[str, str]:
         return tags
     changed = "yes" if found.is_changed else "no"
     return {**tags, "mlflow.source.git.commit": found.sha, "git.uncommitted_changes": changed}
-
-
-def _sources_digest(package: Path) -> str:
-    """Over the names and contents of a package's modules: the same wherever it lies."""
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
