@@ -348,12 +348,6 @@ def room_for_temporary(what: str) -> Iterator[None]:
         ) from error
 
 
-def temporary_folder(what: str) -> tempfile.TemporaryDirectory[str]:
-    """A new folder for a copy of something, which is removed with all that is in it. As `room_for_temporary`."""
-    with room_for_temporary(what):
-        return tempfile.TemporaryDirectory(prefix="maskray-")
-
-
 def _create_in_place(target: Path, content: bytes) -> bool:
     """For a file system without hard links: for a moment the file is there and empty."""
     try:

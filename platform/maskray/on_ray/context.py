@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -20,8 +19,9 @@ from maskray.config.schema import DataConfig
 from maskray.data import local
 from maskray.data.cache import unheard
 from maskray.data.spec import StreamSpec
-from maskray.data.storage import Storage, room_for_temporary
+from maskray.data.storage import Storage
 from maskray.data.stream import Unit
+from maskray.data.temporary import Held
 from maskray.errors import UnreachableError
 from maskray.on_ray import stream
 from maskray.training import checkpoint, fetched, folders
@@ -105,6 +105,7 @@ class RayWorkerContext:
         # Every start of the workers writes folders of its own: no two ever write into one.
         self._attempt = uuid.uuid4().hex[:8]
         self._upload: Upload | None = None
+        self._held = list[Held]()
         self._newest: str | None = None
 
     @contextmanager
@@ -133,8 +134,7 @@ class RayWorkerContext:
         if snapshot is not None:
             target = self._run.child(name)
             # An empty folder stands for the checkpoint until it is filled for the upload; Train deletes it afterwards.
-            with room_for_temporary(target.uri):
-                reported = ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="maskray-"))
+            reported = ray.train.Checkpoint.from_directory(self._new_folder(target.uri))
             self._newest, self._upload = name, Upload(snapshot, target)
         ray.train.report(
             {"step": step, folders.SCORE: folders.NO_SCORE},
@@ -146,6 +146,14 @@ class RayWorkerContext:
             validation=probed and reported is not None,
         )
         return waited
+
+    def _new_folder(self, what: str) -> Path:
+        """Held until it is seen to be gone: it is deleted a moment after the upload has ended, on Train's thread."""
+        for each in [held for held in self._held if not held.path.exists()]:
+            each.release()
+            self._held.remove(each)
+        self._held.append(Held(what))
+        return self._held[-1].path
 
     def newest_checkpoint(self) -> Storage:
         """The folder of what this worker reported last, once all of it is there, or else of what it went on from.

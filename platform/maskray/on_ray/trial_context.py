@@ -14,8 +14,9 @@ import torch
 from maskray.config.schema import RunConfig
 from maskray.data import local
 from maskray.data.spec import StreamSpec
-from maskray.data.storage import Storage, temporary_folder
+from maskray.data.storage import Storage
 from maskray.data.stream import Unit
+from maskray.data.temporary import temporary_folder
 from maskray.on_ray.nested import Tell
 from maskray.training import checkpoint, folders
 from maskray.training.context import Snapshot
@@ -94,8 +95,7 @@ class TrialContext:
         assert snapshot is not None, "there is one process"
         name, metrics = folders.folder_name(step, self._attempt), dict[str, float]()
         target = self._folder.child(name)
-        with temporary_folder(target.uri) as temporary:
-            local_folder = Path(temporary)
+        with temporary_folder(target.uri) as local_folder:
             checkpoint.fill(local_folder, snapshot, "TMPDIR")
             notes = dict[str, bytes]()
             if probed:

@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from maskray.data.storage import Storage, room_for_temporary, temporary_folder
+from maskray.data.storage import Storage, room_for_temporary
+from maskray.data.temporary import temporary_folder
 from maskray.errors import CheckpointError, StorageError, UnreachableError
 from maskray.training.sharding import load_model, load_optimizer, whole
 
@@ -327,8 +328,8 @@ def on_disk(storage: Storage) -> Iterator[Path]:
         yield Path(storage.uri)
         return
     with temporary_folder(storage.uri) as folder:
-        copy(storage, Path(folder))
-        yield Path(folder)
+        copy(storage, folder)
+        yield folder
 
 
 def copy(storage: Storage, folder: Path) -> None:

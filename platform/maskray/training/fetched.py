@@ -17,14 +17,13 @@ import fcntl
 import hashlib
 import os
 import shutil
-import stat
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from maskray.data.storage import TEMPORARY, Storage, room_for_temporary
+from maskray.data.temporary import own_folder
 from maskray.training import checkpoint
 
 FILES = "files"
@@ -40,8 +39,11 @@ def shared(storage: Storage) -> Iterator[Path]:
     Raises:
         StorageError: it cannot be read, or there is no room for the copy.
     """
-    base = Path(tempfile.gettempdir()) / f"maskray-fetched-{os.getuid()}"
-    if storage.is_local or not _is_ours(base, storage):
+    base = None
+    if not storage.is_local:
+        with room_for_temporary(storage.uri):
+            base = own_folder("fetched")
+    if base is None:
         with checkpoint.on_disk(storage) as folder:
             yield folder
         return
@@ -53,14 +55,6 @@ def shared(storage: Storage) -> Iterator[Path]:
             yield entry / FILES
     finally:
         _remove_unread(entry, wait=True)
-
-
-def _is_ours(base: Path, storage: Storage) -> bool:
-    """Whether nobody else can have put anything there: its name is known to all. It is made where it is not there."""
-    with contextlib.suppress(FileExistsError), room_for_temporary(storage.uri):
-        base.mkdir(mode=0o700)
-    found = base.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 def _begun(entry: Path, storage: Storage) -> IO[bytes]:
