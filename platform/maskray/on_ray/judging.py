@@ -38,11 +38,12 @@ _BEAT_SECONDS = 1.0
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
-    """As `worker.run`; `judge` is a reference to what judges."""
+    """As `worker.run`; `judge` is a reference to what judges. Also what was found last: a board may be lost."""
     worker.tell_driver(settings["board"])
     config = RunConfig.model_validate(settings["config"])
     context = JudgingContext(config, settings)
-    return worker.train(config, context, Fanout(context.tracker, Observer(context.note)))
+    outcome = worker.train(config, context, Fanout(context.tracker, Observer(context.note)))
+    return {**outcome, "found": context.found_last}
 
 
 class JudgingContext(RayContext):
@@ -62,6 +63,8 @@ class JudgingContext(RayContext):
         self._config, self._settings = config, settings
         self._line: tuple[int, dict[str, float]] = (0, {})
         self._beaten = 0.0
+        self.found_last: dict[str, float] | None = None
+        """At the last step, by the first worker."""
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """What training logged: told with what is found at the same step."""
@@ -116,6 +119,7 @@ class JudgingContext(RayContext):
         if self._is_last(step):
             from maskray.evaluation.judgement import FIGURE
 
+            self.found_last = dict(metrics)
             self.tracker.figure(FIGURE, self.newest_checkpoint().read_bytes(PICTURE), step)
         if not self.tracker.flush(_FLUSH_SECONDS):
             from maskray.tracking.mlflow_tracker import UNTOLD

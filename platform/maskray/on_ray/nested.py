@@ -106,7 +106,7 @@ def train(
         raise BadStepError(*outcome["bad_step"])
     if not outcome["stored"]:
         raise unstored_metrics()
-    return found[last_step]
+    return outcome["found"] or found[last_step]
 
 
 def run_name(config: RunConfig, folder: Storage) -> str:
