@@ -25,6 +25,8 @@ class _Kind:
     since: float
     texts: set[str] = field(default_factory=set)
     num_left_out: int = 0
+    last: str = ""
+    """Of those that were left out."""
 
 
 class Warnings:
@@ -41,7 +43,7 @@ class Warnings:
         self._heard = 0
 
     def add(self, text: str, kind: str | None = None) -> None:
-        """Say it, if it was not said a moment ago. `kind`: what it has in common with others; None: nothing."""
+        """Say it, if it was not said a moment ago. `kind`: says which others are like it; None: none."""
         self.settle()
         said = self._kinds.setdefault(kind or text, _Kind(self._clock()))
         if text in said.texts:
@@ -50,15 +52,18 @@ class Warnings:
             said.texts.add(text)
             self._say(text)
         else:
-            said.num_left_out += 1
+            said.num_left_out, said.last = said.num_left_out + 1, text
 
     def settle(self, *, all_of_them: bool = False) -> None:
         """Say how many were left out, where their time is over: then they may come again."""
         now = self._clock()
         over = [kind for kind, said in self._kinds.items() if all_of_them or now - said.since >= KIND_SECONDS]
         for kind in over:
-            if num := self._kinds.pop(kind).num_left_out:
-                self._say(f"{num} more of these were left out (all are in the logs of Ray's workers): {kind}")
+            said = self._kinds.pop(kind)
+            if said.num_left_out:
+                self._say(
+                    f"{said.num_left_out} more like it were left out (see the logs of Ray's workers): {said.last}"
+                )
 
     def after(self, num: int) -> tuple[list[str], int]:
         """What came after the first `num`, which are dropped here, and how many there were in all."""

@@ -75,7 +75,8 @@ class _ToBoard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            kind = f"{record.name}:{record.lineno}"  # who says it with other numbers, says one thing
             # Waited for: the last warnings come just before a worker ends.
-            ray.get(self._board.warn.remote(record.getMessage(), str(record.msg)), timeout=_BOARD_SECONDS)
+            ray.get(self._board.warn.remote(record.getMessage(), kind), timeout=_BOARD_SECONDS)
         except Exception:  # noqa: BLE001 - as every handler: what cannot be shown must not end a run
             self.handleError(record)

@@ -1,8 +1,11 @@
 """What the board keeps for the driver."""
 
+import logging
+
 import pytest
 
-from maskray.on_ray import gauges
+from maskray.data.retry import Patience, persistently
+from maskray.on_ray import gauges, worker
 from maskray.on_ray.board import KIND_SECONDS, MOST_OF_A_KIND, Board, Seen, TrialBoard, Warnings
 from maskray.on_ray.gauges import RESTARTS, VIEWS
 
@@ -31,7 +34,7 @@ def test_a_flood_of_one_kind_is_cut_and_counted_and_mutes_no_other():
     clock = Clock()
     warnings = Warnings(clock)
     for number in range(300):
-        warnings.add(f"image {number} cannot be decoded", "image %d cannot be decoded")
+        warnings.add(f"image {number} cannot be decoded", "maskray.data.decode:7")
     warnings.add("Notice that a node will be taken away")
     lines, seen = warnings.after(0)
     assert lines[:-1] == [f"image {number} cannot be decoded" for number in range(MOST_OF_A_KIND)]
@@ -39,8 +42,45 @@ def test_a_flood_of_one_kind_is_cut_and_counted_and_mutes_no_other():
     clock.now = KIND_SECONDS
     warnings.settle()
     ((counted,), _) = warnings.after(seen)
-    assert counted.startswith(f"{300 - MOST_OF_A_KIND} more of these were left out")
-    assert counted.endswith("image %d cannot be decoded")
+    assert counted.startswith(f"{300 - MOST_OF_A_KIND} more like it were left out")
+    assert counted.endswith("image 299 cannot be decoded")
+
+
+class InThisProcess:
+    """A board as whoever warns of something knows it, without an actor."""
+
+    def __init__(self) -> None:
+        self.board = Board()
+        self.warn = self
+
+    def remote(self, *given: str) -> None:
+        self.board.warn(*given)
+
+
+def test_each_retry_of_a_worker_is_of_the_same_kind(monkeypatch: pytest.MonkeyPatch):
+    """Its text names the file, the error and the number of the try."""
+    told, asked = InThisProcess(), 0
+    monkeypatch.setattr(worker.ray, "get", lambda answer, timeout: answer)
+    said = logging.getLogger("maskray.data.retry")
+
+    def attempt() -> None:
+        nonlocal asked
+        asked += 1
+        if asked % 3:
+            raise OSError(f"throttled, request {asked}")
+
+    handler = worker._ToBoard(told)
+    said.addHandler(handler)
+    try:
+        for number in range(30):
+            persistently(f"read s3://bucket/{number}", attempt, lambda _: True, Patience(5, 60.0, 0.0, 0.0))
+        said.warning("something else")
+    finally:
+        said.removeHandler(handler)
+    warnings = told.board.read(Seen(), is_last=True).warnings
+    assert len(warnings) == MOST_OF_A_KIND + 2
+    assert warnings[MOST_OF_A_KIND] == "something else"
+    assert warnings[-1].startswith(f"{2 * 30 - MOST_OF_A_KIND} more like it")
 
 
 def test_what_is_said_again_later_is_said_again():
@@ -55,7 +95,7 @@ def test_what_was_left_out_is_counted_at_the_end():
     board = Board()
     for number in range(MOST_OF_A_KIND + 1):
         board.warn(f"image {number}", "image %d")
-    assert board.read(Seen(), is_last=True).warnings[-1].startswith("1 more of these")
+    assert board.read(Seen(), is_last=True).warnings[-1].startswith("1 more like it")
 
 
 def test_what_nobody_reads_is_bounded():
