@@ -74,6 +74,8 @@ def test_all_is_there_and_none_twice(team: Team, tmp_path: Path, gone: str, seco
     slowest = max(each["slowest_call_seconds"] for each in told)
     print(f"{gone} for {seconds} s: all stored {waited:.1f} s later, slowest call {slowest * 1000:.1f} ms")
     assert slowest < 1, "training waited"
+    if gone == "server":
+        assert any(each["spooled"] > 0 for each in told), "it came back before anybody missed it"
     rows = team.database.rows(f"SELECT run_uuid, key, step, value FROM metrics WHERE {where}")
     assert len(rows) == WRITERS * STEPS * KEYS
     expected = {(run, f"metric/{k}", s, s + k / KEYS) for run in runs for k in range(KEYS) for s in range(1, STEPS + 1)}
