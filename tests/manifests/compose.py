@@ -77,6 +77,7 @@ def check_compose(file: Compose) -> Iterator[Finding]:
         yield from _check_variables(where, service)
         if any("--app-name" in word or "--backend-store-uri" in word for word in service.command):
             yield from check_mlflow_server(f"{where}.command", service.command)
+            yield from _check_disk(where, service)
         unknown = (set(service.networks) - set(file.networks)) | (set(service.depends_on) - set(file.services))
         unknown |= {v.partition(":")[0] for v in service.volumes if v[0] not in "./~"} - set(file.volumes)
         for one in sorted(unknown):
@@ -103,6 +104,12 @@ def _check_limits(where: str, service: ComposeService) -> Iterator[Finding]:
         yield Finding("no-probe", where, "healthcheck: nobody would notice that it hangs")
     if service.restart == "no":
         yield Finding("restart", where, "restart: unless-stopped, or it stays away after the machine's next start")
+
+
+def _check_disk(where: str, service: ComposeService) -> Iterator[Finding]:
+    """MLflow writes an upload to a temporary file, whole, before it passes it on."""
+    if not any(volume.rpartition(":")[2] == "/tmp" for volume in service.volumes):
+        yield Finding("no-disk", f"{where}.volumes", "NAME:/tmp: in memory, or in the container, weights have no room")
 
 
 def _check_ports(where: str, service: ComposeService) -> Iterator[Finding]:

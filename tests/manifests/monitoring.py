@@ -160,6 +160,11 @@ def check_expression(where: str, expression: str) -> Iterator[Finding]:
     for label in re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"', expression):
         if label not in LABELS:
             yield Finding("no-metric", where, f"no metric here has a label {label}")
+    for series, window in re.findall(r"changes\((\w+)\[(\w+)\]\)", expression):
+        if f"{series} offset {window}" not in expression:
+            yield Finding(
+                "young", where, f"{series} may be younger than {window}: ask for `{series} offset {window}` too"
+            )
     bare = re.sub(r'"[^"]*"', "", expression)
     if any(bare.count(a) != bare.count(b) for a, b in ("()", "{}", "[]")):
         yield Finding("wrong-value", where, f"{expression}: a bracket does not close")
