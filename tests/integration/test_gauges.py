@@ -17,6 +17,7 @@ from launches import is_worker
 from maskray.config.schema import RunConfig
 from maskray.credentials import Hidden
 from maskray.data.storage import Storage
+from maskray.evaluation.judgement import Verdict
 from maskray.launch import Prepared, card, launch, prepare
 from maskray.on_ray import fit, gauges, probe, worker
 from maskray.on_ray.probe import Told
@@ -122,6 +123,23 @@ def test_prometheus_reads_what_mlflow_has(
     wait(lambda: scraped(metrics_url) == {})  # an alarm about a run that has ended would wake somebody
 
 
+class Judging(RayLauncher):
+    """Waits, before it judges the run, until Prometheus is told of it no more.
+
+    Args:
+        url: of the metrics.
+        way: judges checkpoints on the way.
+    """
+
+    def __init__(self, url: str, way: probe.Judge) -> None:
+        super().__init__(way)
+        self._url = url
+
+    def judge(self, prepared: Prepared) -> Verdict | None:
+        wait(lambda: scraped(self._url) == {})  # it may take long, and no step is made: an alarm would wake somebody
+        return super().judge(prepared)
+
+
 @pytest.mark.slow
 def test_a_lost_worker_is_counted_and_what_a_probe_finds_is_seen(
     metrics_url: str, tiny: Callable[..., RunConfig], runs: Path, tmp_path: Path
@@ -153,7 +171,7 @@ def test_a_lost_worker_is_counted_and_what_a_probe_finds_is_seen(
 
     watching = threading.Thread(target=watch)
     watching.start()
-    summary = launch(prepared, RayLauncher(probe=held))
+    summary = launch(prepared, Judging(metrics_url, held))
     watching.join()
 
     name, known = prepared.plan.run_name, curves(prepared, summary.run_id)

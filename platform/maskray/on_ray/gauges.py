@@ -2,9 +2,9 @@
 
 Ray exports a gauge once each time that it is set, and drops it when it was not set again for two of its intervals
 (20 s). So a thread sets all of them again, from the last values, for as long as the run lives: between log steps that
-are minutes apart, and while the workers hang or are started again, which is when somebody looks. When the run has ended
-they go, and with them what would raise alarms. Even totals are gauges: Ray keeps a counter of a process that has ended
-for as long as the cluster runs.
+are minutes apart, and while the workers hang or are started again, which is when somebody looks. When the run has been
+trained they go, and with them what would raise alarms. Even totals are gauges: Ray keeps a counter of a process that
+has ended for as long as the cluster runs.
 """
 
 from __future__ import annotations

@@ -75,6 +75,8 @@ class RayLauncher:
             outcome = fit.fitted(trainer, prepared.run, config.cluster.max_failures, is_judged)
         if "bad_step" in outcome:
             raise BadStepError(*outcome["bad_step"])
+        self._board = None
+        ray.kill(board)  # and its figures end: judging and registering make no steps, and would raise an alarm
         if not outcome["stored"]:
             raise unstored_metrics()
 
