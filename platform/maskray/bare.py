@@ -21,7 +21,7 @@ from maskray.pretrain import pretrain
 from maskray.tracking.base import Fanout, Observer, Tracker
 from maskray.tracking.console import ProgressLine
 from maskray.tracking.mlflow_tracker import MlflowTracker
-from maskray.training import rewinds
+from maskray.training import rewinds, stacks
 from maskray.training.context import LocalContext
 from maskray.training.folders import PROBE, step_of
 
@@ -159,6 +159,7 @@ class BareLauncher:
 
 def run(prepared: Prepared) -> Summary | None:
     """Launch without Ray; under torchrun, all but the first process return None."""
+    stacks.write_on_signal()
     on_gpu = prepared.config.cluster.gpus_per_worker > 0
     if on_gpu:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic kernels want it

@@ -20,6 +20,7 @@ from maskray.config.load import dump, load
 from maskray.config.schema import RunConfig
 from maskray.data import lease
 from maskray.data.storage import Storage
+from maskray.training import stacks
 
 pytestmark = pytest.mark.usefixtures("runs")
 
@@ -48,8 +49,10 @@ def test_sigterm_closes_the_mlflow_run_and_the_same_command_goes_on(tiny: Callab
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        process.send_signal(stacks.SIGNAL)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == cli.TERMINATED, (tmp_path / "log").read_text()
+    assert "in pretrain\n" in (tmp_path / "log").read_text(), "where it stood, when it was asked"
     client, run = the_run(tmp_path)
     assert run.info.status == "KILLED"
     assert not list((tmp_path / "runs").glob("tiny-*/lease.json"))

@@ -1,6 +1,7 @@
 """Jobs on a real cluster with dashboard and token: a job that ends well, one that cannot, one that is stopped."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from launches import is_worker
 from maskray import cli
+from maskray.training import stacks
 from ray_head import BIN, ROOT, Head
 
 pytestmark = pytest.mark.ray
@@ -171,6 +174,12 @@ def test_a_stopped_job_is_no_success_and_leaves_nothing_open(client: Client):
     first.send_signal(signal.SIGTERM)  # whoever follows a job may go home
     assert client.wait(first) == 143, client.log.read_text()
     assert f"--address {client.head.address} --stop long" in client.said()
+    assert client.job("long")["status"] == "RUNNING"
+
+    (worker,) = [p.pid for p in client.head.processes() if is_worker(p)]
+    (errors,) = (client.head.folder / "ray/session_latest/logs").glob(f"worker-*-{worker}.err")
+    os.kill(worker, stacks.SIGNAL)
+    client.until(lambda: "in pretrain\n" in errors.read_text())  # the runbook's answer to "it hangs"
     assert client.job("long")["status"] == "RUNNING"
 
     second = client.submit("--follow", "long")

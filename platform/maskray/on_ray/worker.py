@@ -16,6 +16,7 @@ from maskray.data.storage import Storage
 from maskray.errors import BadStepError
 from maskray.on_ray import stream
 from maskray.tracking.base import Fanout, Observer, Tracker
+from maskray.training import stacks
 
 if TYPE_CHECKING:
     from maskray.on_ray.context import RayContext
@@ -64,7 +65,11 @@ def tracker_of(settings: dict[str, Any], config: RunConfig, rank: int) -> Tracke
 
 
 def tell_driver(board: Any) -> None:
-    """Post this process's warnings of maskray's own to the board: Ray's log, and its noise, are not shown."""
+    """Post this process's warnings of maskray's own to the board: Ray's log, and its noise, are not shown.
+
+    Where it stands, when it is asked by `stacks.SIGNAL`, is in Ray's log.
+    """
+    stacks.write_on_signal()
     logging.getLogger("maskray").addHandler(_ToBoard(board))
 
 
