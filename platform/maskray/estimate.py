@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from statistics import fmean
 
 from maskray import masking
 from maskray.config.resolve import check_shares, padding_waste, resolve
 from maskray.config.schema import IngestConfig, RunConfig
+from maskray.data.local import chosen_cache, is_walked_locally
 from maskray.data.manifest import MANIFEST
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.models.build import weightless_model
 from maskray.models.cost import Cost, cost
 from maskray.models.memory import Memory, memory
+
+DECODED_PER_CORE = 1_000
+"""Images a second that a core brings to a worker by Ray Data and Train's splitter, of JPEGs of short side 256 cropped
+to `DECODED_PIXELS`: half of what two cores did (tests/benchmarks/RESULTS.md, "Delivered to the training process")."""
+DECODED_PIXELS = 224 * 224
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Estimate:
     length: Length
     waste: float
     """Share of the workers' time that goes into repeats of weight 0."""
+    decoded_per_core: float | None
+    """Images a second that a core decodes, about; None: they are decoded once, and kept."""
 
     @property
     def encoder_flops(self) -> float:
@@ -57,9 +66,17 @@ class Estimate:
         """Forward and backward pass, an image."""
         return fmean(each.training_flops for each in self.costs)
 
+    def images_per_second(self, rate: float) -> float:
+        """Of all workers, where each does `rate` operations a second and waits for none."""
+        return self.workers * rate * (1 - self.waste) / self.training_flops
+
+    def decoding_cores(self, rate: float) -> int | None:
+        """That decode as many images, about; None: images are decoded once, and kept."""
+        return None if self.decoded_per_core is None else ceil(self.images_per_second(rate) / self.decoded_per_core)
+
     def hours(self, views: float, rate: float) -> float:
         """For so many views, where each worker does `rate` operations a second."""
-        return views * self.training_flops / (self.workers * rate * (1 - self.waste)) / 3600
+        return views / self.images_per_second(rate) / 3600
 
 
 def estimate(config: RunConfig) -> Estimate:
@@ -98,7 +115,23 @@ def estimate(config: RunConfig) -> Estimate:
         memory=max(needs, key=lambda need: need.total),
         length=length,
         waste=padding_waste(workers, groups),
+        decoded_per_core=None if _keeps_decoded(config) else DECODED_PER_CORE / max(1.0, _area(config)),
     )
+
+
+def _keeps_decoded(config: RunConfig) -> bool:
+    """Whether images are decoded once; of a dataset that is not there, as the config says, and else they are not."""
+    data = config.data
+    if data.cache == "auto" and Storage(data.path).exists(MANIFEST):
+        dataset = Dataset.open(data.path, data.version)
+        return is_walked_locally(data, dataset) and chosen_cache(data, dataset) != "none"
+    return data.cache in ("host", "device")
+
+
+def _area(config: RunConfig) -> float:
+    """Of an image, against those that were measured: shards of larger ones have been resized to as much more."""
+    height, width = config.data.image_size
+    return height * width / DECODED_PIXELS
 
 
 def _length(config: RunConfig) -> Length:

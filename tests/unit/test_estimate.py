@@ -32,6 +32,23 @@ def test_hours_are_operations_by_the_rate_of_the_workers_that_do_not_wait(tiny):
     assert found.hours(1000, 1e9) == pytest.approx(seconds / 3600)
 
 
+def test_cores_decode_as_many_images_as_the_workers_take_and_fewer_large_ones(tiny, tmp_path):
+    nowhere = {"path": str(tmp_path / "nowhere")}
+    found = estimate(tiny(data=nowhere))
+    rate = 2500 * found.training_flops  # a second
+    assert found.images_per_second(rate) == pytest.approx(2500)
+    assert found.decoding_cores(rate) == 3
+    large = estimate(tiny(data=nowhere | {"image_size": 448}))
+    assert large.decoding_cores(2500 * large.training_flops) == 10
+
+
+def test_what_is_decoded_once_takes_no_cores(tiny, tmp_path):
+    assert estimate(tiny()).decoding_cores(1e12) is None, "the digits fit, and are kept decoded"
+    assert estimate(tiny(data={"cache": "none"})).decoding_cores(1e12) is not None
+    kept = tiny(data={"path": str(tmp_path / "nowhere"), "cache": "host", "stream": "local"})
+    assert estimate(kept).decoding_cores(1e12) is None
+
+
 def test_operations_are_the_mean_of_the_ratios_and_memory_that_of_the_costliest(tiny):
     ratios = [0.25, 0.75]
     both = estimate(tiny(mask={"ratio": ratios}))
@@ -44,7 +61,10 @@ def test_operations_are_the_mean_of_the_ratios_and_memory_that_of_the_costliest(
     ("sections", "words"),
     [
         ({}, ("parameters", "decoder", "768 images in steps of 64", "padding 0%", "time")),
-        ({"data": {"path": "nowhere"}, "optim": {"steps": None, "epochs": 3}}, ("3 passes", "each million images")),
+        (
+            {"data": {"path": "nowhere"}, "optim": {"steps": None, "epochs": 3}},
+            ("3 passes", "each million images", "CPU cores for", "fewer in cluster."),
+        ),
     ],
 )
 def test_the_command_says_it(tiny, tmp_path, capsys, sections, words):

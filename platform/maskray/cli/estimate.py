@@ -72,6 +72,10 @@ def _facts(found: Estimate, config: RunConfig, rate: float | None) -> Iterator[t
         )
     else:
         yield "length", f"{passes}; there is no dataset at {config.data.path}"
+    if rate is not None and (cores := found.decoding_cores(rate)) is not None:
+        key = "cluster.cpus_per_worker" if config.data.stream == "local" else "cluster.data_cpus"
+        images = f"{found.images_per_second(rate):,.0f} images/s"
+        yield "decoding", f"about {cores:,} CPU cores for {images}; with fewer in {key} the workers wait"
     if rate is not None and length.views is not None:
         yield "time", time_of(found.hours(length.views, rate))
     elif rate is not None and length.passes is not None:
