@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -22,10 +23,12 @@ class Head:
     Args:
         folder: short: sockets lie in it, whose paths may have 107 characters.
         num_cpus: that it declares.
+        variables: of its own processes' environment, beside those that its clients have too.
     """
 
-    def __init__(self, folder: Path, num_cpus: int) -> None:
+    def __init__(self, folder: Path, num_cpus: int, variables: Mapping[str, str] | None = None) -> None:
         self.folder, self._num_cpus = folder, num_cpus
+        self._variables = dict(variables or {})
         self.token = folder / "token"
         self.token.write_text(secrets.token_hex(32))
         self.token.chmod(0o600)
@@ -47,8 +50,9 @@ class Head:
         options += ["--dashboard-host=127.0.0.1", f"--num-cpus={self._num_cpus}", f"--temp-dir={self.folder / 'ray'}"]
         options += [f"--object-store-memory={150 * 2**20}", "--node-ip-address=127.0.0.1"]
         command = [str(BIN / "ray"), "start", "--head", *options]
+        environment = self.environment | self._variables
         done = subprocess.run(
-            command, env=self.environment, cwd=self.folder, check=False, capture_output=True, text=True, timeout=180
+            command, env=environment, cwd=self.folder, check=False, capture_output=True, text=True, timeout=180
         )
         assert done.returncode == 0, done.stdout + done.stderr
 

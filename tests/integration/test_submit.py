@@ -19,6 +19,7 @@ from mlflow.entities import Run
 from launches import is_worker
 from maskray import cli
 from maskray.training import stacks
+from planted_secrets import Planted
 from ray_head import BIN, ROOT, Head
 
 pytestmark = pytest.mark.ray
@@ -27,10 +28,24 @@ PATIENCE_SECONDS = 240
 DEMO = "configs/pretrain/digits.yaml"
 
 
+def planted() -> Planted:
+    """Secrets for an environment in which the cluster's token is in a file."""
+    planted = Planted()
+    del planted.variables["RAY_AUTH_TOKEN"], planted.secrets["RAY_AUTH_TOKEN"]
+    return planted
+
+
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+def of_node() -> Planted:
+    """Secrets that the node has in its environment, and the token; whoever submits has others."""
+    return planted()
+
+
+@pytest.fixture(scope="module")
+def head(of_node: Planted) -> Iterator[Head]:
     with tempfile.TemporaryDirectory(prefix="mr-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        head = Head(Path(folder), num_cpus=3)
+        head = Head(Path(folder), num_cpus=3, variables=of_node.variables)
+        of_node.secrets["RAY_AUTH_TOKEN"] = head.token.read_text()
         try:
             head.start()
             yield head
@@ -91,6 +106,14 @@ class Client:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
+    def search(self, planted: Planted) -> tuple[int, list[str]]:
+        """Files of the cluster, the runs and what was said that were searched, and what was found in them."""
+        while True:
+            try:
+                return planted.found_below([self._folder, self.head.folder / "ray"])
+            except FileNotFoundError:  # the cluster is running, and replaces files of its own
+                continue
+
     def tracked(self) -> tuple[MlflowClient, Run]:
         client = MlflowClient(f"sqlite:///{self._folder}/runs/mlflow.db")
         (run,) = client.search_runs([client.get_experiment_by_name("maskray").experiment_id])
@@ -125,7 +148,9 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
-def test_the_demo_ends_well_with_a_registered_model(client: Client):
+def test_the_demo_ends_well_with_a_registered_model_and_leaves_no_secret(client: Client, of_node: Planted):
+    of_client = planted()
+    client.environment |= of_client.variables
     steps = ("optim.steps=8", "optim.warmup_steps=2", "training.log_steps=4", "training.checkpoint_steps=4")
     submitted = client.submit("--submission-id", "demo", "--env", "MINE=1", "--", *client.demo(*steps))
     assert client.wait(submitted) == 0, client.log.read_text()
@@ -138,6 +163,24 @@ def test_the_demo_ends_well_with_a_registered_model(client: Client):
     assert run.data.tags["mlflow.source.git.commit"] == found["metadata"]["maskray.commit"]
     assert found["metadata"]["maskray.config"] == "digits"
     assert found["runtime_env"]["env_vars"]["MINE"] == "1"
+
+    assert "Not sent: MLFLOW_" in client.said()
+    assert (client.head.folder / "ray/session_latest/logs/job-driver-demo.log").is_file()
+    for secrets in (of_client, of_node):
+        assert secrets.found_in(json.dumps(found, ensure_ascii=False).encode()) == []
+        searched, hits = client.search(secrets)
+        assert hits == []
+        assert searched > 100, "with the package as it was unpacked"
+
+
+def test_a_secret_that_lay_there_would_be_found(client: Client, of_node: Planted):
+    name = "MLFLOW_TRACKING_PASSWORD"
+    left = client.head.folder / "ray/session_latest/logs/left.log"
+    left.write_text(of_node.secrets[name])
+    try:
+        assert client.search(of_node)[1] == [f"{left.resolve()}: {name}, raw"]
+    finally:
+        left.unlink()
 
 
 def test_a_broken_config_is_found_before_and_in_the_job_by_the_same_words(client: Client, here: Callable[..., str]):
