@@ -41,7 +41,7 @@ from maskray.tracking.base import Fanout, Observer
 from maskray.tracking.mlflow_store import Store
 from maskray.tracking.mlflow_tracker import UNTOLD, MlflowTracker
 from maskray.tracking.patience import AWAY_SECONDS, Patience
-from maskray.training import checkpoint, folders
+from maskray.training import checkpoint, folders, stacks
 from maskray.training.memory import give_back_freed_memory
 from maskray.training.throughput import IMAGES_PER_SECOND
 
@@ -147,6 +147,7 @@ def run(config: Mapping[str, Any], sweep: Sweep) -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    stacks.write_on_signal()
     asked, tell = Asked.load(config[ASKED]), Teller(sweep)
     patience = Patience(sweep.store.uri, sweep.away_seconds, tell.beat)
     run_id = patience.call(partial(sweep.run_of, asked))
