@@ -24,6 +24,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _POLL_SECONDS, _AWAY_SECONDS = 0.3, 120.0
 # Ray takes these instead of an address that is given.
 _OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_NO_JOB = "Request failed with status code 404"  # Ray's words
 
 
 class Ended(NamedTuple):
@@ -66,7 +67,7 @@ class Jobs:
     """
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        self._address, self._shown = address, 0  # characters of the log that is followed
         with self._in_words(), _without_other_addresses():
             self._client = JobSubmissionClient(address)
 
@@ -93,35 +94,45 @@ class Jobs:
 
     def follow(self, job: str, show: Callable[[str], object]) -> Ended:
         """Pass on what a job prints, from its beginning, until it ends. A dashboard that goes away is waited for."""
-        shown, said, last_answer = 0, "", time.monotonic()
+        self._shown, said, last_word, log_until = 0, "", time.monotonic(), float("inf")
         while True:
             try:
                 found = self._client.get_job_info(job)
-                last_answer = time.monotonic()
-                if found.status == JobStatus.PENDING:
-                    if found.message and found.message != said:
-                        said = found.message
-                        show(f"{said}\n")
-                    time.sleep(_POLL_SECONDS)
-                    continue
-                if found.driver_agent_http_address:  # else it ended before it began, and has printed nothing
-                    shown = asyncio.run(self._tail(job, show, shown))
-                if found.status.is_terminal():
-                    return Ended(str(found.status.value), found.driver_exit_code, found.message or "")
-            except (OSError, RuntimeError, aiohttp.ClientError) as error:
-                if time.monotonic() - last_answer > _AWAY_SECONDS or "404" in str(error):
+            except (OSError, RuntimeError) as error:
+                if _is_of_no_job(error) or time.monotonic() - last_word > _AWAY_SECONDS:
                     raise self._error(error, job) from error
+                time.sleep(_POLL_SECONDS)
+                continue
+            is_pending, is_over = found.status == JobStatus.PENDING, found.status.is_terminal()
+            if is_pending and found.message and found.message != said:
+                said = found.message
+                show(f"{said}\n")
+            if is_over:
+                log_until = min(log_until, time.monotonic() + _AWAY_SECONDS)
+            # Without an agent's address it ended before it began, and has printed nothing.
+            has_log = not is_pending and bool(found.driver_agent_http_address)
+            broken = asyncio.run(self._tail(job, show)) if has_log else None
+            if is_over and (broken is None or time.monotonic() > log_until):
+                if broken is not None:  # the node that has it may be gone
+                    show(f"The rest of the log cannot be read: {broken}\n")
+                return Ended(str(found.status.value), found.driver_exit_code, found.message or "")
+            last_word = time.monotonic()  # a log is followed for as long as the job runs
             time.sleep(_POLL_SECONDS)
 
-    async def _tail(self, job: str, show: Callable[[str], object], shown: int) -> int:
-        """Pass on what was not shown yet; how many characters have been."""
-        seen = 0
-        async for text in self._client.tail_job_logs(job):
+    async def _tail(self, job: str, show: Callable[[str], object]) -> Exception | None:
+        """Pass on what was not shown yet; what broke it off, where something did."""
+        seen, chunks = 0, self._client.tail_job_logs(job)
+        while True:
+            try:
+                text = await anext(chunks)
+            except StopAsyncIteration:
+                return None
+            except (OSError, RuntimeError, aiohttp.ClientError) as error:
+                return error
             seen += len(text)
-            if seen > shown:
-                show(text[-(seen - shown) :])
-                shown = seen
-        return shown
+            if seen > self._shown:
+                show(text[-(seen - self._shown) :])
+                self._shown = seen
 
     def stop(self, job: str) -> Ended:
         """Stop a job, which closes what it has open, and wait until it has ended."""
@@ -158,7 +169,7 @@ class Jobs:
                 fix="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token "
                 "(`ray get-auth-token` on its head)",
             )
-        if job is not None and "404" in text:
+        if job is not None and _is_of_no_job(error):
             return ClusterError("the cluster has no such job", found=job, fix=f"look at {self._address}/#/jobs")
         if isinstance(error, OSError):
             again = f"; the job goes on: maskray submit --address {self._address} --follow {job}" if job else ""
@@ -170,6 +181,11 @@ class Jobs:
                 f"--dashboard-host=0.0.0.0, or reach it through a tunnel{again}",
             )
         return ClusterError("the cluster's dashboard refuses", found=f"{self._address}: {text[:500]}")
+
+
+def _is_of_no_job(error: Exception) -> bool:
+    """By the status of the reply: what a connection that failed says has the job's name in it, whatever that is."""
+    return isinstance(error, RuntimeError) and str(error).startswith(_NO_JOB)
 
 
 @contextmanager
