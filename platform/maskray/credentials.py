@@ -10,7 +10,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-_WORDS = r"PASSWORD|TOKEN(?!IZ)|SECRET|KEY"
+# Short ones as whole words only: there are BYPASS, PWD (the folder that one is in), AUTHOR and RAY_AUTH_MODE. Workers
+# need MLFLOW_TRACKING_AUTH, which names a plugin.
+_WORDS = (
+    r"PASSW|PASSPHRASE|PASSCODE|(?<![A-Z0-9])PASS(?![A-Z0-9])|(?<=[_.?&-])PWD(?![A-Z0-9])"
+    r"|TOKEN(?!IZ)|SECRET|KEY(?!BOARD|WORD)|CREDENTIAL|CREDS|CONNECTION_?STRING"
+    r"|AUTHORIZATION|(?<![A-Z0-9])(?<!MLFLOW_TRACKING_)AUTH(?![\w.-])"
+)
 NAMED = re.compile(_WORDS, re.IGNORECASE)
 """Of a variable or option that is one, by its name."""
 

@@ -49,6 +49,9 @@ WITH_CREDENTIALS = [
     f"s3://bucket/prefix?region=x&secret_key={PASSWORD}",
     f"https://host/path?X-Amz-Security-Token={PASSWORD}#here",
     f"https://host/path?api_key={PASSWORD}",
+    f"mysql://host/db?passwd={PASSWORD}",
+    f"mssql://host/db?pwd={PASSWORD}&x=1",
+    f"https://host/path?a=b&auth={PASSWORD}",
 ]
 WITHOUT = [
     "http://host:5000/path@here",
@@ -61,6 +64,7 @@ WITHOUT = [
     "postgresql://me@host/db",
     "Found: http://127.0.0.1:9 (refused). Ask me@example.org",
     "tokenizer=x?tokenizer=words",
+    "https://host/path?author=me&auth_mode=basic&bypass=1",
 ]
 
 
@@ -80,12 +84,27 @@ def test_what_has_none_stays_as_it_is(text: str):
     assert shown(text) == text.replace("//me@", "//***@")
 
 
-@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "my_password", "RAY_AUTH_TOKEN", "OPENAI_API_KEY"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("AWS_SECRET_ACCESS_KEY", "my_password", "RAY_AUTH_TOKEN", "OPENAI_API_KEY", "APIKEY"),
+        *("DB_PASSWD", "DB_PASS", "pass", "REDIS_PASS_FILE", "MYSQL_PWD", "SSH_PASSPHRASE", "PASSCODE"),
+        *("AWS_CREDENTIALS", "GCP_CREDS", "AZURE_STORAGE_CONNECTION_STRING"),
+        *("REDIS_AUTH", "auth", "HTTP_AUTHORIZATION"),
+    ],
+)
 def test_names_of_secrets(name: str):
     assert NAMED.search(name)
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "MLFLOW_TRACKING_USERNAME", "AWS_REGION"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("TOKENIZERS_PARALLELISM", "MLFLOW_TRACKING_USERNAME", "AWS_REGION", "PYTHONHASHSEED", "KEYBOARD", "KEYWORDS"),
+        *("BYPASS_CACHE", "COMPASS", "PASSENGERS", "PWD", "OLDPWD"),
+        *("AUTHOR", "GIT_AUTHOR_NAME", "RAY_AUTH_MODE", "MLFLOW_TRACKING_AUTH"),
+    ],
+)
 def test_names_of_none(name: str):
     assert not NAMED.search(name)
 
