@@ -82,6 +82,9 @@ def test_a_sweep_takes_its_base_along():
         (("ingest", "photos", "s3://bucket/data"), "source: a relative path"),
         (("embed", "--config", "configs/embed/digits.yaml"), "images: a relative path"),
         (("evaluate", "--config", "configs/evaluate/digits.yaml"), "data.path: a relative path"),
+        (("repair", "runs/digits-0"), "RUN_FOLDER: a submitted job's own folder"),
+        (("repair", *DEMO[1:], *PLACES[:2]), "storage.path: a submitted job's own folder"),
+        (("repair",), "say which run. Found: nothing"),
         (("promote", "--config", "configs/promote/digits.yaml"), "data.path: a relative path"),
         (("sweep", "--config", "configs/sweep/mask_ratio_x_depth.yaml"), "base.data.path: a relative path"),
         (("ui",), "submit: no such job. Found: ui. Allowed: pretrain, sweep"),
@@ -93,6 +96,30 @@ def test_what_cannot_work_there_is_refused_here(typed: tuple[str, ...], words: s
     message = refused("--", *typed)
     assert "s3cret" not in message
     assert re.search(words, message)
+
+
+def test_annotations_and_images_of_a_detection_must_be_found_there(tmp_path: Path):
+    """Each of the shipped config's four relative places is refused, until all are absolute."""
+    text, config = (ROOT / "configs/evaluate/detection.yaml").read_text(), tmp_path / "detection.yaml"
+    typed = ("evaluate", "--config", str(config), "--set", "storage.path=/mnt/runs")
+    for key, place in (
+        ("train.annotations", "coco/annotations/instances_train2017.json"),
+        ("train.images", "coco/train2017"),
+        ("val.annotations", "coco/annotations/instances_val2017.json"),
+        ("val.images", "coco/val2017"),
+    ):
+        config.write_text(text)
+        assert re.search(f"evaluations.0.{key}: a relative path.*Found: {place}", refused(*typed))
+        assert place in text
+        text = text.replace(place, f"/mnt/{place}")
+    config.write_text(text)
+    parcel_of(*typed)
+
+
+def test_a_runs_folder_is_mended_from_where_it_is_seen():
+    sent = parcel_of("--", "repair", "/mnt/runs/digits-0", "--dry-run")
+    assert shlex.split(sent.entrypoint)[3:] == ["repair", "/mnt/runs/digits-0", "--dry-run"]
+    assert parcel_of("--", "repair", *DEMO[1:], *PLACES).submission_id.startswith("repair-digits-")
 
 
 def test_a_relative_path_that_is_taken_along_is_no_mistake():
@@ -156,4 +183,4 @@ def test_nothing_that_listens_is_said_with_the_cure(monkeypatch: pytest.MonkeyPa
 def test_every_command_that_can_be_a_job_has_a_check():
     arguments: argparse.Namespace = cli._parser().parse_args(["submit", "x"])
     assert set(submit._CHECKS) <= set(arguments.parsers)
-    assert set(submit._CHECKS) == {path.stem for path in (ROOT / "jobs").glob("*.py")} | {"doctor"}
+    assert set(submit._CHECKS) == {path.stem for path in (ROOT / "jobs").glob("*.py")} | {"doctor", "repair"}

@@ -30,11 +30,20 @@ def add(commands: Any) -> None:
     parser.set_defaults(command=_repair)
 
 
-def _repair(arguments: argparse.Namespace) -> int:
+def refuse_unclear_run(arguments: argparse.Namespace) -> None:
+    """A folder or a config says which run.
+
+    Raises:
+        ConfigError: neither is given, or both are.
+    """
     if (arguments.run is None) == (arguments.config is None):
         raise ConfigError(
             "say which run", found="both" if arguments.run else "nothing", allowed="a folder, or --config"
         )
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    refuse_unclear_run(arguments)
     config = None if arguments.config is None else load(arguments.config, arguments.set)
     from maskray.data.storage import Storage
     from maskray.repair.case import Case, State, run_of

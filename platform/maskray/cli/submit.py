@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from maskray.cli.pretrain import program
+from maskray.cli.repair import refuse_unclear_run
 from maskray.config.embedding import EmbedConfig
-from maskray.config.evaluation import EvaluateConfig
+from maskray.config.evaluation import DetectionEvaluation, EvaluateConfig
 from maskray.config.load import files_of, load, load_as, parse
 from maskray.config.promotion import PromotionConfig
 from maskray.config.schema import IngestConfig, RunConfig
@@ -36,7 +37,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "submit",
         help="run one of these commands as a job on a cluster, and follow it",
-        usage="maskray submit [options] -- pretrain --config …   (or sweep, ingest, evaluate, embed, promote, doctor)\n"
+        usage="maskray submit [options] -- pretrain --config …\n"
+        "       (or sweep, ingest, evaluate, embed, promote, doctor, repair)\n"
         "       maskray submit [--address …] --stop ID | --follow ID",
     )
     parser.add_argument("--address", help="of the cluster's dashboard [RAY_API_SERVER_ADDRESS, http://127.0.0.1:8265]")
@@ -219,9 +221,17 @@ def _ingest(given: argparse.Namespace) -> tuple[str, Places]:
 def _evaluate(given: argparse.Namespace) -> tuple[str, Places]:
     config = load_as(EvaluateConfig, given.config, given.set)
     path = config.data.path if config.data is not None else None
+    of_detection = {
+        f"evaluations.{index}.{split}.{key}": place
+        for index, each in enumerate(config.evaluations)
+        if isinstance(each, DetectionEvaluation)
+        for split, data in (("train", each.train), ("val", each.val))
+        for key, place in (("annotations", data.annotations), ("images", data.images))
+    }
     return config.name, {
         "model": config.model,
         "data.path": path,
+        **of_detection,
         ">storage.path": config.storage.path,
         ">--out": given.out and str(given.out),
     }
@@ -242,6 +252,11 @@ def _doctor(given: argparse.Namespace) -> tuple[str, Places]:
     return "doctor", {} if given.config is None else _pretrain(given)[1]
 
 
+def _repair(given: argparse.Namespace) -> tuple[str, Places]:
+    refuse_unclear_run(given)
+    return ("repair", {">RUN_FOLDER": given.run}) if given.config is None else _pretrain(given)
+
+
 def _of_store(config: Any) -> Places:
     """Where MLflow's own store would lie, and the decisions of promotions."""
     return {">storage.path": config.storage.path if config.tracking.uri is None else None}
@@ -255,6 +270,7 @@ _CHECKS: dict[str, Callable[[argparse.Namespace], tuple[str, Places]]] = {
     "embed": _embed,
     "promote": _promote,
     "doctor": _doctor,
+    "repair": _repair,
 }
 
 
