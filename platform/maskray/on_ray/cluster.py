@@ -90,17 +90,30 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 
 def _make_token(environment: Mapping[str, str]) -> None:
-    """The token that Ray would make, where there is none: others on this machine could read Ray's."""
+    """The token that Ray would make, where there is none: others on this machine could read Ray's.
+
+    Raises:
+        ClusterError: it cannot be kept.
+    """
     mode = environment.get("RAY_AUTH_MODE", "token").lower()
     if mode != "token" or "RAY_AUTH_TOKEN" in environment or "RAY_AUTH_TOKEN_PATH" in environment:
         return
     file = Path.home() / ".ray" / "auth_token"
-    file.parent.mkdir(exist_ok=True)
     try:
+        file.parent.mkdir(exist_ok=True)
         with open(file, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as token:
             token.write(secrets.token_hex(32))
-    except FileExistsError:
-        return
+    except OSError as error:
+        if isinstance(error, FileExistsError) and file.is_file():
+            return
+        raise ClusterError(
+            "the token of a cluster on this machine cannot be kept",
+            key="RAY_AUTH_TOKEN_PATH",
+            found=f"not set, and {error}",
+            allowed="a file with a token that this user alone may read",
+            fix="(umask 077; printf %s $(openssl rand -hex 32) > FILE), and export RAY_AUTH_TOKEN_PATH=FILE; "
+            "or let HOME name a folder that can be written",
+        ) from error
 
 
 def _refuse_ray_client(address: str | None) -> None:

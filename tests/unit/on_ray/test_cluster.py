@@ -101,3 +101,21 @@ def test_a_missing_token_is_the_users_to_mend(tmp_path):
     assert "cluster.address" in said.stdout
     assert "no authentication token was found" in said.stdout
     assert "RAY_AUTH_TOKEN_PATH" in said.stdout
+
+
+@pytest.mark.parametrize("home", ["nowhere", "file"])
+def test_a_home_that_cannot_be_written_is_the_users_to_mend(tmp_path, monkeypatch, home):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    with pytest.raises(ClusterError, match=r"RAY_AUTH_TOKEN_PATH: .*/\.ray'.*export RAY_AUTH_TOKEN_PATH=FILE"):
+        cluster._make_token({})
+    cluster._make_token({"RAY_AUTH_TOKEN_PATH": "elsewhere"})
+
+
+def test_a_token_is_made_once_and_for_this_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / ".ray" / "auth_token"
+    cluster._make_token({})
+    made = file.read_text()
+    cluster._make_token({})
+    assert (len(made), file.read_text(), file.stat().st_mode & 0o777) == (64, made, 0o600)
