@@ -38,10 +38,13 @@ def preflight(two_nodes: None, tiny: Callable[..., RunConfig], tmp_path: Path) -
         storage: str | None = None,
         probe_cpus: float = 0,
         least: int | None = None,
+        images: str | None = None,
         **of_cluster: object,
     ) -> None:
         config = tiny(cluster={"wait_seconds": 0, **of_cluster}, probe={"cpus": probe_cpus}, training=PROBED)
         beside = probe.bundles(config)
+        if images is not None:
+            config = config.model_copy(update={"data": config.data.model_copy(update={"path": images})})
         cluster.preflight(config, Storage(storage or tmp_path), uri, beside, streams_on_ray=True, least=least)
 
     return run
@@ -56,6 +59,11 @@ def test_a_folder_that_only_the_driver_sees_is_refused(preflight, tmp_path, monk
     monkeypatch.chdir(tmp_path)  # the nodes' processes were started in another folder
     with pytest.raises(ClusterError, match=r"storage.path: the folder is not the same on all of the cluster's 2 nodes"):
         preflight(storage="/proc/self/cwd")
+
+
+def test_images_that_only_the_driver_sees_are_refused(preflight):
+    with pytest.raises(ClusterError, match=r"data.path: the pictures are not on all of the cluster's 2 nodes"):
+        preflight(images=f"/proc/self/task/{os.getpid()}")  # of this process alone
 
 
 def test_what_fits_is_let_through(preflight):

@@ -91,7 +91,7 @@ def test_a_cluster_with_a_token_is_joined_and_has_room(head, tiny, tmp_path):
         f"ok cluster {head.address}: 1 node with 3 CPUs",
         f"ok dashboard {head.dashboard}, Ray {ray.__version__}",
         "ok room for workers 2 of 3 CPUs for 2 workers, and 1 for Ray Data",
-        f"ok shared places {tmp_path}/runs, from 1 node",
+        f"ok shared places {tmp_path}/runs and the dataset, from 1 node",
     ):
         assert words in lines
     assert not (tmp_path / "runs").exists()

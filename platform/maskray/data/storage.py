@@ -324,6 +324,11 @@ class Storage:
         return self.join(name) if name else self.uri
 
 
+def nearest_folder(path: Path) -> Path:
+    """What there is of the way to a path: itself, or the nearest folder above it."""
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
 @contextlib.contextmanager
 def room_for_temporary(what: str) -> Iterator[None]:
     """While the block writes a copy of something to the folder of temporary files.

@@ -171,13 +171,14 @@ def _fewest(config: RunConfig, plan: RunPlan) -> int:
 
 
 def shared_places(subject: Subject) -> Finding | None:
-    """Whether all nodes see the folder of the runs, and reach MLflow's store."""
+    """Whether all nodes see the dataset and the folder of the runs, and reach MLflow's store."""
     config = subject.config
     if config is None or subject.nodes is None or subject.is_away(config.storage.path):
         return None
     storage = Storage(config.storage.path)
     shared.check_runs(storage, config.tracking.uri or embedded_uri(config.storage.path))
-    return ok(f"{storage.uri}, from {counted(len(subject.nodes), 'node')}")
+    shared.refuse_if_not_everywhere(config.data.path, "data.path", "pretrain")
+    return ok(f"{storage.uri} and the dataset, from {counted(len(subject.nodes), 'node')}")
 
 
 def _authorization() -> dict[str, str]:

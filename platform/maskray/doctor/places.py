@@ -8,7 +8,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from maskray.data.storage import Storage
+from maskray.data.storage import Storage, nearest_folder
 from maskray.doctor.asking import date_at, s3_endpoint
 from maskray.doctor.finding import Check, Finding, Subject, fail, ok, warning
 from maskray.launch import check_writable, is_abandoned
@@ -30,7 +30,7 @@ def storage(subject: Subject) -> Finding | None:
         return None
     asked_for = Storage(subject.config.storage.path)
     # What is not there yet is made by a run, and not by us.
-    root = Storage(_existing(Path(asked_for.uri))) if asked_for.is_local else asked_for
+    root = Storage(nearest_folder(Path(asked_for.uri))) if asked_for.is_local else asked_for
     seconds = []
     for _ in range(_WRITES):
         start = time.perf_counter()
@@ -53,7 +53,7 @@ def checkpoints(subject: Subject) -> Finding | None:
     needed = f"{num} checkpoints of {short(one, 'B')}"
     if not root.is_local:
         return ok(f"{needed}, in an object store")
-    free = shutil.disk_usage(_existing(Path(root.uri))).free
+    free = shutil.disk_usage(nearest_folder(Path(root.uri))).free
     found = f"{needed}; {short(free, 'B')} free for {root.uri}"
     if free < num * one:
         return fail(found, "free some space, take another storage.path, or lower storage.keep_checkpoints")
@@ -107,11 +107,6 @@ def clock(subject: Subject) -> Finding | None:
     if abs(skew) > _SKEW_SECONDS:
         return fail(found, "set the clock: timedatectl set-ntp true, here and there")
     return ok(f"within {_SKEW_SECONDS:g} s of {', '.join(skews)}")
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder on the way to a path that is there."""
-    return next(each for each in (path, *path.parents) if each.exists())
 
 
 CHECKS = [

@@ -148,14 +148,19 @@ def preflight(
 
     Raises:
         ClusterError: too few CPUs or GPUs, or none that an autoscaler could bring; still too few after
-            `cluster.wait_seconds`; or a store on one node's disk for a cluster of several nodes.
+            `cluster.wait_seconds`; or images, runs or a store on one node's disk for a cluster of several nodes.
     """
-    shared.check_runs(storage, tracking_uri)
+    _check_places(config, storage, tracking_uri)
     cluster, fewest = config.cluster, _with_workers(config.cluster, least)
     wanted, enough = (room.bundles(c, beside, streams_on_ray=streams_on_ray) for c in (cluster, fewest))
     room.refuse(enough, beside, fewest)
     if room.wait_for(wanted, cluster, enough):
-        shared.check_runs(storage, tracking_uri)  # again: nodes may have come
+        _check_places(config, storage, tracking_uri)  # again: nodes may have come
+
+
+def _check_places(config: RunConfig, storage: Storage, tracking_uri: str) -> None:
+    shared.check_runs(storage, tracking_uri)
+    shared.refuse_if_not_everywhere(config.data.path, "data.path", "pretrain")
 
 
 def check_room(

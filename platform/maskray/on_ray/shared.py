@@ -9,7 +9,7 @@ from pathlib import Path
 import ray
 
 from maskray.config.schema import IngestConfig
-from maskray.data.storage import Storage
+from maskray.data.storage import Storage, nearest_folder
 from maskray.errors import ClusterError
 from maskray.on_ray import room
 from maskray.on_ray.growth import may_grow
@@ -114,12 +114,13 @@ def _refuse_if_not_shared(storage: Storage, key: str, nodes: list[str]) -> None:
 
 
 def _seen_everywhere(storage: Storage, nodes: list[str]) -> bool:
-    marker = f".maskray-{uuid.uuid4().hex}"
-    storage.write_bytes(marker, b"")
+    # A folder that is not there yet is made by what is kept in it, and not by whoever only asks.
+    there, marker = Storage(nearest_folder(Path(storage.uri))), f".maskray-{uuid.uuid4().hex}"
+    there.write_bytes(marker, b"")
     try:
-        return _on_all(nodes, lambda: Storage(storage.uri).exists(marker))
+        return _on_all(nodes, lambda: Storage(there.uri).exists(marker))
     finally:
-        storage.delete(marker)
+        there.delete(marker)
 
 
 def _on_all(nodes: list[str], look: Callable[[], bool]) -> bool:

@@ -170,7 +170,9 @@ def _concurrency_of(prepared: Prepared) -> int:
 
 
 def _check_places(prepared: Prepared) -> None:
-    shared.check_runs(Storage(prepared.space.base.storage.path), prepared.store.uri)
+    base = prepared.space.base
+    shared.check_runs(Storage(base.storage.path), prepared.store.uri)
+    shared.refuse_if_not_everywhere(base.data.path, "data.path", "sweep")
 
 
 def measure(configs: Sequence[RunConfig]) -> list[float]:

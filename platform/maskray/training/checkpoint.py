@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from maskray.data.storage import Storage, room_for_temporary
+from maskray.data.storage import Storage, nearest_folder, room_for_temporary
 from maskray.data.temporary import temporary_folder
 from maskray.errors import CheckpointError, StorageError, UnreachableError
 from maskray.training.sharding import load_model, load_optimizer, whole
@@ -98,8 +98,7 @@ def fill(folder: Path, write: Callable[[Path], None], key: str) -> None:
         write(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what torch and safetensors make of it
         shutil.rmtree(folder, ignore_errors=True)
-        nearest = next(each for each in folder.parents if each.exists())
-        free = shutil.disk_usage(nearest).free
+        free = shutil.disk_usage(nearest_folder(folder)).free
         raise StorageError(
             "a checkpoint could not be written",
             key=key,

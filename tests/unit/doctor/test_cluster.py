@@ -8,6 +8,7 @@ import ray
 
 from maskray.doctor import cluster
 from maskray.doctor.finding import Level, Subject
+from maskray.on_ray import room, shared
 
 LOCAL = {"stream": "local"}
 
@@ -109,3 +110,19 @@ def test_what_an_autoscaler_may_bring_is_not_known_before_it_is_asked(looked, kn
     monkeypatch.setattr(ray, "cluster_resources", dict)
     found = looked(cluster.room, subject)
     assert (found.level, "2 CPUs short" in found.found) == (level, True)
+
+
+def test_places_that_not_all_nodes_see(looked, known, monkeypatch, tmp_path):
+    subject = known(tracking={"uri": "http://mlflow:5000"})
+    subject.nodes = [{"NodeID": name, "Resources": {}} for name in "ab"]
+    monkeypatch.setattr(room, "nodes", lambda: subject.nodes)
+    for answers, level, words in (
+        ([True, True], Level.OK, "and the dataset, from 2 nodes"),
+        ([False], Level.FAIL, "storage.path: the folder is not the same on all"),
+        ([True, False], Level.FAIL, "data.path: the pictures are not on all"),
+    ):
+        left = iter(answers)
+        monkeypatch.setattr(shared, "_on_all", lambda nodes, look, left=left: look() and next(left))
+        found = looked(cluster.shared_places, subject)
+        assert (found.level, words in found.found, list(left)) == (level, True, []), found
+        assert list(tmp_path.iterdir()) == [], "a look leaves no folder behind"

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from maskray.config.schema import ClusterConfig, IngestConfig
+from maskray.data.storage import Storage
 from maskray.errors import ClusterError
-from maskray.on_ray import cluster, growth, room, shared
+from maskray.on_ray import cluster, growth, room, shared, sweep
 
 
 def refuse(monkeypatch, nodes, *, streams: bool = True, beside=(), **settings: float) -> None:
@@ -119,3 +121,54 @@ def test_a_token_is_made_once_and_for_this_user_alone(tmp_path, monkeypatch):
     made = file.read_text()
     cluster._make_token({})
     assert (len(made), file.read_text(), file.stat().st_mode & 0o777) == (64, made, 0o600)
+
+
+# --------------------------------------------------------------------------------------------- what all nodes must see
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """Nodes that see all that this machine does, but for one folder: tasks of theirs run here."""
+    hidden = list[Path]()
+
+    def on_all(nodes, look):
+        names = [folder.rename(folder.with_name("hidden")) for folder in hidden]
+        try:
+            return look()
+        finally:
+            for name, folder in zip(names, hidden, strict=True):
+                name.rename(folder)
+
+    monkeypatch.setattr(room, "nodes", lambda: [{"NodeID": name, "Resources": {"CPU": 9}} for name in "ab"])
+    monkeypatch.setattr(shared, "_on_all", on_all)
+    return hidden
+
+
+def test_a_folder_that_is_not_there_yet_is_not_made_by_a_look(two_nodes, tmp_path):
+    shared.check_runs(Storage(tmp_path / "a" / "runs"), "http://mlflow:5000")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "b").mkdir()
+    two_nodes.append(tmp_path / "b")
+    with pytest.raises(ClusterError, match=r"storage.path: the folder is not the same.*/b/runs"):
+        shared.check_runs(Storage(tmp_path / "b" / "runs"), "http://mlflow:5000")
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_images_that_only_the_driver_sees_are_refused_before_a_run_or_a_sweep(two_nodes, tiny, tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    images.mkdir()
+    config = tiny(data={"path": str(images)})
+    monkeypatch.setattr(room, "refuse", lambda *_: None)
+    monkeypatch.setattr(room, "wait_for", lambda *_: False)
+    prepared = SimpleNamespace(space=SimpleNamespace(base=config), store=SimpleNamespace(uri="http://mlflow:5000"))
+
+    def preflight():
+        cluster.preflight(config, Storage(tmp_path), "http://mlflow:5000", [], streams_on_ray=False)
+
+    preflight()
+    sweep._check_places(prepared)
+    two_nodes.append(images)
+    with pytest.raises(ClusterError, match=r"data.path: the pictures are not on all .*2 nodes.*or pretrain on one"):
+        preflight()
+    with pytest.raises(ClusterError, match=r"data.path: the pictures are not on all .*2 nodes.*or sweep on one"):
+        sweep._check_places(prepared)
