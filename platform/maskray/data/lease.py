@@ -71,6 +71,11 @@ class Holder:
         started = _started_after_boot(psutil.Process())
         return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), started, time.time(), _pid_namespace())
 
+    def words(self) -> str:
+        """Who it is, and when it was last heard of."""
+        age = max(0.0, time.time() - self.heartbeat)
+        return f"process {self.pid} on {self.host}, last heard of {age:.0f} s ago"
+
     def is_alive(self) -> bool:
         """Whether the holder may still be running, as far as can be said at once."""
         if self._is_here():
@@ -142,11 +147,10 @@ def refuse_if_held(place: Storage, name: str, kind: Kind = RUN, *, at_once: bool
 
 
 def _held(other: Holder, name: str, kind: Kind) -> RunConflictError:
-    age = max(0.0, time.time() - other.heartbeat)
     return RunConflictError(
         f"{kind.noun} {name} is running already",
         key=kind.key,
-        found=f"process {other.pid} on {other.host}, last heard of {age:.0f} s ago",
+        found=other.words(),
         fix=kind.fix,
     )
 

@@ -84,15 +84,17 @@ def shares(subject: Subject) -> Finding | None:
     return ok(f"{counted(groups, 'row group')} a step for {counted(workers, 'worker')}")
 
 
-def free_to_run(subject: Subject) -> Finding | None:
-    """Whether another launch has the run."""
+def held(subject: Subject) -> Finding | None:
+    """Whether a launch has the run: who looks into a run that is slow, or hangs, asks this too."""
     if subject.config is None or subject.plan is None:
         return None
     if subject.is_away(subject.config.storage.path):
         return None
     name = subject.plan.run_name
-    lease.refuse_if_held(Storage(subject.config.storage.path).child(name), name)
-    return ok(f"{name}: nobody else has it")
+    holder = lease.holder_of(Storage(subject.config.storage.path).child(name))
+    if holder is not None and holder.is_alive():
+        return ok(f"{name} is running, {holder.words()}: until it ends, another launch is refused")
+    return ok(f"{name}: nobody has it")
 
 
 CHECKS = [
@@ -101,5 +103,5 @@ CHECKS = [
     Check("dataset", dataset),
     Check("checksums", checksums),
     Check("shares of a step", shares),
-    Check("run", free_to_run),
+    Check("run", held),
 ]

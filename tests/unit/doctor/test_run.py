@@ -60,17 +60,18 @@ def test_workers_that_do_not_divide_a_step(looked, known):
     assert (found.level, found.fix) == (Level.WARNING, "--set cluster.workers=2")
 
 
-def test_a_run_that_another_launch_has(looked, known):
+def test_a_run_that_is_running_is_well(looked, known):
     subject = known()
     folder = Storage(subject.config.storage.path).child(subject.plan.run_name)
     holder = replace(lease.Holder.this_process(), host="elsewhere", heartbeat=time.time())
     folder.write_bytes(lease.LEASE, json.dumps(asdict(holder)).encode())
-    found = looked(run.free_to_run, subject)
-    assert found.level is Level.FAIL
-    assert "on elsewhere" in found.found
+    found = looked(run.held, subject)
+    assert found.level is Level.OK
+    assert f"is running, process {holder.pid} on elsewhere, last heard of 0 s ago" in found.found
     dead = replace(holder, heartbeat=time.time() - 2 * lease.STALE_SECONDS)
     folder.write_bytes(lease.LEASE, json.dumps(asdict(dead)).encode())
-    assert looked(run.free_to_run, subject).level is Level.OK
+    found = looked(run.held, subject)
+    assert (found.level, "nobody has it" in found.found) == (Level.OK, True)
 
 
 def test_an_object_store_that_is_away_is_said_once_and_not_waited_for(looked, tiny, bucket, monkeypatch):
@@ -79,7 +80,7 @@ def test_an_object_store_that_is_away_is_said_once_and_not_waited_for(looked, ti
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     subject = Subject(config=config)
     start = time.monotonic()
-    found = dict(examine(subject, ["run", "machine", "places"]))
+    found = dict(examine(subject, ["run", "machine", "cluster", "places"]))
     assert (found.pop("S3").level, found.pop("config").level) == (Level.FAIL, Level.OK)
     assert [found[name] for name in ("dataset", "run", "memory", "storage", "checkpoints", "clock")] == [None] * 6
     assert time.monotonic() - start < 10
