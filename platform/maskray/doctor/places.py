@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import statistics
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
 
+from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage, nearest_folder
 from maskray.doctor.asking import date_at, s3_endpoint
 from maskray.doctor.finding import Check, Finding, Subject, fail, ok, warning
@@ -47,17 +49,37 @@ def checkpoints(subject: Subject) -> Finding | None:
     """Whether the disk has room for the checkpoints that the config keeps."""
     if subject.config is None or subject.is_away(subject.config.storage.path):
         return None
-    config, root = subject.config, Storage(subject.config.storage.path)
-    one = _FP32 * _COPIES * sum(p.numel() for p in weightless_model(config).parameters())
-    num = config.storage.keep_checkpoints + _SPARE_CHECKPOINTS
+    config, root, one = subject.config, Storage(subject.config.storage.path), _bytes_of_one(subject.config)
+    # Each that waits to be judged is kept until it is.
+    judged = config.probe.waiting + 1 if config.training.probes and config.probe.enabled else 0
+    num = config.storage.keep_checkpoints + _SPARE_CHECKPOINTS + judged
     needed = f"{num} checkpoints of {short(one, 'B')}"
     if not root.is_local:
         return ok(f"{needed}, in an object store")
     free = shutil.disk_usage(nearest_folder(Path(root.uri))).free
     found = f"{needed}; {short(free, 'B')} free for {root.uri}"
     if free < num * one:
-        return fail(found, "free some space, take another storage.path, or lower storage.keep_checkpoints")
+        lower = "storage.keep_checkpoints" + " or probe.waiting" * bool(judged)
+        return fail(found, f"free some space, take another storage.path, or lower {lower}")
     return ok(found)
+
+
+def copies(subject: Subject) -> Finding | None:
+    """Whether a checkpoint fits where workers write it, whole, before it is kept."""
+    config = subject.config
+    if config is None or (subject.address is not None and len(subject.nodes or ()) != 1):
+        return None  # workers may be on other machines
+    folder, one = tempfile.gettempdir(), _bytes_of_one(config)
+    free = shutil.disk_usage(folder).free
+    found = f"{short(one, 'B')} for one; {short(free, 'B')} free in {folder}"
+    if free < one:
+        return fail(found, f"free some space in {folder}, or let TMPDIR name a folder on another disk")
+    return ok(found)
+
+
+def _bytes_of_one(config: RunConfig) -> int:
+    """Of a checkpoint: weights and the optimiser's two moments."""
+    return _FP32 * _COPIES * sum(p.numel() for p in weightless_model(config).parameters())
 
 
 def mlflow(subject: Subject) -> Finding | None:
@@ -112,6 +134,7 @@ def clock(subject: Subject) -> Finding | None:
 CHECKS = [
     Check("storage", storage),
     Check("checkpoints", checkpoints),
+    Check("checkpoint copies", copies),
     Check("MLflow", mlflow),
     Check("stale runs", stale_runs),
     Check("clock", clock),

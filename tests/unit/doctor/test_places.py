@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import sqlite3
+import tempfile
 import threading
 import time
 from contextlib import closing
@@ -21,6 +22,8 @@ from maskray.doctor.finding import Level, Subject
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_store import DATABASE
 from mlflow_server import Server
+
+PROBED = {"log_steps": 4, "checkpoint_steps": 4, "probe_steps": 4}
 
 
 def test_a_place_that_can_be_written(looked, tiny, tmp_path, place):
@@ -64,6 +67,26 @@ def test_room_for_checkpoints_is_weights_and_two_moments_of_each(looked, tiny, p
     found = looked(places.checkpoints, Subject(config=tiny(storage={"path": place})))
     assert found.level is Level.OK
     assert found.found.startswith("4 checkpoints of ")
+    probed = tiny(storage={"path": place}, training=PROBED)
+    assert looked(places.checkpoints, Subject(config=probed)).found.startswith(
+        "9 checkpoints of "
+    )  # 5 wait, or are judged
+    unheard = tiny(storage={"path": place}, training=PROBED, probe={"enabled": False})
+    assert looked(places.checkpoints, Subject(config=unheard)).found.startswith("4 checkpoints of ")
+
+
+def test_a_checkpoint_must_fit_where_it_is_written_first(looked, tiny, small_disk, monkeypatch):
+    wide = {"width": 256, "decoder": {"width": 64, "depth": 1, "heads": 2}}
+    assert looked(places.copies, Subject(config=tiny(model=wide))).level is Level.OK
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    assert looked(places.copies, Subject(config=tiny())).level is Level.OK
+    subject = Subject(config=tiny(model=wide))
+    found = looked(places.copies, subject)
+    assert (found.level, str(small_disk) in found.found, "TMPDIR" in found.fix) == (Level.FAIL, True, True)
+    subject.address, subject.nodes = "head:6379", [{}]  # this machine's
+    assert looked(places.copies, subject).level is Level.FAIL
+    subject.nodes = [{}, {}]
+    assert looked(places.copies, subject) is None
 
 
 @pytest.fixture
