@@ -94,6 +94,7 @@ def test_a_cluster_with_a_token_is_joined_and_has_room(head, tiny, tmp_path):
         f"ok shared places {tmp_path}/runs and the dataset, from 1 node",
     ):
         assert words in lines
+    assert [line for line in lines if line.startswith("ok memory ") and line.endswith(" a worker")]
     assert not (tmp_path / "runs").exists()
 
 

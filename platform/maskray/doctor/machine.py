@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray._common.utils import get_system_memory
+from ray._common.utils import get_default_system_temp_dir, get_system_memory
 from ray._private.utils import get_used_memory, resolve_object_store_memory
 
 from maskray.data.local import is_walked_locally
+from maskray.data.storage import nearest_folder
 from maskray.doctor.finding import Check, Finding, Subject, counted, fail, ok, warning
 from maskray.estimate import estimate
+from maskray.on_ray.growth import may_grow
 from maskray.on_ray.room import place
 from maskray.wording import short
 
 SHARED_MEMORY = Path("/dev/shm")
-TEMPORARY = Path("/tmp")
-"""Where Ray keeps its sessions, and what does not fit into its object store."""
 DRIVER = Path("/proc/driver/nvidia/version")
 _FULL = 0.95  # Ray makes no objects on a disk that is fuller
 _OF_THE_STORE = 0.5  # what Ray Data takes of it at most
@@ -94,20 +94,28 @@ def _on_nodes(needs: int, workers: int, nodes: list[dict[str, Any]]) -> Finding:
     left = [{"memory": float(node["Resources"].get("memory", 0))} for node in nodes]
     lost = sum(not place({"memory": float(needs)}, left) for _ in range(workers))
     found = f"{short(needs, 'B')} a worker"
-    return fail(f"{found}: no node has room for {lost} of {workers}", _MEMORY_FIX) if lost else ok(found)
+    if not lost:
+        return ok(found)
+    found = f"{found}: no node has room for {lost} of {workers}"
+    if may_grow():
+        return warning(
+            f"{found} now; an autoscaler may bring one, and is not asked here", f"ray status, or {_MEMORY_FIX}"
+        )
+    return fail(found, _MEMORY_FIX)
 
 
 def temporary_files(subject: Subject) -> Finding | None:
     """Whether Ray may write: it stops where a disk is nearly full."""
     if subject.address is not None:
         return None
-    usage = shutil.disk_usage(TEMPORARY)
+    folder = nearest_folder(Path(get_default_system_temp_dir()))  # of its sessions, and of what spills
+    usage = shutil.disk_usage(folder)
     # Of what a user may have: a part is kept for root.
     share = usage.used / (usage.used + usage.free)
-    found = f"{short(usage.free, 'B')} free in {TEMPORARY}, {share:.0%} full"
+    found = f"{short(usage.free, 'B')} free in {folder}, {share:.0%} full"
     if share < _FULL:
         return ok(found)
-    return fail(f"{found}: Ray makes no objects above {_FULL:.0%}", f"free some space in {TEMPORARY}")
+    return fail(f"{found}: Ray makes no objects above {_FULL:.0%}", f"free some space in {folder}")
 
 
 def gpu(subject: Subject) -> Finding | None:
@@ -146,8 +154,7 @@ def _smaller(groups_per_task: int, size: int) -> str:
 
 CHECKS = [
     Check("shared memory", shared_memory),
-    Check("memory", memory),
     Check("temporary files", temporary_files),
     Check("GPU", gpu),
 ]
-AFTER_JOINING = [Check("object store size", object_store)]
+AFTER_JOINING = [Check("object store size", object_store), Check("memory", memory)]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from maskray.doctor import machine
-from maskray.doctor.finding import Level, Subject
+from maskray.doctor import cluster, machine
+from maskray.doctor.examination import examine
+from maskray.doctor.finding import Check, Level, Subject, ok
 
 WIDE = {"width": 4096, "depth": 24, "decoder": {"width": 64, "depth": 1, "heads": 2}}
 ON_RAY = {"stream": "ray", "groups_per_task": 16}
@@ -27,7 +28,7 @@ def test_shared_memory_of_a_container(looked, tiny, small_disk, monkeypatch, gpu
 
 
 def test_a_disk_that_is_full_stops_ray(looked, small_disk, monkeypatch):
-    monkeypatch.setattr(machine, "TEMPORARY", small_disk)
+    monkeypatch.setenv("RAY_TMPDIR", f"{small_disk}/not/yet/there")
     assert looked(machine.temporary_files, Subject()).level is Level.OK
     (small_disk / "full").write_bytes(bytes(1_020_000))
     found = looked(machine.temporary_files, Subject())
@@ -66,15 +67,33 @@ def test_workers_that_memory_holds(looked, tiny, monkeypatch):
     assert looked(machine.memory, Subject(config=tiny())).level is Level.WARNING
 
 
-def test_workers_that_the_nodes_of_a_cluster_hold(looked, tiny):
+def test_workers_that_the_nodes_of_a_cluster_hold(looked, tiny, monkeypatch):
     subject = Subject(config=tiny(cluster={"workers": 2}), address="head:6379", nodes=[node(), node()])
     assert looked(machine.memory, subject).level is Level.OK
     subject.nodes = [node(memory=1e6), node()]
     subject.config = tiny(model={"width": 256}, cluster={"workers": 3})
     assert looked(machine.memory, subject).level is Level.OK  # all on one
     subject.nodes = [node(memory=1e6)]
+    monkeypatch.setattr(machine, "may_grow", lambda: False)
     found = looked(machine.memory, subject)
     assert (found.level, "no node has room for 3 of 3" in found.found) == (Level.FAIL, True)
+    monkeypatch.setattr(machine, "may_grow", lambda: True)
+    found = looked(machine.memory, subject)
+    assert (found.level, "an autoscaler may bring one" in found.found) == (Level.WARNING, True)
+
+
+def test_the_nodes_of_a_cluster_are_known_when_it_is_their_turn(tiny, monkeypatch):
+    def joined(subject):
+        subject.nodes = [node(memory=1e6, object_store_memory=7e6)]
+        return ok("as if")
+
+    checks = [Check("cluster", joined) if check.name == "cluster" else check for check in cluster.CHECKS]
+    of_nodes = ("cluster", "memory", "object store size")
+    monkeypatch.setattr(cluster, "CHECKS", [check for check in checks if check.name in of_nodes])
+    monkeypatch.setattr(machine, "may_grow", lambda: False)
+    found = dict(examine(Subject(config=tiny(), address="head:6379"), ["machine", "cluster"]))
+    assert "no node has room for 1 of 1" in found["memory"].found
+    assert found["object store size"].found == "7 MB"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
