@@ -23,7 +23,7 @@ from trials import alone
 
 pytestmark = pytest.mark.ray
 
-STEPS, CHECKPOINT_STEPS = 80, 4
+STEPS, CHECKPOINT_STEPS = 160, 4
 GONE_SECONDS = 60.0
 
 
