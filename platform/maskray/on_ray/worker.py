@@ -1,7 +1,7 @@
 """What each of Ray Train's workers runs. A module of its own: a worker need not import what the driver does.
 
-What takes seconds to import is imported by the functions that need it: the stream takes as long to start, and starts
-before.
+What takes seconds to import is imported by the functions that need it: the stream's splitter takes as long to start,
+and starts before.
 """
 
 from __future__ import annotations
