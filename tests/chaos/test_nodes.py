@@ -20,7 +20,7 @@ from maskray.training.folders import step_of
 from mlflow_server import Server
 from outages import seconds_to_train, train_workers, wait_for
 
-from .conftest import check_against, check_complete, ending, note
+from .conftest import check_against, check_complete, note
 
 pytestmark = pytest.mark.ray
 
@@ -149,8 +149,7 @@ def test_workers_become_fewer_and_more_again(nodes, on_nodes, quiet, launches):
     assert len(train_workers()) == 2
     assert run.finish(process) == 0, run.output()
     check_complete(run)
-    equal = ending(replayed(run, launches, steps)).weights
-    assert run.final_weights() == equal
+    assert run.final_weights() == replayed(run, launches, steps).final_weights()
     like = "quiet run, stopped and restarted so"
     note("SIGKILL of a node, none comes", "2 → 1", run, wanted, shrunk, like)
     note("a node comes", "1 → 2", run, wanted, grown, like)
