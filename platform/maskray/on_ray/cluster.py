@@ -24,11 +24,15 @@ from maskray.on_ray.room import Bundle
 
 log = logging.getLogger(__name__)
 
-# Set before Ray starts, and only where the user has not: a lost worker is told apart from a slow one sooner.
+_NO_WARNING = "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"
+# Set before Ray starts, and only where the user has not.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # a lost worker is told apart from a slow one sooner
+    _NO_WARNING: "0",  # of what Train's controller does: Train has it so, too
 }
+# Nobody gives notice that an embedded cluster's one node will be taken away: there would be a process that listens.
+_EMBEDDED = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @contextmanager
@@ -40,7 +44,6 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    variables = settings_of_mlflow(os.environ)
     package = Path(maskray.__file__).parent
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = config.address or os.environ.get("RAY_ADDRESS")
@@ -48,6 +51,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     try:
         if address:
             # The package travels with the job: workers of a cluster need not have it installed.
+            variables = {**_settings_of_train(os.environ), **settings_of_mlflow(os.environ)}
             ray.init(
                 address=address,
                 logging_level="ERROR",
@@ -55,16 +59,16 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             )
         else:
             _make_token(os.environ)
-            context = ray.init(
-                # Without `local` Ray joins any cluster that it finds on this machine.
-                address="local",
-                num_cpus=config.embedded_cpus,
-                include_dashboard=config.dashboard,
-                dashboard_host="127.0.0.1",
-                logging_level="ERROR",
-                log_to_driver=False,
-                runtime_env={"env_vars": {**variables, "PYTHONPATH": str(package.parent)}},
-            )
+            with _inherited({"PYTHONPATH": _with_package(package.parent), **_EMBEDDED}):
+                context = ray.init(
+                    # Without `local` Ray joins any cluster that it finds on this machine.
+                    address="local",
+                    num_cpus=config.embedded_cpus,
+                    include_dashboard=config.dashboard,
+                    dashboard_host="127.0.0.1",
+                    logging_level="ERROR",
+                    log_to_driver=False,
+                )
             if config.dashboard:
                 log.warning("Ray's dashboard: http://%s", context.dashboard_url)
     except (
@@ -87,6 +91,34 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables of the processes that are started while the block runs.
+
+    An embedded cluster gets its variables so. By a runtime environment each of its processes would wait for an agent,
+    and those that Ray starts before they are asked for, which have none, would be of no use.
+    """
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _with_package(folder: Path) -> str:
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+def _settings_of_train(here: Mapping[str, str]) -> dict[str, str]:
+    """What Ray Train's controller and its workers read, wherever they are."""
+    return {k: v for k, v in here.items() if k.startswith("RAY_TRAIN_") or k == _NO_WARNING}
 
 
 def _make_token(environment: Mapping[str, str]) -> None:

@@ -1,53 +1,23 @@
-"""Judging a checkpoint as a Ray task; a model through a list of evaluations, on features from the cluster."""
+"""A model through a list of evaluations, on features from the cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
 
-import ray
-import torch
-
 from maskray import appraisal
 from maskray.appraisal import Prepared
 from maskray.config.evaluation import DetectionEvaluation, EvaluateConfig, FinetuneEvaluation
-from maskray.config.schema import RunConfig
 from maskray.data.manifest import SplitName
 from maskray.data.mapper import Progress, silent
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
-from maskray.evaluation import judgement
 from maskray.evaluation.blocks import FeatureBlock
-from maskray.evaluation.judgement import Verdict
 from maskray.models.encoder import Encoder
 from maskray.on_ray import courses, shared
 from maskray.on_ray.cluster import check_workers
 from maskray.on_ray.features import feature_blocks
-from maskray.pretrain import settle
 from maskray.publish.appraised import Appraisal
-from maskray.training import checkpoint
-
-
-def judge(config: RunConfig, weights: Storage) -> Verdict:
-    """The last judgement, of the checkpoint at `weights`, with the resources of a worker."""
-    cluster = config.cluster
-    # cuBLAS wants it where kernels are deterministic.
-    environment = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
-    resources = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
-    task = ray.remote(**resources, runtime_env=environment)(_judge)
-    verdict = task.remote(config, weights)
-    try:
-        return ray.get(verdict, timeout=config.probe.limit_seconds)  # type: ignore[no-any-return]
-    except ray.exceptions.GetTimeoutError:
-        ray.cancel(verdict, force=True)
-        raise
-
-
-def _judge(config: RunConfig, weights: Storage) -> Verdict:
-    settle(config)
-    device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
-    with checkpoint.on_disk(weights) as folder:
-        return judgement.judge(config, folder, device)
 
 
 def appraise(prepared: Prepared, progress: Progress = silent) -> Appraisal:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -27,6 +27,9 @@ from maskray.errors import MaskrayError
 from maskray.evaluation import untold
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.training import folders
+
+if TYPE_CHECKING:  # a hook only waits: it must not wait for torch
+    from maskray.evaluation.judgement import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,34 @@ class Told:
         from maskray.tracking.mlflow_tracker import MlflowTracker
 
         untold.tell(self.run, lambda: MlflowTracker(self.tracking.text, self.run_id), _STORE_SECONDS)
+
+
+def judge_last(config: RunConfig, weights: Storage) -> Verdict:
+    """The last judgement, of the checkpoint at `weights`: a task with the resources of a worker."""
+    cluster = config.cluster
+    # cuBLAS wants it where kernels are deterministic.
+    environment = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
+    resources = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
+    task = ray.remote(**resources, runtime_env=environment)(_judge_last)
+    verdict = task.remote(config, weights)
+    try:
+        return ray.get(verdict, timeout=config.probe.limit_seconds)  # type: ignore[no-any-return]
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(verdict, force=True)
+        raise
+
+
+def _judge_last(config: RunConfig, weights: Storage) -> Verdict:
+    import torch
+
+    from maskray.evaluation import judgement
+    from maskray.pretrain import settle
+    from maskray.training import checkpoint
+
+    settle(config)
+    device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
+    with checkpoint.on_disk(weights) as folder:
+        return judgement.judge(config, folder, device)
 
 
 def judge(config: RunConfig, weights: Storage, told: Told) -> float:

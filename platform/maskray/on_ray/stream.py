@@ -284,6 +284,20 @@ def registered_checkpoint(run: Storage) -> str | None:
     return str(latest["checkpoint_dir_name"]) if latest else None
 
 
+def prepare_tasks(number: int) -> list[ray.ObjectRef[None]]:
+    """Have so many of Ray's processes import what tasks need, which takes them seconds; one need not wait for it.
+
+    A cluster of one node that has just started has a core to spare while Train's controller starts, and none once its
+    workers do. Ray keeps such processes for the tasks that come.
+    """
+    imports = ray.remote(num_cpus=0, max_retries=0)(_import)
+    return [imports.remote() for _ in range(number)]
+
+
+def _import() -> None:
+    from maskray.data import stream  # noqa: F401
+
+
 class _Loader:
     """What an actor of the pool runs."""
 

@@ -21,7 +21,7 @@ from maskray.data.spec import StreamSpec
 from maskray.errors import BadStepError, CheckpointError
 from maskray.evaluation.judgement import Verdict
 from maskray.launch import Prepared, unstored_metrics
-from maskray.on_ray import cluster, elastic, evaluate, fit, probe, room, stream, upgrade, worker
+from maskray.on_ray import cluster, elastic, fit, probe, room, stream, upgrade, worker
 from maskray.on_ray.fit import followed
 from maskray.on_ray.probe import Hook, Judge, Told
 from maskray.tracking.console import ProgressLine
@@ -45,7 +45,7 @@ class RayLauncher:
         self._board: Any = None
 
     def preflight(self, prepared: Prepared) -> None:
-        """Refuse what the cluster cannot hold, or this Ray cannot go on with; wait for what it can."""
+        """Refuse what the cluster cannot hold, or this Ray cannot go on with; wait for what it can. Then begin."""
         upgrade.look_at_record(prepared.run)
         beside = probe.bundles(prepared.config)
         least = worker_counts(prepared.config.cluster, prepared.plan.groups_per_step)[-1]
@@ -53,6 +53,9 @@ class RayLauncher:
         cluster.preflight(
             prepared.config, prepared.root, prepared.store.uri, beside, streams_on_ray=on_ray, least=least
         )
+        if on_ray and prepared.config.data.actors is None and len(ray.nodes()) == 1:
+            taken = room.bundles(prepared.config.cluster, beside, streams_on_ray=False)
+            stream.prepare_tasks(int(ray.cluster_resources()["CPU"] - sum(each["CPU"] for each in taken)))
 
     def train(self, prepared: Prepared, run_id: str) -> None:
         """Train to the end. Lost workers are Train's to restart; a lost controller is ours.
@@ -93,7 +96,7 @@ class RayLauncher:
     def judge(self, prepared: Prepared) -> Verdict | None:
         """As a task with the resources of a worker. The run is done: it does not fail for want of a judgement."""
         try:
-            return evaluate.judge(prepared.config, prepared.run.child(_registered(prepared)))
+            return probe.judge_last(prepared.config, prepared.run.child(_registered(prepared)))
         except ray.exceptions.RayError as error:
             log.warning("No probe: its task failed: %s", error)
             return None
