@@ -16,7 +16,8 @@ from maskray.config.schema import RunConfig
 from maskray.errors import BadStepError, CheckpointError, ClusterError, ConfigError, StorageError
 from maskray.evaluation import judgement
 from maskray.evaluation.judgement import Verdict
-from maskray.launch import Prepared, Summary, launch, unstored_metrics
+from maskray.launch import Summary, launch, unstored_metrics
+from maskray.preparing import Prepared
 from maskray.pretrain import pretrain
 from maskray.tracking.base import Fanout, Observer, Tracker
 from maskray.tracking.console import ProgressLine

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from maskray.config.schema import TrackingConfig
 from maskray.data.storage import Storage
 from maskray.errors import ConfigError
-from maskray.launch import datasets_of_runs
+from maskray.preparing import datasets_of_runs
 from maskray.tracking import mlflow_runs, mlflow_store
 
 NONE = "none"

@@ -30,9 +30,10 @@ from maskray.config.load import parse
 from maskray.config.schema import ClusterConfig, IngestConfig, RunConfig
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
-from maskray.launch import launch, prepare
+from maskray.launch import launch
 from maskray.on_ray.cluster import connected
 from maskray.on_ray.train import RayLauncher
+from maskray.preparing import prepare
 
 EVERY = 20
 RESAMPLES = 10_000

@@ -34,9 +34,10 @@ from maskray.config.schema import ClusterConfig, IngestConfig
 from maskray.credentials import Hidden
 from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
-from maskray.launch import card, prepare
+from maskray.launch import card
 from maskray.on_ray import fit, worker
 from maskray.on_ray.cluster import connected
+from maskray.preparing import prepare
 from maskray.pretrain import pretrain
 from maskray.tracking.base import Tracker
 from maskray.tracking.mlflow_runs import ensure_run

@@ -22,7 +22,8 @@ from maskray import appraisal
 from maskray.bare import BareLauncher
 from maskray.config.evaluation import EvaluateConfig
 from maskray.config.load import load, load_as
-from maskray.launch import finished, launch, prepare
+from maskray.launch import finished, launch
+from maskray.preparing import prepare
 
 COLUMNS = {"model": "pretrained", "untrained": "untrained, or from scratch", "raw pixels": "raw pixels"}
 

@@ -22,6 +22,8 @@ from maskray.on_ray import record
 from maskray.on_ray.context import Upload
 from maskray.on_ray.stream import SNAPSHOT
 from maskray.on_ray.trial_context import TrialContext
+from maskray.preparing import prepare
+from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_store import DATABASE
 from maskray.training import checkpoint
 from maskray.training.checkpoint import WEIGHTS
@@ -100,12 +102,12 @@ def digest_of_newest(run: Path) -> tuple[int, str]:
 
 def test_a_run_on_bare_torch(tiny: Callable[..., RunConfig], runs: Path, disk: Callable[[int], Disk]):
     config = tiny(probe={"enabled": False})
-    quiet = launch.prepare(config)
-    BareLauncher().train(quiet, launch.mlflow_runs.ensure_run(quiet.store, launch.card(quiet)))
+    quiet = prepare(config)
+    BareLauncher().train(quiet, mlflow_runs.ensure_run(quiet.store, launch.card(quiet)))
 
     small = disk(4 * MEGABYTE)
     kept_there = {"storage": {"path": str(small.folder)}, "tracking": {"uri": f"sqlite:///{runs / DATABASE}"}}
-    prepared = launch.prepare(tiny(probe={"enabled": False}, name="full", **kept_there))
+    prepared = prepare(tiny(probe={"enabled": False}, name="full", **kept_there))
     run = Path(prepared.run.uri)
     with pytest.raises(
         StorageError, match=r"^storage.path: a checkpoint could not be written. Found: .*bytes are free there.*go"
@@ -113,12 +115,12 @@ def test_a_run_on_bare_torch(tiny: Callable[..., RunConfig], runs: Path, disk: C
         launch.launch(prepared, FullAt(small, 8))
     assert [step_of(f.name) for f in run.glob("step_*")] == [4], "half a checkpoint takes room"
     assert digest_of_newest(run)[0] == 4
-    tracked = prepared.store.client().get_run(launch.mlflow_runs.find_run(prepared.store, prepared.plan.fingerprint))
+    tracked = prepared.store.client().get_run(mlflow_runs.find_run(prepared.store, prepared.plan.fingerprint))
     assert tracked.info.status == "FAILED"
     assert "storage.path" in tracked.data.tags["maskray.ended"]
 
     small.make_room()
-    assert launch.launch(launch.prepare(prepared.config), BareLauncher()).steps == 12
+    assert launch.launch(prepare(prepared.config), BareLauncher()).steps == 12
     assert digest_of_newest(run) == digest_of_newest(Path(quiet.run.uri))
 
 

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [  # from the ground up; rooms on one line do not impor
     {"models", "objective"},
     {"training"},
     {"evaluation"},
-    {"pretrain", "publish", "estimate", "sweeps"},
+    {"pretrain", "preparing", "publish", "estimate", "sweeps"},
     {"launch", "appraisal", "embedding", "calibration", "offering"},
     {"sweeping"},
     {"on_ray", "bare", "in_use"},

@@ -25,6 +25,7 @@ from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
 from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
+from maskray.preparing import prepare
 from maskray.tracking.mlflow_runs import NOTE_TAG
 from maskray.tracking.mlflow_store import DATABASE
 from maskray.training import checkpoint, folders, rewinds
@@ -42,6 +43,7 @@ import torch.distributed as dist
 
 import maskray.training.step
 from maskray import launch
+from maskray.preparing import prepare
 from maskray.bare import BareLauncher
 from maskray.config.load import load
 from maskray.errors import BadStepError
@@ -52,7 +54,7 @@ plant(maskray.training.step, {int(step): float(factor) for step, factor in json.
 dist.init_process_group("gloo")
 ends = []
 for config in configs:
-    prepared, launcher = launch.prepare(load(config)), BareLauncher(dist.get_rank(), dist.get_world_size())
+    prepared, launcher = prepare(load(config)), BareLauncher(dist.get_rank(), dist.get_world_size())
     try:
         launch.launch(prepared, launcher) if dist.get_rank() == 0 else launcher.follow(prepared)
         ends.append("trained")
@@ -129,9 +131,9 @@ def test_an_image_that_makes_the_loss_leap_is_left_out_and_all_of_it_is_said(con
     seed = next(s for s in range(99) if odd_step(configured(f"seed-{s}", seed=s, **sections)) in range(27, 34))
     made = configured("made", seed=seed, training=watch, **sections)
     step = odd_step(made)
-    summary = launch.launch(launch.prepare(made), BareLauncher())
+    summary = launch.launch(prepare(made), BareLauncher())
     quiet = configured("quiet", seed=seed, training={"skip_steps": [step]}, **sections)
-    launch.launch(launch.prepare(quiet), BareLauncher())
+    launch.launch(prepare(quiet), BareLauncher())
     same(weights(tmp_path / "made"), weights(tmp_path / "quiet"))
     assert weights(tmp_path / "made")[2].skipped == [step]
 
@@ -169,9 +171,9 @@ def test_a_launch_that_was_killed_before_it_trained_again_leaves_out_the_same(co
         write = rewinds._write
         patch.setattr(rewinds, "_write", lambda *what: (write(*what), (_ for _ in ()).throw(Killed)))
         with pytest.raises(Killed):
-            launch.launch(launch.prepare(config), BareLauncher())
+            launch.launch(prepare(config), BareLauncher())
     assert the_run(tmp_path / "made")[1].info.status == "KILLED"
-    summary = launch.launch(launch.prepare(config), BareLauncher())
+    summary = launch.launch(prepare(config), BareLauncher())
     assert summary.steps == 12
     _, tracked = the_run(tmp_path / "made")
     assert "**rewind**" in tracked.data.tags[NOTE_TAG]

@@ -11,7 +11,7 @@ from PIL import Image
 from maskray import cli
 from maskray.data.manifest import versions
 from maskray.data.storage import Storage
-from maskray.launch import DATASET, prepare
+from maskray.preparing import DATASET, prepare
 
 
 @pytest.fixture

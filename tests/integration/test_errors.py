@@ -15,11 +15,11 @@ import pytest
 import ray
 import yaml
 
-from maskray import cli, launch
+from maskray import cli, preparing
 from maskray.config.schema import RunConfig
 from maskray.data import lease
-from maskray.launch import prepare
 from maskray.on_ray import worker
+from maskray.preparing import Prepared, prepare
 from maskray.pretrain import pretrain
 from maskray.tracking.base import MemoryTracker
 from maskray.training.context import LocalContext
@@ -191,7 +191,7 @@ def test_a_shard_that_is_damaged_while_the_run_starts(
     """A task of Ray Data meets it: the same paragraph, and the workers are not started again for it."""
     starts = tmp_path / "starts"
 
-    def prepare_and_damage(config: RunConfig, commit: str | None) -> launch.Prepared:
+    def prepare_and_damage(config: RunConfig, commit: str | None) -> Prepared:
         prepared = prepare(config, commit)
         for shard in (copied / "train").glob("*.parquet"):
             shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
@@ -204,7 +204,7 @@ def test_a_shard_that_is_damaged_while_the_run_starts(
 
         return run(settings)
 
-    monkeypatch.setattr(launch, "prepare", prepare_and_damage)
+    monkeypatch.setattr(preparing, "prepare", prepare_and_damage)
     monkeypatch.setattr(worker, "run", counted)
     cluster = ("cluster.embedded_cpus=2", "cluster.max_failures=2")
     shard = f"{copied}/train/00000.parquet"

@@ -18,10 +18,11 @@ from maskray.config.schema import RunConfig
 from maskray.credentials import Hidden
 from maskray.data.storage import Storage
 from maskray.evaluation.judgement import Verdict
-from maskray.launch import Prepared, card, launch, prepare
+from maskray.launch import card, launch
 from maskray.on_ray import fit, gauges, probe, worker
 from maskray.on_ray.probe import Told
 from maskray.on_ray.train import RayLauncher
+from maskray.preparing import Prepared, prepare
 from maskray.pretrain import pretrain
 from maskray.tracking.mlflow_runs import ensure_run
 from maskray.training.context import LocalContext

@@ -11,7 +11,7 @@ from maskray.data.ingest import ingest
 from maskray.data.mapper import thread_mapper
 from maskray.data.shards import Dataset
 from maskray.errors import DataError
-from maskray.launch import prepare
+from maskray.preparing import prepare
 
 BANDS = 5
 

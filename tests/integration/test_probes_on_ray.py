@@ -20,10 +20,11 @@ from maskray.config.schema import RunConfig
 from maskray.credentials import Hidden
 from maskray.data.storage import Storage
 from maskray.evaluation import untold
-from maskray.launch import launch, prepare
+from maskray.launch import launch
 from maskray.on_ray import probe
 from maskray.on_ray.probe import Told
 from maskray.on_ray.train import RayLauncher
+from maskray.preparing import prepare
 from maskray.tracking.mlflow_runs import NOTE_TAG
 from maskray.tracking.mlflow_store import DATABASE
 from maskray.training.folders import PROBE, step_of

@@ -14,12 +14,14 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from maskray import cli, launch
+from maskray import cli, launch, preparing
 from maskray.bare import BareLauncher
 from maskray.config.load import dump, load
 from maskray.config.schema import RunConfig
 from maskray.data import lease
 from maskray.data.storage import Storage
+from maskray.preparing import prepare
+from maskray.tracking import mlflow_runs
 from maskray.training import stacks
 
 pytestmark = pytest.mark.usefixtures("runs")
@@ -95,7 +97,7 @@ def test_a_launch_that_dies_before_its_last_word_is_finished_by_the_next(
     path = written(tiny(), tmp_path)
     arguments = ["pretrain", "--launcher", "torch", "--config", str(path)]
     with monkeypatch.context() as patch:
-        patch.setattr(launch.mlflow_runs, "close_run", lambda *_: (_ for _ in ()).throw(SystemExit(9)))
+        patch.setattr(mlflow_runs, "close_run", lambda *_: (_ for _ in ()).throw(SystemExit(9)))
         with pytest.raises(SystemExit):
             cli.main(arguments)
     assert the_run(tmp_path)[1].info.status == "RUNNING"
@@ -108,7 +110,7 @@ def test_a_launch_that_dies_before_its_last_word_is_finished_by_the_next(
 def test_the_other_launcher_does_not_take_a_run_over(
     tiny: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    run = Path(launch.prepare(tiny()).run.uri)
+    run = Path(prepare(tiny()).run.uri)
     run.mkdir(parents=True)
     (run / launch.LAUNCHER).write_text("ray")
     assert cli.main(["pretrain", "--launcher", "torch", "--config", str(written(tiny(), tmp_path))]) == cli.USER_MISTAKE
@@ -130,8 +132,8 @@ def test_only_runs_that_nobody_can_be_running_are_closed(tiny: Callable[..., Run
 def test_a_password_in_the_tracking_uri_is_written_nowhere(
     tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(launch, "open_store", lambda config, _: launch.Store(config.uri, "1", "maskray"))
-    prepared = launch.prepare(tiny(tracking={"uri": "http://me:pa55word@host:5000"}))
+    monkeypatch.setattr(preparing, "open_store", lambda config, _: preparing.Store(config.uri, "1", "maskray"))
+    prepared = prepare(tiny(tracking={"uri": "http://me:pa55word@host:5000"}))
     assert prepared.store.uri == "http://me:pa55word@host:5000"
     assert "pa55word" not in dump(prepared.config)
     assert "pa55word" not in repr(launch.card(prepared))
@@ -149,7 +151,7 @@ def test_pretraining_helps(digits: Path, tmp_path: Path):
             f"data.cache_folder={tmp_path / 'cache'}",
         ],
     )
-    summary = launch.launch(launch.prepare(config), BareLauncher())
+    summary = launch.launch(prepare(config), BareLauncher())
     assert summary.last_loss < 0.6 * summary.first_loss
     assert summary.judgement is not None
     assert summary.judgement.after.few_labels.mean > summary.judgement.before.few_labels.mean + 0.08

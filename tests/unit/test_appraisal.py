@@ -160,7 +160,7 @@ def test_a_checkpoints_decoder_plays_no_part(config, checkpoint_folder):
 
 def test_mlflows_run_of_the_model_is_told(config, checkpoint_folder, store, tiny, runs):
     from maskray.launch import card
-    from maskray.launch import prepare as prepare_run
+    from maskray.preparing import prepare as prepare_run
 
     run_id = ensure_run(store, card(prepare_run(tiny())))
     prepared = prepare(config([PAINT, {"kind": "knn"}], model=str(checkpoint_folder)))
@@ -177,7 +177,7 @@ def test_mlflows_run_of_the_model_is_told(config, checkpoint_folder, store, tiny
 
 def test_another_evaluation_of_that_name_replaces_the_first(config, checkpoint_folder, store, tiny, runs):
     from maskray.launch import card
-    from maskray.launch import prepare as prepare_run
+    from maskray.preparing import prepare as prepare_run
 
     run_id = ensure_run(store, card(prepare_run(tiny())))
     found = []

@@ -14,12 +14,13 @@ from maskray.config.schema import RunConfig
 from maskray.data import lease
 from maskray.errors import ClusterError, ConfigError, TrackingError
 from maskray.evaluation import untold
-from maskray.launch import Prepared, Summary
+from maskray.launch import Summary
+from maskray.preparing import FINISHED, Prepared, prepare
 
 
 @pytest.fixture
 def prepared(tiny: Callable[..., RunConfig], runs: Path) -> Prepared:
-    return launch.prepare(tiny())
+    return prepare(tiny())
 
 
 class Full(BareLauncher):
@@ -40,7 +41,7 @@ def test_the_lease_is_held_while_the_cluster_is_waited_for_and_given_back_when_i
 
 def test_a_run_that_another_launch_has_finished_meanwhile_is_not_run_again(prepared: Prepared):
     done = Summary("tiny-0123", "1", "sqlite:///x", 12, 1.0, 1.0, 0.5, None, "tiny", "1")
-    prepared.run.write_bytes(launch.FINISHED, done.dump())
+    prepared.run.write_bytes(FINISHED, done.dump())
     summary = launch.launch(prepared, Full())
     assert summary.already_finished
     assert summary.run_name == "tiny-0123"
@@ -62,7 +63,7 @@ def test_a_launch_that_lost_its_run_leaves_the_mlflow_run_to_the_one_that_has_it
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b'{"schema_version": 99}', b'{"schema_version": 1, "x": 2}'])
 def test_a_summary_that_cannot_be_read_is_of_a_finished_run_all_the_same(prepared: Prepared, content: bytes, capsys):
-    prepared.run.write_bytes(launch.FINISHED, content)
+    prepared.run.write_bytes(FINISHED, content)
     summary = launch.finished(prepared)
     assert summary is not None
     assert summary.already_finished
@@ -77,7 +78,7 @@ def test_a_summary_that_cannot_be_read_is_of_a_finished_run_all_the_same(prepare
 @pytest.mark.parametrize("path", ["s3://AKIA:hidden@bucket/runs", "s3://bucket/runs?access_key=a&secret_key=hidden"])
 def test_credentials_in_a_config_are_refused_and_not_repeated(tiny: Callable[..., RunConfig], path: str):
     with pytest.raises(ConfigError, match=r"credentials .*Found: s3://.*AWS_SECRET_ACCESS_KEY") as caught:
-        launch.prepare(tiny(storage={"path": path}))
+        prepare(tiny(storage={"path": path}))
     assert "hidden" not in str(caught.value)
 
 

@@ -20,6 +20,7 @@ from maskray.data.storage import TEMPORARY, Storage
 from maskray.errors import CheckpointError, ConfigError, RunConflictError, UnreachableError
 from maskray.on_ray import record
 from maskray.on_ray.stream import SNAPSHOT
+from maskray.preparing import DATASET, FINISHED, prepare
 from maskray.pretrain import pretrain
 from maskray.repair.case import Case, Finding, State, run_of
 from maskray.repair.mending import repair
@@ -49,16 +50,16 @@ def run(config: RunConfig, runs: Path, trained: Path) -> Path:
     """A run that was trained, and whose driver died before it could say so: three checkpoints, on Ray's record."""
     kept = trained / "run"
     if not kept.exists():
-        named = launch.prepare(config).config
+        named = prepare(config).config
         pretrain(named, LocalContext(kept, named.data, keep_checkpoints=8), MemoryTracker())
-    prepared = launch.prepare(config)
+    prepared = prepare(config)
     run = Path(prepared.run.uri)
     shutil.copytree(kept, run)
     for folder in run.glob("step_*-local"):
         folder.rename(folder.with_name(folder.name.replace("local", "0a1b2c3d")))
     record.make_again(prepared.run, folders(run))
     (run / launch.LAUNCHER).write_text("ray")
-    (run / launch.DATASET).write_text(prepared.dataset.manifest.fingerprint)
+    (run / DATASET).write_text(prepared.dataset.manifest.fingerprint)
     return run
 
 
@@ -272,7 +273,7 @@ def test_bare_torch_is_not_handed_a_checkpoint_that_has_trained_on_a_bad_step(
     assert finding.state == State.MENDED
     assert contents(run / f"left-out-{newest}") == kept
     assert mended(run) == []
-    summary = launch.launch(launch.prepare(config), BareLauncher())
+    summary = launch.launch(prepare(config), BareLauncher())
     assert summary.steps == STEPS
     assert (run / f"left-out-{newest}").exists()
 
@@ -360,15 +361,15 @@ def test_a_run_is_handed_over_and_goes_on_to_the_same_bits_though_its_last_word_
     wanted = hashlib.sha256((run / newest / WEIGHTS).read_bytes()).hexdigest()
     shutil.rmtree(run / newest)
     with pytest.raises(CheckpointError, match=r"maskray repair .*--launcher torch"):
-        launch.launch(launch.prepare(config), BareLauncher())
+        launch.launch(prepare(config), BareLauncher())
     assert [f.what for f in mended(run, launcher="torch")] == [launch.LAUNCHER, SNAPSHOT]
-    summary = launch.launch(launch.prepare(config), BareLauncher())
+    summary = launch.launch(prepare(config), BareLauncher())
     *_, newest = folders(run)
     assert (step_of(newest), newest.endswith("-local")) == (STEPS, True)
     assert hashlib.sha256((run / newest / WEIGHTS).read_bytes()).hexdigest() == wanted
-    (run / launch.FINISHED).write_bytes((run / launch.FINISHED).read_bytes()[:50])
+    (run / FINISHED).write_bytes((run / FINISHED).read_bytes()[:50])
     assert "judges and registers again" in only(mended(run)).done
-    again = launch.launch(launch.prepare(config), BareLauncher())
+    again = launch.launch(prepare(config), BareLauncher())
     assert not again.already_finished
     assert (again.steps, again.model_version, again.run_id) == (STEPS, summary.model_version, summary.run_id)
     assert [f.what for f in mended(run, launcher="ray")] == [launch.LAUNCHER, SNAPSHOT]
@@ -379,10 +380,10 @@ def test_a_run_is_handed_over_and_goes_on_to_the_same_bits_though_its_last_word_
 
 
 def test_the_dataset_that_a_run_reads_is_named_again(run: Path):
-    named = (run / launch.DATASET).read_bytes()
-    (run / launch.DATASET).unlink()
-    assert only(mended(run)).what == launch.DATASET
-    assert (run / launch.DATASET).read_bytes() == named
+    named = (run / DATASET).read_bytes()
+    (run / DATASET).unlink()
+    assert only(mended(run)).what == DATASET
+    assert (run / DATASET).read_bytes() == named
 
 
 def test_a_list_of_skipped_steps_that_cannot_be_read_is_explained_and_kept(run: Path):
@@ -394,18 +395,18 @@ def test_a_list_of_skipped_steps_that_cannot_be_read_is_explained_and_kept(run: 
 
 
 def test_the_word_of_another_version_stays_and_so_does_one_without_checkpoints(run: Path):
-    (run / launch.FINISHED).write_text('{"schema_version": 99}')
+    (run / FINISHED).write_text('{"schema_version": 99}')
     assert only(mended(run)).state == State.NOTED
-    (run / launch.FINISHED).write_text("{")
+    (run / FINISHED).write_text("{")
     for name in folders(run):
         shutil.rmtree(run / name)
     (run / SNAPSHOT).unlink()
     assert only(mended(run)).state == State.LEFT
-    assert (run / launch.FINISHED).exists()
+    assert (run / FINISHED).exists()
 
 
 def running(config: RunConfig) -> tuple[mlflow_runs.Store, str]:
-    prepared = launch.prepare(config)
+    prepared = prepare(config)
     return prepared.store, mlflow_runs.ensure_run(prepared.store, launch.card(prepared))
 
 
@@ -413,7 +414,7 @@ def running(config: RunConfig) -> tuple[mlflow_runs.Store, str]:
 def test_a_run_that_mlflow_takes_for_running_is_closed_with_the_truth(run: Path, config: RunConfig, finished: bool):
     if finished:
         done = launch.Summary(run.name, "1", "x", STEPS, 1.0, 1.0, 0.5, None, "tiny", "1")
-        (run / launch.FINISHED).write_bytes(done.dump())
+        (run / FINISHED).write_bytes(done.dump())
     store, run_id = running(config)
     finding = only(mended(run))
     assert finding.what == "MLflow"

@@ -32,7 +32,8 @@ def add(commands: Any) -> None:
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.set)
-    from maskray.launch import finished, launch, prepare, refuse_if_running
+    from maskray.launch import finished, launch, refuse_if_running
+    from maskray.preparing import prepare
 
     prepared = prepare(config, os.environ.get("MASKRAY_COMMIT"))  # what is wrong is said before a cluster is started
     summary = finished(prepared)

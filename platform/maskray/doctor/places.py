@@ -13,8 +13,9 @@ from maskray.config.schema import RunConfig
 from maskray.data.storage import Storage, nearest_folder
 from maskray.doctor.asking import date_at, s3_endpoint
 from maskray.doctor.finding import Check, Finding, Subject, fail, ok, warning
-from maskray.launch import check_writable, is_abandoned
+from maskray.launch import is_abandoned
 from maskray.models.build import weightless_model
+from maskray.preparing import check_writable
 from maskray.tracking import mlflow_runs, mlflow_store
 from maskray.wording import short
 

@@ -20,10 +20,11 @@ from maskray.data.local import is_walked_locally
 from maskray.data.spec import StreamSpec
 from maskray.errors import BadStepError, CheckpointError
 from maskray.evaluation.judgement import Verdict
-from maskray.launch import Prepared, unstored_metrics
+from maskray.launch import unstored_metrics
 from maskray.on_ray import cluster, elastic, fit, probe, room, stream, upgrade, worker
 from maskray.on_ray.fit import followed
 from maskray.on_ray.probe import Hook, Judge, Told
+from maskray.preparing import Prepared
 from maskray.tracking.console import ProgressLine
 from maskray.training import checkpoint
 from maskray.training.folders import SCORE

@@ -13,10 +13,11 @@ from maskray.data.places import with_absolute_paths
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.errors import ConfigError, StorageError
-from maskray.launch import DATASET, FINISHED, LAUNCHER
+from maskray.launch import LAUNCHER
 from maskray.models.foreign import weights_digest
 from maskray.on_ray import record
 from maskray.on_ray.stream import SNAPSHOT
+from maskray.preparing import DATASET, FINISHED
 from maskray.sweeps import record as sweeps
 from maskray.training import checkpoint
 
@@ -118,7 +119,7 @@ def run_of(config: RunConfig) -> tuple[RunConfig, Storage]:
     """A config with absolute paths, and the folder of its run.
 
     Raises:
-        MaskrayError: as `launch.prepare`, of config and dataset.
+        MaskrayError: as `preparing.prepare`, of config and dataset.
     """
     config = with_absolute_paths(config)
     dataset = Dataset.open(config.data.path, config.data.version, unreadable=config.data.unreadable)

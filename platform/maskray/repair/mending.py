@@ -13,8 +13,9 @@ from maskray.config.schema import RunConfig, TrackingConfig
 from maskray.data import lease
 from maskray.data.storage import TEMPORARY, Storage
 from maskray.errors import CheckpointError, ConfigError, MaskrayError, TrackingError
-from maskray.launch import DATASET, FINISHED, HOST_TAG, Summary
+from maskray.launch import HOST_TAG, Summary
 from maskray.on_ray import record
+from maskray.preparing import DATASET, FINISHED
 from maskray.repair.case import Case, Finding, State, refuse_other_folders
 from maskray.repair.checkpoints import checkpoints, launcher, record_of_ray, record_of_torch
 from maskray.tracking import mlflow_runs, mlflow_store

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskray import launch
+from maskray import launch, preparing
 from maskray.config.load import dump, fingerprint, load_text
 from maskray.config.sweep import SweepConfig
 from maskray.data import lease
@@ -206,7 +206,7 @@ def _card_of_trial(prepared: Prepared, parent: str, trial: Trial) -> RunCard:
     config, dataset = prepared.space.run_config(trial), prepared.space.dataset
     folder = prepared.folder.child(record.TRIALS, trial.key)
     place = (Storage(config.storage.path), folder, prepared.store, prepared.code)
-    alone = launch.card(launch.Prepared(config, plan_of(config, dataset), dataset, *place))
+    alone = launch.card(preparing.Prepared(config, plan_of(config, dataset), dataset, *place))
     return mlflow_runs.child_card(alone, parent, trial.key, trial.name, prepared.folder.uri)
 
 

@@ -329,7 +329,7 @@ def test_every_damaged_shard_of_every_version_is_named(three_versions):
 def test_a_stream_reads_the_version_it_began_with(folder, tmp_path, ingest_here, more, tiny, runs):
     from maskray.data.spec import StreamSpec
     from maskray.data.stream import load_unit
-    from maskray.launch import prepare
+    from maskray.preparing import prepare
 
     first = ingest_here(folder, tmp_path / "shards")
     data = {"path": str(tmp_path / "shards"), "image_size": 8, "channels": 3}

@@ -19,6 +19,7 @@ from maskray import launch
 from maskray.data import lease
 from maskray.doctor import places
 from maskray.doctor.finding import Level, Subject
+from maskray.preparing import prepare
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_store import DATABASE
 from mlflow_server import Server
@@ -175,7 +176,7 @@ def test_a_server_that_answers(looked, tiny, server, monkeypatch):
 
 
 def test_runs_that_nobody_runs_are_named_and_left_as_they_are(looked, tiny):
-    prepared = launch.prepare(tiny())
+    prepared = prepare(tiny())
     run_id = mlflow_runs.ensure_run(prepared.store, launch.card(prepared))
     holder = replace(lease.Holder.this_process(), host="elsewhere", heartbeat=time.time())
     prepared.run.write_bytes(lease.LEASE, json.dumps(asdict(holder)).encode())

@@ -13,6 +13,7 @@ from maskray.evaluation.judgement import Judgement, Scores
 from maskray.evaluation.logistic import Accuracy
 from maskray.models.build import weightless_model
 from maskray.models.cost import cost
+from maskray.preparing import prepare
 from maskray.publish.card import CONFIG, FIGURE, LINEAGE, Lineage, markdown
 from maskray.publish.registry import MAX_DESCRIPTION
 from maskray.publish.release import TrainedRun, gather, training_seconds
@@ -37,7 +38,7 @@ CODE = {
 
 @pytest.fixture
 def run(tiny: Callable[..., RunConfig], runs: Path) -> TrainedRun:
-    prepared = launch.prepare(tiny(cluster={"workers": 2, "cpus_per_worker": 1.5}))
+    prepared = prepare(tiny(cluster={"workers": 2, "cpus_per_worker": 1.5}))
     return TrainedRun(prepared.config, prepared.plan, prepared.dataset, prepared.store, "run-1", CODE)
 
 
@@ -115,7 +116,7 @@ def test_the_longest_card_fits_into_mlflow(lineage: Lineage):
 
 
 def test_a_run_that_is_registered_carries_its_lineage(tiny: Callable[..., RunConfig], runs: Path):
-    prepared = launch.prepare(tiny())
+    prepared = prepare(tiny())
     summary = launch.launch(prepared, BareLauncher())
     client = prepared.store.client()
     version = client.get_model_version("tiny", summary.model_version)
