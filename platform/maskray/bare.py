@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from maskray.config.schema import RunConfig
+from maskray.config.training import FOR_CUBLAS
 from maskray.errors import BadStepError, CheckpointError, ClusterError, ConfigError, StorageError
 from maskray.evaluation import judgement
 from maskray.evaluation.judgement import Verdict
@@ -163,7 +164,8 @@ def run(prepared: Prepared) -> Summary | None:
     stacks.write_on_signal()
     on_gpu = prepared.config.cluster.gpus_per_worker > 0
     if on_gpu:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic kernels want it
+        for name, value in FOR_CUBLAS.items():
+            os.environ.setdefault(name, value)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:

@@ -8,6 +8,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from maskray.config.section import PositiveInt, Section, operational
 
+FOR_CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""Variables of a process whose kernels may have to be deterministic: cuBLAS reads them before its first product."""
+
 
 class OptimConfig(Section):
     """The published recipe: linear warm-up and half a cosine, both per step."""

@@ -17,6 +17,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from maskray.config.schema import ClusterConfig
+from maskray.config.training import FOR_CUBLAS
 from maskray.data import patient
 from maskray.data.storage import Storage
 from maskray.errors import TrainingError
@@ -110,8 +111,7 @@ def trainer(
             checkpoint_config=checkpoints,
             callbacks=[failures.StopAtMistakes()],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            # cuBLAS reads it before its first product; without it, deterministic kernels are refused.
-            worker_runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if on_gpu else None,
+            worker_runtime_env={"env_vars": FOR_CUBLAS} if on_gpu else None,
         ),
         **data,
     )

@@ -21,6 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from maskray.config.schema import RunConfig
+from maskray.config.training import FOR_CUBLAS
 from maskray.credentials import Hidden
 from maskray.data.storage import Storage
 from maskray.errors import MaskrayError
@@ -61,10 +62,8 @@ class Told:
 def judge_last(config: RunConfig, weights: Storage) -> Verdict:
     """The last judgement, of the checkpoint at `weights`: a task with the resources of a worker."""
     cluster = config.cluster
-    # cuBLAS wants it where kernels are deterministic.
-    environment = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
     resources = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
-    task = ray.remote(**resources, runtime_env=environment)(_judge_last)
+    task = ray.remote(**resources, runtime_env={"env_vars": FOR_CUBLAS})(_judge_last)
     verdict = task.remote(config, weights)
     try:
         return ray.get(verdict, timeout=config.probe.limit_seconds)  # type: ignore[no-any-return]
@@ -140,8 +139,7 @@ class Hook:
             num_gpus=config.probe.gpus,
             max_retries=0,
             scheduling_strategy="DEFAULT" if self.place is None else PlacementGroupSchedulingStrategy(self.place),
-            # cuBLAS wants it where kernels are deterministic.
-            runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}},
+            runtime_env={"env_vars": FOR_CUBLAS},
         )(self.judge)
         child = task.options(name=f"maskray-probe-{name}").remote(config, self.told.run.child(name), self.told)
         try:

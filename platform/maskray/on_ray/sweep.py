@@ -18,6 +18,7 @@ from ray.tune.execution import class_cache
 
 from maskray.calibration import seconds_per_step
 from maskray.config.schema import ClusterConfig, RunConfig
+from maskray.config.training import FOR_CUBLAS
 from maskray.credentials import NAMED
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
@@ -38,7 +39,6 @@ _ENVIRONMENT = {  # read by Tune
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-_FOR_CUBLAS = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}  # deterministic kernels want it
 _MANY = 10**9
 
 Train = Callable[..., None]
@@ -179,7 +179,7 @@ def measure(configs: Sequence[RunConfig]) -> list[float]:
     """Seconds that a step of each config takes, with the resources of a trial and nothing beside it."""
     resources = of_worker(configs[0].cluster)
     timed = ray.remote(
-        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=0, runtime_env=_FOR_CUBLAS
+        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=0, runtime_env={"env_vars": FOR_CUBLAS}
     )(seconds_per_step)
     # One after another: what runs beside a trial takes some of its time.
     return [ray.get(timed.remote(config)) for config in configs]

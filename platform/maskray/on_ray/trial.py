@@ -22,6 +22,7 @@ from ray import tune
 
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import LOSS, SCORES
+from maskray.config.training import FOR_CUBLAS
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.errors import AwayError, MaskrayError, TrackingError, TrainingError
@@ -56,7 +57,7 @@ BEATS = 5
 """Signs of life in the time that a trial may be silent."""
 _FLUSH_SECONDS = 10.0
 _ENVIRONMENT = {  # read in this process: by cuBLAS, and by Tune before it is given to another trial
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic kernels want it
+    **FOR_CUBLAS,
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "45",  # a trial that is stopped has 30 s to tell MLflow what it has not told yet
 }
 
