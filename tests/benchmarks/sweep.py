@@ -31,9 +31,9 @@ from ray._private.state import actors
 from ray.util.placement_group import placement_group_table
 
 from maskray.config.sweep import load_sweep
-from maskray.on_ray import sweep as on_ray
-from maskray.on_ray import trial
-from maskray.on_ray.trial import ASKED, Asked, Sweep
+from maskray.on_ray.sweep import trial
+from maskray.on_ray.sweep import tune as on_ray
+from maskray.on_ray.sweep.trial import ASKED, Asked, Sweep
 from maskray.sweeping import life, preparing
 from maskray.sweeping.preparing import Prepared
 from maskray.sweeps import record

@@ -21,7 +21,7 @@ from maskray.errors import StorageError
 from maskray.on_ray import record
 from maskray.on_ray.context import Upload
 from maskray.on_ray.stream import SNAPSHOT
-from maskray.on_ray.trial_context import TrialContext
+from maskray.on_ray.sweep.context import TrialContext
 from maskray.preparing import prepare
 from maskray.tracking import mlflow_runs
 from maskray.tracking.mlflow_store import DATABASE

@@ -15,7 +15,7 @@ from maskray.config.load import merge
 from maskray.config.sweep import load_sweep
 from maskray.data import lease
 from maskray.data.storage import Storage
-from maskray.on_ray.trial_context import newest_step
+from maskray.on_ray.sweep.context import newest_step
 from maskray.sweeping import preparing
 from maskray.sweeps import record
 from maskray.tracking.mlflow_store import DATABASE

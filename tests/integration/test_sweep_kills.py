@@ -183,7 +183,7 @@ from pathlib import Path
 import numpy as np
 from maskray.sweeping import life, preparing
 from maskray.config.sweep import load_sweep
-from maskray.on_ray import sweep, trial
+from maskray.on_ray.sweep import tune, trial
 from maskray.on_ray.cluster import connected
 
 def train(parameters, sweep):
@@ -197,7 +197,7 @@ def train(parameters, sweep):
 
 prepared = preparing.prepare(load_sweep(Path({config!r})))
 with connected(prepared.space.base.cluster), life.begun(prepared) as run_id:
-    sweep.run(prepared, run_id, lambda *_: None, train)
+    tune.run(prepared, run_id, lambda *_: None, train)
     results = life.finish(prepared, run_id)
 raise SystemExit(int(life.has_failed(prepared.config, results)))
 """

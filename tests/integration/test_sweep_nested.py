@@ -32,8 +32,8 @@ from maskray.data import cache
 from maskray.data.shards import Dataset
 from maskray.data.storage import Storage
 from maskray.evaluation import judgement
-from maskray.on_ray import nested
 from maskray.on_ray.stream import registered_checkpoint
+from maskray.on_ray.sweep import nested
 from maskray.sweeps import record
 from maskray.tracking.mlflow_runs import FIGURES
 from maskray.training import checkpoint

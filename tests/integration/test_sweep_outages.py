@@ -16,9 +16,10 @@ from maskray.config.load import merge, parse
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import LOSS, SweepConfig
 from maskray.errors import AwayError
-from maskray.on_ray import background, trial
-from maskray.on_ray import sweep as on_ray
-from maskray.on_ray.trial import ASKED, Asked, Sweep
+from maskray.on_ray import background
+from maskray.on_ray.sweep import trial
+from maskray.on_ray.sweep import tune as on_ray
+from maskray.on_ray.sweep.trial import ASKED, Asked, Sweep
 from maskray.sweeping import life, preparing
 from maskray.sweeping.preparing import Prepared
 from maskray.sweeps import record

@@ -16,8 +16,9 @@ from maskray.config.schema import ClusterConfig, RunConfig
 from maskray.config.sweep import SweepConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
-from maskray.on_ray import room, shared, sweep
+from maskray.on_ray import room, shared
 from maskray.on_ray.board import Board, Seen
+from maskray.on_ray.sweep import tune
 from maskray.sweeping import preparing
 from maskray.sweeping.preparing import Prepared
 from maskray.tracking.mlflow_store import DATABASE
@@ -49,24 +50,24 @@ def sweep_of(tiny: Callable[..., RunConfig], tmp_path: Path, mlflow_tables: Path
 def test_what_a_cluster_of_a_given_size_cannot_hold_is_refused(sweep_of, caplog):
     with head() as nodes:
         with pytest.raises(ClusterError, match=r"no room for a trial.*Found: 1 CPU .*what one node has: 0 CPUs"):
-            sweep.concurrency_of(sweep_of())
+            tune.concurrency_of(sweep_of())
         add_node(nodes, num_cpus=2)
         with pytest.raises(ClusterError, match=r"trials\.concurrency: .*room for 2 trials at once\. Found: 3 of 1 CPU"):
-            sweep.concurrency_of(sweep_of(concurrency=3))
+            tune.concurrency_of(sweep_of(concurrency=3))
         with pytest.raises(ClusterError, match=r"no room for a trial.*what one node has: [02] CPUs; or [02] CPUs"):
-            sweep.concurrency_of(sweep_of(cpus_per_worker=3))
+            tune.concurrency_of(sweep_of(cpus_per_worker=3))
         assert caplog.messages == [], "what can never be is not waited for"
-        assert sweep.concurrency_of(sweep_of(wait_seconds=PATIENCE_SECONDS)) == 2  # the new node's CPUs are told late
+        assert tune.concurrency_of(sweep_of(wait_seconds=PATIENCE_SECONDS)) == 2  # the new node's CPUs are told late
 
         # All places are taken, and one becomes free.
         holds = ray.remote(num_cpus=2)(Board).remote()
         ray.get(holds.read.remote(Seen()))
         with pytest.raises(ClusterError, match=r"not free within 0\.5 s\. Found: nothing free"):
-            sweep.concurrency_of(sweep_of())
+            tune.concurrency_of(sweep_of())
         caplog.clear()
         end = threading.Timer(1.0, ray.kill, [holds])
         end.start()
-        assert sweep.concurrency_of(sweep_of(wait_seconds=PATIENCE_SECONDS)) == 2
+        assert tune.concurrency_of(sweep_of(wait_seconds=PATIENCE_SECONDS)) == 2
         end.join()
         assert "Waiting for 1 CPU; nothing free" in caplog.messages
 
@@ -79,13 +80,13 @@ def test_an_autoscaler_is_asked_and_brings_what_it_can(sweep_of, tmp_path, caplo
         # What it can never bring it says soon.
         for never in ({"cpus_per_worker": 2}, {"workers": 3}):
             with pytest.raises(ClusterError, match=r"can never hold this: its autoscaler has no kinds of nodes"):
-                sweep.concurrency_of(sweep_of(wait_seconds=PATIENCE_SECONDS, **never))
+                tune.concurrency_of(sweep_of(wait_seconds=PATIENCE_SECONDS, **never))
         with pytest.raises(ClusterError, match=r"not free within 0 s\. Found: nothing free"):
-            sweep.concurrency_of(sweep_of(wait_seconds=0))
+            tune.concurrency_of(sweep_of(wait_seconds=0))
         caplog.clear()
-        assert sweep.concurrency_of(sweep_of(wait_seconds=PATIENCE_SECONDS)) == 1
+        assert tune.concurrency_of(sweep_of(wait_seconds=PATIENCE_SECONDS)) == 1
         assert "Waiting for 1 CPU; nothing free" in caplog.messages
-        assert sweep.concurrency_of(sweep_of(concurrency=2)) == 2, "for the second it is asked by trials"
+        assert tune.concurrency_of(sweep_of(concurrency=2)) == 2, "for the second it is asked by trials"
 
         # What others have taken is not what is asked for: another node comes.
         holds = ray.remote(num_cpus=1)(Board).remote()

@@ -27,9 +27,9 @@ from maskray.config.sweep import LOSS, SweepConfig
 from maskray.data import cache
 from maskray.data.shards import Dataset
 from maskray.errors import ClusterError, DataError, StorageError
-from maskray.on_ray import book, trial
-from maskray.on_ray import sweep as on_ray
-from maskray.on_ray.trial import ASKED, ENDED, Asked, Sweep
+from maskray.on_ray.sweep import book, trial
+from maskray.on_ray.sweep import tune as on_ray
+from maskray.on_ray.sweep.trial import ASKED, ENDED, Asked, Sweep
 from maskray.sweeping import life, preparing
 from maskray.sweeping.preparing import Prepared
 from maskray.sweeps import record

@@ -10,7 +10,7 @@ from maskray import offering
 from maskray.config.load import merge, parse
 from maskray.config.schema import RunConfig
 from maskray.config.sweep import SweepConfig
-from maskray.on_ray import trial
+from maskray.on_ray.sweep import trial
 from maskray.sweeping import life, preparing
 from maskray.sweeps import record
 from maskray.sweeps.record import Result

@@ -55,8 +55,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     console.print(_total(prepared, rate))
     if arguments.dry_run:
         return 0
-    from maskray.on_ray import sweep
     from maskray.on_ray.cluster import connected
+    from maskray.on_ray.sweep import tune
 
     def show(result: Result, ended: Counter[str]) -> None:
         counts = ", ".join(f"{number} {status}" for status, number in sorted(ended.items()))
@@ -64,10 +64,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
         console.print(f"{sum(ended.values())}/{prepared.num_trials} ({counts})  {result.trial.name}: {said}")
 
     with connected(prepared.space.base.cluster):
-        sweep.concurrency_of(prepared)  # what is wrong is said before anything is begun
+        tune.concurrency_of(prepared)  # what is wrong is said before anything is begun
         with life.begun(prepared) as run_id:
-            prepared = preparing.measured(prepared, sweep.measure)
-            sweep.run(prepared, run_id, show)
+            prepared = preparing.measured(prepared, tune.measure)
+            tune.run(prepared, run_id, show)
             results = life.finish(prepared, run_id)
     _show_end(console, prepared, results)
     best = offering.best_trial(config, results)

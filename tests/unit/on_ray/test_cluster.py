@@ -12,7 +12,8 @@ import pytest
 from maskray.config.schema import ClusterConfig, IngestConfig
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
-from maskray.on_ray import cluster, growth, room, shared, sweep
+from maskray.on_ray import cluster, growth, room, shared
+from maskray.on_ray.sweep import tune
 
 
 def refuse(monkeypatch, nodes, *, streams: bool = True, beside=(), **settings: float) -> None:
@@ -166,9 +167,9 @@ def test_images_that_only_the_driver_sees_are_refused_before_a_run_or_a_sweep(tw
         cluster.preflight(config, Storage(tmp_path), "http://mlflow:5000", [], streams_on_ray=False)
 
     preflight()
-    sweep._check_places(prepared)
+    tune._check_places(prepared)
     two_nodes.append(images)
     with pytest.raises(ClusterError, match=r"data.path: the pictures are not on all .*2 nodes.*or pretrain on one"):
         preflight()
     with pytest.raises(ClusterError, match=r"data.path: the pictures are not on all .*2 nodes.*or sweep on one"):
-        sweep._check_places(prepared)
+        tune._check_places(prepared)

@@ -10,7 +10,7 @@ from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError
 
 from maskray.errors import ConfigError, NonFiniteError
-from maskray.on_ray.book import _error_of, reason_of, survive_lost_processes
+from maskray.on_ray.sweep.book import _error_of, reason_of, survive_lost_processes
 
 HEAD = "Failure # 1 (occurred at 2026-11-26_07-58-30)\n"
 DIED = """The actor died unexpectedly before finishing this task.

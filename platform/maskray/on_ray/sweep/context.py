@@ -17,7 +17,7 @@ from maskray.data.spec import StreamSpec
 from maskray.data.storage import Storage
 from maskray.data.stream import Unit
 from maskray.data.temporary import temporary_folder
-from maskray.on_ray.nested import Tell
+from maskray.on_ray.sweep.nested import Tell
 from maskray.training import checkpoint, folders
 from maskray.training.context import Snapshot
 

@@ -29,8 +29,8 @@ from ray.tune.search import Searcher
 from maskray.config.load import written
 from maskray.credentials import shown
 from maskray.errors import AwayError, MaskrayError
-from maskray.on_ray.trial import ASKED, BEATS, ENDED, RUNG, STEP, VALUE, Asked, Sweep
-from maskray.on_ray.trial_context import newest_step
+from maskray.on_ray.sweep.context import newest_step
+from maskray.on_ray.sweep.trial import ASKED, BEATS, ENDED, RUNG, STEP, VALUE, Asked, Sweep
 from maskray.publish.release import training_seconds
 from maskray.sweeping.preparing import Prepared
 from maskray.sweeps import record

@@ -22,11 +22,12 @@ from maskray.config.training import FOR_CUBLAS
 from maskray.credentials import NAMED
 from maskray.data.storage import Storage
 from maskray.errors import ClusterError
-from maskray.on_ray import background, nested, room, shared, trial
-from maskray.on_ray.book import Asking, Book, Deciding, Show, survive_lost_processes
+from maskray.on_ray import background, room, shared
 from maskray.on_ray.cluster import wait_for_trial
 from maskray.on_ray.growth import may_grow
-from maskray.on_ray.trial import Sweep
+from maskray.on_ray.sweep import nested, trial
+from maskray.on_ray.sweep.book import Asking, Book, Deciding, Show, survive_lost_processes
+from maskray.on_ray.sweep.trial import Sweep
 from maskray.sweeping.preparing import Prepared
 
 log = logging.getLogger(__name__)

@@ -23,9 +23,10 @@ from maskray.credentials import Hidden
 from maskray.data.storage import Storage
 from maskray.errors import BadStepError
 from maskray.launch import unstored_metrics
-from maskray.on_ray import fit, judging, lent, room
+from maskray.on_ray import fit, room
 from maskray.on_ray.board import TrialBoard
-from maskray.on_ray.judging import Judge
+from maskray.on_ray.sweep import judging, lent
+from maskray.on_ray.sweep.judging import Judge
 
 Tell = Callable[[int, Mapping[str, float]], None]
 """Told of a step, and of what is known then: scores where it was judged. It may end the trial, by SystemExit."""

@@ -4,7 +4,7 @@ import pytest
 
 from maskray.config.schema import ClusterConfig
 from maskray.data.storage import Storage
-from maskray.on_ray import nested
+from maskray.on_ray.sweep import nested
 
 
 def test_tune_holds_a_bundle_for_each_worker_and_nothing_for_the_trials_own_process():

@@ -28,10 +28,10 @@ from maskray.data.storage import Storage
 from maskray.errors import AwayError, MaskrayError, TrackingError, TrainingError
 from maskray.evaluation.judgement import Bench, Finding, read_rows
 from maskray.launch import card, unstored_metrics
-from maskray.on_ray import nested
 from maskray.on_ray.gauges import Gauges
 from maskray.on_ray.stream import registered_checkpoint
-from maskray.on_ray.trial_context import TrialContext, device_of, newest
+from maskray.on_ray.sweep import nested
+from maskray.on_ray.sweep.context import TrialContext, device_of, newest
 from maskray.preparing import Prepared
 from maskray.pretrain import pretrain, settle
 from maskray.publish.release import training_seconds

@@ -4,7 +4,7 @@ import pytest
 from ray.tune import Trainable
 from ray.tune.execution import class_cache
 
-from maskray.on_ray.sweep import keep_secrets
+from maskray.on_ray.sweep.tune import keep_secrets
 
 
 def test_keys_of_an_object_store_are_in_no_runtime_environment(monkeypatch: pytest.MonkeyPatch):
