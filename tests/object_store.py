@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(status, headers, content[: len(content) // 2] if fault == "fewer" else content)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on
+    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = _pass_on
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":

@@ -3,6 +3,7 @@
 import random
 import signal
 
+import psutil
 import pytest
 
 from maskray.cli import TERMINATED
@@ -70,6 +71,11 @@ def test_a_data_task_the_splitter_and_the_controller_killed_in_one_run(launches,
     run = launches("inside", 2)
     process = run.start()
     run.wait_for_step(process, 5)
+    assert not processes("PreemptionWatcher"), "nobody announces that an embedded cluster's node will go"
+    tasks: list[psutil.Process] = []
+    wait_for(lambda: tasks.extend(processes(DATA_TASK)) or tasks, run)
+    older = min(p.create_time() for p in tasks) < min(p.create_time() for p in train_workers())
+    assert older, "tasks run in other processes than those that were prepared"
     kill_at_work(DATA_TASK, run)
     for title, step in ((SPLITTER, 13), (CONTROLLER, 25)):
         run.wait_for_step(process, step)

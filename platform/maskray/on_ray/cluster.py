@@ -24,14 +24,13 @@ from maskray.on_ray.room import Bundle
 
 log = logging.getLogger(__name__)
 
-_NO_WARNING = "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"
 # Set before Ray starts, and only where the user has not.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # a lost worker is told apart from a slow one sooner
-    _NO_WARNING: "0",  # of what Train's controller does: Train has it so, too
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Train's controller blocks by design, and is silenced by Train, too
 }
-# Nobody gives notice that an embedded cluster's one node will be taken away: there would be a process that listens.
+# An embedded cluster's one node is never announced to go: a process that listens for it would be idle.
 _EMBEDDED = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
@@ -46,12 +45,12 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         os.environ.setdefault(name, value)
     package = Path(maskray.__file__).parent
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(config)
     _refuse_ray_client(address)
     try:
         if address:
             # The package travels with the job: workers of a cluster need not have it installed.
-            variables = {**_settings_of_train(os.environ), **settings_of_mlflow(os.environ)}
+            variables = {**_settings_of_train(), **settings_of_mlflow(os.environ)}
             ray.init(
                 address=address,
                 logging_level="ERROR",
@@ -59,7 +58,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             )
         else:
             _make_token(os.environ)
-            with _inherited({"PYTHONPATH": _with_package(package.parent), **_EMBEDDED}):
+            mine = {name: os.environ.get(name, value) for name, value in _EMBEDDED.items()}
+            with _inherited({"PYTHONPATH": _with_package(package.parent), **mine}):
                 context = ray.init(
                     # Without `local` Ray joins any cluster that it finds on this machine.
                     address="local",
@@ -93,6 +93,11 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def address_of(config: ClusterConfig) -> str | None:
+    """Of the cluster to join; None: an embedded one is started."""
+    return config.address or os.environ.get("RAY_ADDRESS") or None
+
+
 @contextmanager
 def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
     """Variables of the processes that are started while the block runs.
@@ -116,9 +121,13 @@ def _with_package(folder: Path) -> str:
     return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
-def _settings_of_train(here: Mapping[str, str]) -> dict[str, str]:
-    """What Ray Train's controller and its workers read, wherever they are."""
-    return {k: v for k, v in here.items() if k.startswith("RAY_TRAIN_") or k == _NO_WARNING}
+def _settings_of_train() -> dict[str, str]:
+    """What Ray Train's controller and its workers read, wherever they are: of this process, as Train would send it."""
+    from ray.train.v2._internal.constants import (
+        get_env_vars_to_propagate,  # seconds, which an embedded one need not wait
+    )
+
+    return dict(get_env_vars_to_propagate())
 
 
 def _make_token(environment: Mapping[str, str]) -> None:

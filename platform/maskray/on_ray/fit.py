@@ -65,7 +65,10 @@ class Trainer(TorchTrainer):
         return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        """As Ray has it, whose own keeps no hold of the controller, by which it could be ended."""
+        """As Ray has it, whose own keeps no hold of the controller, by which it could be ended.
+
+        And gives it variables by a runtime environment: here `cluster.connected` has seen to them.
+        """
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         make = ray.remote(num_cpus=0, label_selector=here)(TrainController)
         self._controller = make.remote(**arguments)

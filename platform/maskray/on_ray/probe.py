@@ -1,4 +1,4 @@
-"""Judging checkpoints while training goes on: by Ray Train's validation hook, on resources that are set aside.
+"""Judging checkpoints while training goes on, by Ray Train's validation hook, on resources set aside; and the last one.
 
 The hook is a task that waits, and no more: what judges is a child of it. A child may be killed, raise or hang, and what
 comes of it is a note; a hook that died so would end the run.

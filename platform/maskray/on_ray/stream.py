@@ -287,8 +287,11 @@ def registered_checkpoint(run: Storage) -> str | None:
 def prepare_tasks(number: int) -> list[ray.ObjectRef[None]]:
     """Have so many of Ray's processes import what tasks need, which takes them seconds; one need not wait for it.
 
-    A cluster of one node that has just started has a core to spare while Train's controller starts, and none once its
-    workers do. Ray keeps such processes for the tasks that come.
+    For an embedded cluster that has just started: there is a core to spare while Train's controller starts, and none
+    once its workers do. Ray keeps such processes for the tasks that come.
+
+    Args:
+        number: tasks that will run at once: so many processes Ray Data would start itself.
     """
     imports = ray.remote(num_cpus=0, max_retries=0)(_import)
     return [imports.remote() for _ in range(number)]

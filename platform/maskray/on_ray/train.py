@@ -46,7 +46,10 @@ class RayLauncher:
         self._board: Any = None
 
     def preflight(self, prepared: Prepared) -> None:
-        """Refuse what the cluster cannot hold, or this Ray cannot go on with; wait for what it can. Then begin."""
+        """Refuse what the cluster cannot hold, or this Ray cannot go on with; wait for what it can.
+
+        Processes for the first tasks of Ray Data are then started, beside whatever comes next.
+        """
         upgrade.look_at_record(prepared.run)
         beside = probe.bundles(prepared.config)
         least = worker_counts(prepared.config.cluster, prepared.plan.groups_per_step)[-1]
@@ -54,9 +57,9 @@ class RayLauncher:
         cluster.preflight(
             prepared.config, prepared.root, prepared.store.uri, beside, streams_on_ray=on_ray, least=least
         )
-        if on_ray and prepared.config.data.actors is None and len(ray.nodes()) == 1:
-            taken = room.bundles(prepared.config.cluster, beside, streams_on_ray=False)
-            stream.prepare_tasks(int(ray.cluster_resources()["CPU"] - sum(each["CPU"] for each in taken)))
+        if on_ray and prepared.config.data.actors is None and cluster.address_of(prepared.config.cluster) is None:
+            taken = sum(each["CPU"] for each in room.bundles(prepared.config.cluster, beside, streams_on_ray=False))
+            stream.prepare_tasks(int(ray.cluster_resources()["CPU"] - taken))
 
     def train(self, prepared: Prepared, run_id: str) -> None:
         """Train to the end. Lost workers are Train's to restart; a lost controller is ours.

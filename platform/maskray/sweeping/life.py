@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskray import launch, preparing
+from maskray import launch
 from maskray.config.load import dump, fingerprint, load_text
 from maskray.config.sweep import SweepConfig
 from maskray.data import lease
 from maskray.data.storage import Storage
 from maskray.errors import ConfigError, MaskrayError
+from maskray.preparing import Prepared as PreparedRun
 from maskray.publish.release import training_seconds
 from maskray.sweeping.preparing import SWEEP, Prepared, assembled, folder_of, last_number, meaning
 from maskray.sweeps import record, report
@@ -206,7 +207,7 @@ def _card_of_trial(prepared: Prepared, parent: str, trial: Trial) -> RunCard:
     config, dataset = prepared.space.run_config(trial), prepared.space.dataset
     folder = prepared.folder.child(record.TRIALS, trial.key)
     place = (Storage(config.storage.path), folder, prepared.store, prepared.code)
-    alone = launch.card(preparing.Prepared(config, plan_of(config, dataset), dataset, *place))
+    alone = launch.card(PreparedRun(config, plan_of(config, dataset), dataset, *place))
     return mlflow_runs.child_card(alone, parent, trial.key, trial.name, prepared.folder.uri)
 
 

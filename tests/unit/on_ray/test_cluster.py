@@ -85,6 +85,23 @@ def test_ray_client_is_refused_by_name(monkeypatch, where: str):
         cluster.connected(config).__enter__()
 
 
+@pytest.mark.parametrize("submitted", [{}, {"env_vars": {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "7"}}])
+def test_a_cluster_that_is_joined_gets_trains_settings_with_the_job(monkeypatch, submitted: dict):
+    """Ray takes no variable twice: what a job was submitted with is not sent again."""
+    joined = {}
+    monkeypatch.setattr(cluster.ray, "init", lambda **options: joined.update(options))
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
+    monkeypatch.setenv("RAY_TRAIN_SECRET_OF_MINE", "planted")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": submitted}))
+    with cluster.connected(ClusterConfig(address="10.0.0.1:6379")):
+        sent = joined["runtime_env"]["env_vars"]
+    assert sent["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "10"
+    assert sent.get("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S") == (None if submitted else "7")
+    assert "RAY_TRAIN_SECRET_OF_MINE" not in sent
+
+
 JOIN = """
 from maskray.config.schema import ClusterConfig, IngestConfig
 from maskray.errors import ClusterError

@@ -50,7 +50,7 @@ def run(prepared: Prepared, parent: str, show: Show, train: Train = trial.run) -
     """Run what is left of a sweep on the cluster that is connected; what comes of it is on record.
 
     Args:
-        prepared: by `preparing.prepare`.
+        prepared: by `sweeping.preparing.prepare`.
         parent: the sweep's run in MLflow.
         show: told of each trial that ends.
         train: as `trial.run`.
