@@ -25,7 +25,7 @@ from .conftest import LOG_STEPS, check_against, note
 
 CARD = RunCard("run", "f00d", {"seed": 0}, {}, "name: run\n", DatasetCard("data", "/data", "d16e57", 1))
 STEPS = 300
-"""Of the long runs, which last longer than MLflow is away: each 4 make a checkpoint, of which Train takes one in 2 s."""
+"""Of the long runs, which last longer than MLflow is away: 4 make a checkpoint, of which Train takes one in 2 s."""
 AWAY_SECONDS, RESTART_SECONDS, SLOW_SECONDS = 60.0, 5.0, 3.0
 MOST_STALL_SECONDS = 10.0
 """Between two looks at a ledger that does not grow: a checkpoint, or a machine that is busy."""
