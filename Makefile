@@ -34,7 +34,7 @@ audit: $(VENV)/.installed  ## packages with known weaknesses; needs a network: w
 infra: $(VENV)/.installed  ## all files of infra/, after you changed them
 	PYTHONPATH=tests $(BIN)/python -m manifests
 
-chaos: $(VENV)/.installed  ## the long form of all faults, about an hour; a line of JSON a case in runs/chaos/results.jsonl
+chaos: $(VENV)/.installed  ## the long form of all faults, an hour and a half; a line of JSON a case in runs/chaos/results.jsonl
 	MASKRAY_CHAOS_RESULTS=$(CURDIR)/runs/chaos/results.jsonl $(BIN)/python -m pytest -m 'slow and not services'
 
 services: $(VENV)/.installed  ## the team's MLflow: PostgreSQL, S3, eight writers, outages, and its UI in a browser; 15 minutes
