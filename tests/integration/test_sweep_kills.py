@@ -183,7 +183,7 @@ from pathlib import Path
 import numpy as np
 from maskray.sweeping import life, preparing
 from maskray.config.sweep import load_sweep
-from maskray.on_ray.sweep import tune, trial
+from maskray.on_ray.sweep import trial, tune
 from maskray.on_ray.cluster import connected
 
 def train(parameters, sweep):
